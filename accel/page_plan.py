@@ -1,0 +1,158 @@
+"""From token ranges to pages: which flash pages an attention command reads, in which units.
+
+A unit is one (item, KV head) over a run of token groups: the piece of work a kernel call takes. Units
+are ordered by item, then run, then head, which is the order in which spilled pages lie on the flash.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from accel.descriptor import AttentionWork
+
+UNIT_TOKENS = 2048  # long enough to amortise a kernel call, short enough to split between workers
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """Pages of all units, concatenated; the logical addresses are those of K and of V.
+
+    key_lbas, value_lbas, page_first_token: int64 [num_pages]; page_num_tokens: int32 [num_pages]
+    unit_first_page: int64 [num_units + 1]; unit_item, unit_kv_head: int32 [num_units]
+    """
+
+    key_lbas: np.ndarray
+    value_lbas: np.ndarray
+    page_first_token: np.ndarray
+    page_num_tokens: np.ndarray
+    unit_first_page: np.ndarray
+    unit_item: np.ndarray
+    unit_kv_head: np.ndarray
+
+    @property
+    def num_units(self) -> int:
+        return len(self.unit_item)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.key_lbas)
+
+
+@njit(nogil=True, cache=True)
+def _group_base(extents_base, extents_groups, first_extent, group, group_lbas):
+    """Base LBA of the `group`-th group that an item's extents name."""
+    extent = first_extent
+    while group >= extents_groups[extent]:
+        group -= extents_groups[extent]
+        extent += 1
+    return extents_base[extent] + group * group_lbas
+
+
+@njit(nogil=True, cache=True)
+def _plan(
+    fill,
+    item_first_extent,
+    item_first_group,
+    token_start,
+    token_stop,
+    extents_base,
+    extents_groups,
+    group_lbas,
+    layer_offset,
+    num_kv_heads,
+    per_head,
+    per_page,
+    group_tokens,
+    unit_groups,
+    key_lbas,
+    value_lbas,
+    page_first_token,
+    page_num_tokens,
+    unit_first_page,
+    unit_item,
+    unit_kv_head,
+):
+    """One pass over all units; counts when not `fill`, writes the arrays when it is."""
+    num_units = 0
+    num_pages = 0
+    for item in range(len(token_start)):
+        start, stop = token_start[item], token_stop[item]
+        if start >= stop:
+            continue
+        first_group = start // group_tokens
+        stop_group = (stop - 1) // group_tokens + 1
+        for run in range(first_group, stop_group, unit_groups):
+            run_stop = min(run + unit_groups, stop_group)
+            for head in range(num_kv_heads):
+                if fill:
+                    unit_first_page[num_units] = num_pages
+                    unit_item[num_units] = item
+                    unit_kv_head[num_units] = head
+                for group in range(run, run_stop):
+                    origin = group * group_tokens
+                    first = max(start - origin, 0) // per_page
+                    last = (min(stop - origin, group_tokens) - 1) // per_page
+                    if fill:
+                        base = _group_base(
+                            extents_base,
+                            extents_groups,
+                            item_first_extent[item],
+                            group - item_first_group[item],
+                            group_lbas,
+                        )
+                        keys = base + layer_offset + head * 2 * per_head
+                        for page in range(first, last + 1):
+                            key_lbas[num_pages] = keys + page
+                            value_lbas[num_pages] = keys + per_head + page
+                            page_first_token[num_pages] = origin + page * per_page
+                            page_num_tokens[num_pages] = min(
+                                per_page, min(group_tokens, stop - origin) - page * per_page
+                            )
+                            num_pages += 1
+                    else:
+                        num_pages += last + 1 - first
+                num_units += 1
+    if fill:
+        unit_first_page[num_units] = num_pages
+    return num_units, num_pages
+
+
+def plan_pages(work: AttentionWork, max_unit_pages: int) -> PagePlan:
+    """The pages that the queries of `work` see. max_unit_pages bounds K plus V pages of a unit."""
+    start = work.visible_start.min(axis=1)
+    stop = work.visible_stop.max(axis=1)
+    # what no extent names cannot be read; descriptor.parse holds num_tokens to the extents' end
+    start = np.maximum(start, work.items["first_group"].astype(np.int64) * work.group_tokens)
+    unit_groups = max(1, min(UNIT_TOKENS // work.group_tokens, max_unit_pages // (2 * work.pages_per_head)))
+    arguments = (
+        work.items["first_extent"].astype(np.int64),
+        work.items["first_group"].astype(np.int64),
+        start,
+        stop,
+        work.extents["base_lba"].astype(np.int64),
+        work.extents["num_groups"].astype(np.int64),
+        work.group_lbas,
+        work.layer * work.layer_lbas,
+        work.num_kv_heads,
+        work.pages_per_head,
+        work.tokens_per_page,
+        work.group_tokens,
+        unit_groups,
+    )
+
+    def arrays(num_units: int, num_pages: int) -> tuple[np.ndarray, ...]:
+        return (
+            np.empty(num_pages, np.int64),
+            np.empty(num_pages, np.int64),
+            np.empty(num_pages, np.int64),
+            np.empty(num_pages, np.int32),
+            np.empty(num_units + 1, np.int64),
+            np.empty(num_units, np.int32),
+            np.empty(num_units, np.int32),
+        )
+
+    num_units, num_pages = _plan(False, *arguments, *arrays(0, 0))
+    filled = arrays(num_units, num_pages)
+    _plan(True, *arguments, *filled)
+    return PagePlan(*filled)

@@ -1,0 +1,1 @@
+"""Direct I/O in C: io_uring batches over scattered pages, and CRC32C. See `api`."""

@@ -1,0 +1,54 @@
+"""Builds `ftl.direct_io._direct_io`: run this file to build in place; packaging uses `ffibuilder`."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+
+CDEF = """
+typedef struct dio_ring dio_ring;
+typedef struct { uint64_t address; uint64_t offset; uint64_t length; } dio_extent;
+typedef struct { uint64_t first; uint64_t num_pages; uint64_t image_address; } dio_oob_piece;
+
+dio_ring *dio_ring_create(unsigned depth);
+void dio_ring_destroy(dio_ring *ring);
+int dio_read_pages(dio_ring *ring, int fd, const int64_t *pages, const uint64_t *addresses, size_t n,
+                   size_t page_size, uint64_t data_start, size_t max_request_bytes, uint32_t *crc,
+                   uint64_t *failed_at);
+int dio_program_pages(dio_ring *ring, int fd, const int64_t *pages, const uint64_t *addresses, size_t n,
+                      size_t page_size, uint64_t data_start, size_t max_request_bytes, uint8_t *oob,
+                      const dio_oob_piece *pieces, size_t num_pieces, const dio_extent *extents,
+                      size_t num_extents, uint64_t *failed_at);
+int dio_transfer_extents(dio_ring *ring, int fd, int write, const dio_extent *extents, size_t n,
+                         size_t max_request_bytes, uint64_t *failed_at);
+void dio_complete_oob(const uint64_t *addresses, size_t n, size_t page_size, uint8_t *oob);
+int dio_punch_hole(int fd, uint64_t offset, uint64_t length);
+void dio_copy_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size);
+void dio_zero_pages(const uint64_t *addresses, size_t n, size_t page_size);
+void dio_crc32c_pages(const uint64_t *addresses, size_t n, size_t size, uint32_t *out);
+void dio_crc32c_records(const uint8_t *records, size_t n, size_t size, uint32_t *out);
+int dio_crc32c_force_software(int on);
+"""
+
+ffibuilder = FFI()
+ffibuilder.cdef(CDEF)
+ffibuilder.set_source(
+    "ftl.direct_io._direct_io",
+    '#include "crc32c.c"\n#include "ring.c"\n',
+    include_dirs=[str(HERE)],
+    extra_compile_args=["-O3", "-std=gnu11"],
+)
+
+
+def build_in_place() -> Path:
+    """Compiles in a scratch directory and leaves only the shared object beside this file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(ffibuilder.compile(tmpdir=scratch))
+        return Path(shutil.copy2(built, HERE / built.name))
+
+
+if __name__ == "__main__":
+    print(build_in_place())

@@ -1,0 +1,107 @@
+"""Every record that the drive keeps on flash, declared once. FORMAT.md beside this draws them.
+
+All fields are little-endian. Records with `crc32c` keep it in bytes 4..7 and compute it over the whole
+record with that field zero.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+FORMAT_VERSION = 1
+# Everything the file holds besides pages starts on such a boundary, so that direct I/O reaches it.
+BLOCK_BYTES = 4096
+
+OOB_MAGIC = 0x504B564B  # "KVKP"
+LBA_NONE = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class PageKind(IntEnum):
+    """What a programmed page holds. All but DATA are pages of the metadata log."""
+
+    DATA = 1
+    DEALLOCATE = 2
+    MAPPING_SNAPSHOT = 3
+    CLOSE = 4
+
+
+PAGE_OOB = np.dtype(
+    [
+        ("magic", "<u4"),  # OOB_MAGIC; 0 on a page that was never programmed
+        ("oob_crc32c", "<u4"),  # of this record
+        ("payload_crc32c", "<u4"),  # of the page
+        ("kind", "u1"),  # PageKind
+        ("stream", "u1"),  # placement stream it was written in
+        ("reserved0", "<u2"),  # zero
+        ("lba", "<u8"),  # LBA_NONE on metadata
+        ("sequence_number", "<u8"),  # version of the data: the highest per LBA counts; copies keep it
+        ("program_number", "<u8"),  # grows with every page programmed
+        # Every page of this session with a program number up to this one was on stable media before this
+        # page was programmed.
+        ("durable_program_number", "<u8"),
+        ("session", "<u4"),  # one number per opening of the drive that changed it
+        ("reserved1", "V12"),  # zero
+    ]
+)
+assert PAGE_OOB.itemsize == 64
+
+LOG_MAGIC = 0x474C564B  # "KVLG"
+
+# Start of the payload of every metadata page. The three tables follow in this order, then, from the end of
+# the tables rounded up to 8 bytes, a bitmap of `window_num_lbas` bits.
+LOG_HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u2"),
+        ("reserved0", "<u2"),
+        ("num_deallocations", "<u4"),
+        ("num_sessions", "<u4"),
+        ("num_open_superblocks", "<u4"),
+        ("part", "<u4"),  # snapshot: which page of it this is, from 0
+        ("num_parts", "<u4"),
+        ("window_num_lbas", "<u4"),  # snapshot: LBAs that the bitmap covers, bit set = unmapped
+        ("window_first_lba", "<u8"),
+        ("snapshot_sequence_number", "<u8"),  # versions below it are dead where the bit is set
+        ("reserved1", "V16"),
+    ]
+)
+assert LOG_HEADER.itemsize == 64
+
+# Versions of these LBAs below sequence_number are dead. True forever once written.
+DEALLOCATION = np.dtype([("lba", "<u8"), ("num_lbas", "<u8"), ("sequence_number", "<u8")])
+
+# Every page of the session with a program number up to this one is on stable media.
+SESSION = np.dtype([("session", "<u8"), ("durable_program_number", "<u8")])
+
+# At a clean close: superblocks that may be programmed further from next_page on.
+OPEN_SUPERBLOCK = np.dtype([("superblock", "<u8"), ("next_page", "<u4"), ("stream", "<u4")])
+
+DRIVE_MAGIC = 0x4456_5246_5356_4B00 | 0x31  # "1KVSFRVD" read as a little-endian u8
+
+DRIVE_HEADER = np.dtype(
+    [
+        ("format_version", "<u4"),
+        ("crc32c", "<u4"),
+        ("magic", "<u8"),
+        ("uuid", "V16"),
+        ("created_ns", "<u8"),  # Unix time
+        ("page_size", "<u4"),
+        ("num_channels", "<u4"),
+        ("dies_per_channel", "<u4"),
+        ("planes_per_die", "<u4"),
+        ("pages_per_erase_block", "<u4"),
+        ("reserved0", "<u4"),
+        ("num_superblocks", "<u8"),
+        ("num_lbas", "<u8"),
+        ("erase_block_table_start", "<u8"),  # byte offsets in the file
+        ("oob_start", "<u8"),
+        ("oob_stride", "<u8"),  # bytes of OOB per superblock, a multiple of BLOCK_BYTES
+        ("data_start", "<u8"),
+        ("reserved1", "V3984"),
+    ]
+)
+assert DRIVE_HEADER.itemsize == BLOCK_BYTES
+
+ERASE_BLOCK = np.dtype([("erase_count", "<u4"), ("flags", "<u4"), ("reserved", "<u8")])
+ERASE_BLOCK_BAD = 1
+assert BLOCK_BYTES % ERASE_BLOCK.itemsize == 0

@@ -1,0 +1,146 @@
+"""NVMe submission and completion queue entries, opcodes, and builders of the commands that kvfs sends.
+
+Source: NVM Express Base Specification 2.0, figures 87 and 91 (entries), and NVM Command Set
+Specification 1.0 (Read, Write, Dataset Management). Entries are NumPy records, so a batch of commands
+is one array and the bytes are the ones that go on a wire.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+SUBMISSION_ENTRY = np.dtype(
+    [
+        ("opcode", "u1"),
+        ("flags", "u1"),  # fused operation, PRP or SGL: zero here
+        ("cid", "<u2"),  # command identifier, chosen by the queue pair
+        ("nsid", "<u4"),
+        ("cdw2", "<u4"),
+        ("cdw3", "<u4"),
+        ("mptr", "<u8"),
+        ("dptr", "V16"),  # data pointer: an SGL descriptor on a wire, unused in process
+        ("cdw10", "<u4"),
+        ("cdw11", "<u4"),
+        ("cdw12", "<u4"),
+        ("cdw13", "<u4"),
+        ("cdw14", "<u4"),
+        ("cdw15", "<u4"),
+    ]
+)
+assert SUBMISSION_ENTRY.itemsize == 64
+
+COMPLETION_ENTRY = np.dtype(
+    [
+        ("cdw0", "<u4"),  # command-specific result
+        ("cdw1", "<u4"),
+        ("sqhd", "<u2"),
+        ("sqid", "<u2"),
+        ("cid", "<u2"),
+        ("status", "<u2"),  # phase, sc[8], sct[3], crd[2], more, dnr: see status.py
+    ]
+)
+assert COMPLETION_ENTRY.itemsize == 16
+
+DATASET_RANGE = np.dtype([("attributes", "<u4"), ("num_lbas", "<u4"), ("first_lba", "<u8")])
+assert DATASET_RANGE.itemsize == 16
+
+NSID = 1  # a kvfs drive has one namespace
+NSID_ALL = 0xFFFFFFFF
+MAX_LBAS_PER_COMMAND = 1 << 16  # NLB is a 16-bit count minus one
+MAX_DATASET_RANGES = 256
+DIRECTIVE_DATA_PLACEMENT = 2  # directive type of Write, CDW12[23:20]
+DATASET_DEALLOCATE = 1 << 2  # CDW11 bit AD
+
+
+class AdminOpcode(IntEnum):
+    GET_LOG_PAGE = 0x02
+    IDENTIFY = 0x06
+
+
+class IoOpcode(IntEnum):
+    FLUSH = 0x00
+    WRITE = 0x01
+    READ = 0x02
+    DATASET_MANAGEMENT = 0x09
+    # Vendor commands; what they mean is in vendor_command.py.
+    ATTENTION_SUBMIT = 0x81
+    ATTENTION_FETCH = 0x82
+    ATTENTION_CANCEL = 0x84
+    SEAL_GROUPS = 0x85
+
+
+class Direction(IntEnum):
+    """Opcode bits 1:0: which way data moves. Bidirectional (3) is not carried by any fabric."""
+
+    NONE = 0
+    HOST_TO_DRIVE = 1
+    DRIVE_TO_HOST = 2
+
+
+def direction(opcode: int) -> int:
+    return opcode & 3
+
+
+def _entry(opcode: int, nsid: int, **dwords: int) -> np.ndarray:
+    entry = np.zeros(1, SUBMISSION_ENTRY)
+    entry["opcode"] = opcode
+    entry["nsid"] = nsid
+    for name, value in dwords.items():
+        entry[name] = value
+    return entry
+
+
+def _lba_range(opcode: int, first_lba: int, num_lbas: int, cdw12: int = 0, cdw13: int = 0) -> np.ndarray:
+    if not 1 <= num_lbas <= MAX_LBAS_PER_COMMAND:
+        raise ValueError(f"one command moves 1 to {MAX_LBAS_PER_COMMAND} blocks, not {num_lbas}")
+    return _entry(
+        opcode,
+        NSID,
+        cdw10=first_lba & 0xFFFFFFFF,
+        cdw11=first_lba >> 32,
+        cdw12=cdw12 | (num_lbas - 1),
+        cdw13=cdw13,
+    )
+
+
+def read(first_lba: int, num_lbas: int) -> np.ndarray:
+    return _lba_range(IoOpcode.READ, first_lba, num_lbas)
+
+
+def write(first_lba: int, num_lbas: int, placement_id: int = 0) -> np.ndarray:
+    """Write with a placement hint: data of one placement identifier is expected to die together."""
+    return _lba_range(
+        IoOpcode.WRITE, first_lba, num_lbas, cdw12=DIRECTIVE_DATA_PLACEMENT << 20, cdw13=placement_id << 16
+    )
+
+
+def flush() -> np.ndarray:
+    return _entry(IoOpcode.FLUSH, NSID)
+
+
+def deallocate(num_ranges: int) -> np.ndarray:
+    """Dataset Management with the deallocate attribute; the data are `num_ranges` DATASET_RANGE records."""
+    if not 1 <= num_ranges <= MAX_DATASET_RANGES:
+        raise ValueError(f"Dataset Management takes 1 to {MAX_DATASET_RANGES} ranges, not {num_ranges}")
+    return _entry(IoOpcode.DATASET_MANAGEMENT, NSID, cdw10=num_ranges - 1, cdw11=DATASET_DEALLOCATE)
+
+
+def identify(cns: int, nsid: int = 0) -> np.ndarray:
+    return _entry(AdminOpcode.IDENTIFY, nsid, cdw10=cns)
+
+
+def get_log_page(log_id: int, size_bytes: int, offset_bytes: int = 0, nsid: int = NSID_ALL) -> np.ndarray:
+    num_dwords = size_bytes // 4 - 1  # zero-based, as the specification has it
+    return _entry(
+        AdminOpcode.GET_LOG_PAGE,
+        nsid,
+        cdw10=log_id | (num_dwords & 0xFFFF) << 16,
+        cdw11=num_dwords >> 16,
+        cdw12=offset_bytes & 0xFFFFFFFF,
+        cdw13=offset_bytes >> 32,
+    )
+
+
+def vendor(opcode: IoOpcode, ticket: int, num_pages: int = 1) -> np.ndarray:
+    """A vendor command: CDW10 is the ticket, CDW12[15:0] the transfer length in pages minus one."""
+    return _entry(opcode, NSID, cdw10=ticket, cdw12=num_pages - 1)

@@ -1,0 +1,45 @@
+"""Memory that a drive may transfer to and from directly.
+
+Direct I/O, SPDK and the attention kernels all want page-aligned buffers, so every data buffer of the
+project is allocated here. Addresses travel as plain integers in uint64 arrays: a batch of pages is two
+arrays (page numbers, addresses), never a Python object per page.
+"""
+
+import mmap
+
+import numpy as np
+
+ALIGNMENT = 4096
+HUGE_PAGE = 2 << 20
+
+
+def allocate(size_bytes: int) -> np.ndarray:
+    """A zeroed, 4 KiB aligned uint8 array of `size_bytes` backed by its own mapping.
+
+    Freed when the last view of it goes. Buffers of a huge page or more ask for huge pages, which makes
+    pinning them for direct I/O and walking them in a kernel cheaper.
+    """
+    if size_bytes <= 0:
+        raise ValueError(f"a DMA buffer needs at least one byte, not {size_bytes}")
+    mapping = mmap.mmap(-1, size_bytes)
+    if size_bytes >= HUGE_PAGE:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, dtype=np.uint8)
+
+
+def address_of(array: np.ndarray) -> int:
+    """The address of the first byte of a C-contiguous array."""
+    return array.__array_interface__["data"][0]
+
+
+def page_addresses(array: np.ndarray, page_size: int) -> np.ndarray:
+    """uint64 [num_pages]: the address of each `page_size` piece of a C-contiguous array.
+
+    The caller keeps the array alive while the addresses are in use.
+    """
+    if not array.flags.c_contiguous:
+        raise ValueError("a DMA buffer must be C-contiguous")
+    if array.nbytes % page_size:
+        raise ValueError(f"a buffer of {array.nbytes} bytes is not a whole number of {page_size}-byte pages")
+    num_pages = array.nbytes // page_size
+    return np.uint64(address_of(array)) + np.arange(num_pages, dtype=np.uint64) * np.uint64(page_size)

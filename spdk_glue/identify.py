@@ -1,0 +1,174 @@
+"""Identify data structures and log pages as record types.
+
+Only the fields that kvfs fills or reads are named; the offsets are the specification's, so any NVMe
+host can read them. Source: NVM Express Base Specification 2.0, figures 275 (Identify Controller), 202
+(SMART), 198 (Error Information); NVM Command Set Specification 1.0, figure 97 (Identify Namespace).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Cns(IntEnum):
+    NAMESPACE = 0x00
+    CONTROLLER = 0x01
+    ACTIVE_NAMESPACES = 0x02
+
+
+class LogPage(IntEnum):
+    ERROR_INFORMATION = 0x01
+    SMART = 0x02
+    FLASH_HEALTH = 0xC0  # vendor: what the flash translation layer did
+    ATTENTION_COUNTERS = 0xC1  # vendor: what the attention unit did
+
+
+def _record(size_bytes: int, fields: dict[str, tuple[int, str]]) -> np.dtype:
+    """A record type of `size_bytes` with named fields at given offsets."""
+    return np.dtype(
+        {
+            "names": list(fields),
+            "formats": [form for _, form in fields.values()],
+            "offsets": [offset for offset, _ in fields.values()],
+            "itemsize": size_bytes,
+        }
+    )
+
+
+VENDOR_AREA_OFFSET = 3072
+
+# What a kvfs drive says of itself in Identify Controller's vendor area. The host goes by this alone.
+ATTENTION_CAPABILITIES = np.dtype(
+    [
+        ("signature", "S8"),  # CAPABILITIES_SIGNATURE, or the drive has no attention unit
+        ("version", "<u4"),
+        ("dtype_mask", "<u4"),  # bit i: KvDtype i
+        ("max_items", "<u4"),
+        ("max_queries", "<u4"),
+        ("max_group_size", "<u4"),
+        ("head_dim_min", "<u4"),
+        ("head_dim_max", "<u4"),
+        ("max_transfer_bytes", "<u4"),  # of a descriptor or an answer
+        ("max_tickets", "<u4"),
+        ("num_workers", "<u4"),
+        ("num_placement_ids", "<u4"),  # streams that hints can tell apart
+        ("worker", "S16"),
+    ]
+)
+CAPABILITIES_SIGNATURE = b"KVFSATTN"
+
+IDENTIFY_CONTROLLER = _record(
+    4096,
+    {
+        "vid": (0, "<u2"),
+        "sn": (4, "S20"),
+        "mn": (24, "S40"),
+        "fr": (64, "S8"),
+        "mdts": (77, "u1"),  # maximum data transfer size, 2**mdts pages; 0 is no limit
+        "cntlid": (78, "<u2"),
+        "ver": (80, "<u4"),
+        "sqes": (512, "u1"),
+        "cqes": (513, "u1"),
+        "maxcmd": (514, "<u2"),
+        "nn": (516, "<u4"),
+        "oncs": (520, "<u2"),
+        "vwc": (525, "u1"),
+        "sgls": (536, "<u4"),
+        "subnqn": (768, "S256"),
+        "attention": (VENDOR_AREA_OFFSET, ATTENTION_CAPABILITIES),
+    },
+)
+ONCS_DATASET_MANAGEMENT = 1 << 2
+VWC_PRESENT = 1
+
+LBA_FORMAT = np.dtype([("ms", "<u2"), ("lbads", "u1"), ("rp", "u1")])
+IDENTIFY_NAMESPACE = _record(
+    4096,
+    {
+        "nsze": (0, "<u8"),
+        "ncap": (8, "<u8"),
+        "nuse": (16, "<u8"),
+        "nsfeat": (24, "u1"),
+        "nlbaf": (25, "u1"),
+        "flbas": (26, "u1"),
+        "lbaf": (128, (LBA_FORMAT, 16)),
+    },
+)
+
+SMART_LOG = _record(
+    512,
+    {
+        "critical_warning": (0, "u1"),
+        "temperature_kelvin": (1, "<u2"),
+        "available_spare": (3, "u1"),
+        "available_spare_threshold": (4, "u1"),
+        "percentage_used": (5, "u1"),
+        # 128-bit counters; the low half is enough for 2**64 units
+        "data_units_read": (32, "<u8"),  # thousands of 512 bytes
+        "data_units_written": (48, "<u8"),
+        "host_read_commands": (64, "<u8"),
+        "host_write_commands": (80, "<u8"),
+        "unsafe_shutdowns": (144, "<u8"),
+        "media_errors": (160, "<u8"),
+        "num_error_log_entries": (176, "<u8"),
+    },
+)
+
+ERROR_LOG_ENTRY = _record(
+    64,
+    {
+        "error_count": (0, "<u8"),  # 0: no entry
+        "sqid": (8, "<u2"),
+        "cid": (10, "<u2"),
+        "status": (12, "<u2"),
+        "lba": (16, "<u8"),  # LBA_UNKNOWN where the failure has none
+        "nsid": (24, "<u4"),
+        "opcode": (31, "u1"),
+        "detail": (40, "S24"),  # in the specification's reserved bytes: a short text
+    },
+)
+ERROR_LOG_ENTRIES = 64
+LBA_UNKNOWN = 0xFFFFFFFFFFFFFFFF
+
+WEAR_BINS = 32
+FLASH_HEALTH_LOG = np.dtype(
+    [
+        ("version", "<u4"),
+        ("num_channels", "<u4"),
+        ("num_superblocks", "<u8"),
+        ("free_superblocks", "<u8"),
+        ("page_size", "<u8"),
+        ("num_pages", "<u8"),
+        ("mapped_pages", "<u8"),
+        ("host_pages_written", "<u8"),
+        ("host_pages_read", "<u8"),
+        ("gc_pages_written", "<u8"),
+        ("metadata_pages_written", "<u8"),
+        ("media_pages_programmed", "<u8"),
+        ("media_pages_read", "<u8"),
+        ("superblocks_erased", "<u8"),
+        ("media_syncs", "<u8"),
+        ("corrupt_pages", "<u8"),
+        ("erase_count_min", "<u8"),
+        ("erase_count_max", "<u8"),
+        ("erase_count_mean", "<f8"),
+        ("wear_histogram", "<u8", WEAR_BINS),  # superblocks per equal bin of erase count, 0..erase_count_max
+    ]
+)
+
+ATTENTION_COUNTERS_LOG = np.dtype(
+    [
+        ("version", "<u4"),
+        ("num_workers", "<u4"),
+        ("commands", "<u8"),
+        ("cancelled", "<u8"),
+        ("failed", "<u8"),
+        ("items", "<u8"),
+        ("pages_from_flash", "<u8"),
+        ("pages_from_cache", "<u8"),
+        ("kernel_ns", "<u8"),  # summed over workers
+        ("command_ns", "<u8"),  # from submit to ticket done
+        ("cache_bytes", "<u8"),
+        ("cache_bytes_used", "<u8"),
+    ]
+)

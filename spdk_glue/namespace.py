@@ -1,0 +1,253 @@
+"""The host's view of one drive's NVMe namespace: blocks, and attention over them.
+
+The file system reaches the drive through this class alone. It checks lengths before they leave, splits
+what is larger than the drive's transfer limit, and turns error completions into NvmeStatusError with
+what the drive's error log says.
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from spdk_glue import command, dma, status
+from spdk_glue.command import DATASET_RANGE, IoOpcode
+from spdk_glue.controller import ADMIN_QUEUE
+from spdk_glue.identify import (
+    CAPABILITIES_SIGNATURE,
+    ERROR_LOG_ENTRIES,
+    ERROR_LOG_ENTRY,
+    IDENTIFY_CONTROLLER,
+    IDENTIFY_NAMESPACE,
+    LBA_UNKNOWN,
+    Cns,
+    LogPage,
+)
+from spdk_glue.queue_pair import QueuePair
+from spdk_glue.status import NvmeError, NvmeStatusError, Status
+
+
+class Transport(Protocol):
+    admin: QueuePair
+
+    def create_queue_pair(self, depth: int = 256) -> QueuePair: ...
+
+    def close(self) -> None: ...
+
+
+class NotAKvfsDrive(NvmeError):
+    """The controller's vendor area does not say that it computes attention."""
+
+
+@dataclass
+class Pending:
+    """A batch of commands in flight on a queue pair of its own."""
+
+    queue_pair: QueuePair
+    entries: np.ndarray
+    cids: list[int]
+
+
+class Namespace:
+    """Blocks of one drive. Safe to use from several threads: each operation takes an idle queue pair."""
+
+    def __init__(self, transport: Transport):
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._idle: list[QueuePair] = []
+        self._admin_lock = threading.Lock()
+        self._next_ticket = 0
+        self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
+        self.attention = self.controller["attention"]
+        if self.attention["signature"] != CAPABILITIES_SIGNATURE:
+            raise NotAKvfsDrive("the drive does not offer kvfs attention commands")
+        geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=command.NSID)
+        self.block_bytes = 1 << int(geometry["lbaf"][0]["lbads"])
+        self.num_lbas = int(geometry["nsze"])
+        # MDTS is a power of two of pages; 0 means that only the 16-bit block count limits
+        mdts = int(self.controller["mdts"])
+        self.max_transfer_lbas = min(command.MAX_LBAS_PER_COMMAND, 1 << mdts if mdts else 1 << 16)
+
+    # admin
+
+    def _identify(self, cns: int, record: np.dtype, nsid: int = 0) -> np.void:
+        data = np.zeros(record.itemsize, np.uint8)
+        self._admin(command.identify(cns, nsid), data)
+        return data.view(record)[0]
+
+    def log_page(self, log_id: int, record: np.dtype, count: int = 1) -> np.ndarray:
+        """`count` records of a log page."""
+        data = np.zeros(record.itemsize * count, np.uint8)
+        self._admin(command.get_log_page(log_id, data.nbytes), data)
+        return data.view(record)
+
+    def _admin(self, entry: np.ndarray, data: np.ndarray) -> None:
+        with self._admin_lock:
+            completions = self._transport.admin.execute(entry, [data])
+        self._check(entry, completions, ADMIN_QUEUE)
+
+    # blocks
+
+    @contextmanager
+    def _queue_pair(self):
+        with self._lock:
+            queue_pair = self._idle.pop() if self._idle else None
+        queue_pair = queue_pair or self._transport.create_queue_pair()
+        try:
+            yield queue_pair
+        finally:
+            with self._lock:
+                self._idle.append(queue_pair)
+
+    def _run(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
+        with self._queue_pair() as queue_pair:
+            for start in range(0, len(entries), queue_pair.depth):
+                batch = slice(start, start + queue_pair.depth)
+                completions = queue_pair.execute(entries[batch], buffers[batch])
+                self._check(entries[batch], completions)
+        return completions
+
+    def _transfers(self, builder, first_lba: int, data: np.ndarray, **hints) -> tuple[np.ndarray, list]:
+        if data.nbytes == 0 or data.nbytes % self.block_bytes:
+            raise ValueError(f"{data.nbytes} bytes are not a whole number of {self.block_bytes}-byte blocks")
+        view = data.reshape(-1).view(np.uint8)
+        num_lbas = view.nbytes // self.block_bytes
+        entries, buffers = [], []
+        for start in range(0, num_lbas, self.max_transfer_lbas):
+            count = min(self.max_transfer_lbas, num_lbas - start)
+            entries.append(builder(first_lba + start, count, **hints))
+            buffers.append(view[start * self.block_bytes : (start + count) * self.block_bytes])
+        return np.concatenate(entries), buffers
+
+    def read(self, first_lba: int, num_lbas: int) -> np.ndarray:
+        """uint8 [num_lbas * block_bytes]. Blocks never written, or deallocated, read as zeros."""
+        data = dma.allocate(num_lbas * self.block_bytes)
+        self._run(*self._transfers(command.read, first_lba, data))
+        return data
+
+    def read_scattered(self, extents: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Read each (first LBA, DMA buffer) pair, all in one batch."""
+        self._run(*self._gather(command.read, extents))
+
+    def write(self, first_lba: int, data: np.ndarray, placement_id: int = 0) -> None:
+        """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""
+        self._run(*self._transfers(command.write, first_lba, data, placement_id=placement_id))
+
+    def write_scattered(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> None:
+        """Write each (first LBA, buffer) pair; the drive gets them as one batch, in order."""
+        self._run(*self._gather(command.write, extents, placement_id=placement_id))
+
+    def _gather(self, builder, extents, **hints) -> tuple[np.ndarray, list]:
+        entries, buffers = [], []
+        for first_lba, data in extents:
+            more_entries, more_buffers = self._transfers(builder, first_lba, data, **hints)
+            entries.append(more_entries)
+            buffers.extend(more_buffers)
+        return np.concatenate(entries), buffers
+
+    def submit_write(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> Pending:
+        """As write_scattered, without waiting; `complete` ends it. The buffers must not change meanwhile."""
+        entries, buffers = self._gather(command.write, extents, placement_id=placement_id)
+        with self._lock:
+            queue_pair = self._idle.pop() if self._idle else None
+        if queue_pair is None or queue_pair.depth < len(entries):
+            queue_pair = self._transport.create_queue_pair(max(256, len(entries)))
+        return Pending(queue_pair, entries, queue_pair.submit(entries, buffers))
+
+    def is_done(self, pending: Pending) -> bool:
+        return pending.queue_pair.is_done(pending.cids)
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for a submitted batch; raises NvmeStatusError where a command of it failed."""
+        completions = pending.queue_pair.wait(pending.cids)
+        with self._lock:
+            self._idle.append(pending.queue_pair)
+        self._check(pending.entries, completions)
+
+    def flush(self) -> None:
+        """All completed writes and deallocations are durable when this returns."""
+        self._run(command.flush(), [None])
+
+    def deallocate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Give back (first LBA, number of LBAs) ranges."""
+        for start in range(0, len(ranges), command.MAX_DATASET_RANGES):
+            batch = ranges[start : start + command.MAX_DATASET_RANGES]
+            data = np.zeros(len(batch), DATASET_RANGE)
+            data["first_lba"] = [first for first, _ in batch]
+            data["num_lbas"] = [count for _, count in batch]
+            self._run(command.deallocate(len(batch)), [data.view(np.uint8)])
+
+    # attention
+
+    def attend(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray:
+        """Submit an attention descriptor, fetch its answer: uint8 [answer_bytes]."""
+        ticket = self.attention_submit(descriptor)
+        return self.attention_fetch(ticket, answer_bytes)
+
+    def attention_submit(self, descriptor: np.ndarray) -> int:
+        with self._lock:
+            ticket = self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
+        self._vendor(IoOpcode.ATTENTION_SUBMIT, ticket, descriptor)
+        return ticket
+
+    def attention_fetch(self, ticket: int, answer_bytes: int) -> np.ndarray:
+        answer = np.zeros(answer_bytes, np.uint8)
+        completions = self._vendor(IoOpcode.ATTENTION_FETCH, ticket, answer)
+        if int(completions["cdw0"][0]) != answer_bytes:
+            raise NvmeStatusError(
+                IoOpcode.ATTENTION_FETCH,
+                Status.DATA_TRANSFER_ERROR,
+                detail=f"an answer of {int(completions['cdw0'][0])} bytes where {answer_bytes} were expected",
+            )
+        return answer
+
+    def attention_cancel(self, ticket: int) -> None:
+        self._run(command.vendor(IoOpcode.ATTENTION_CANCEL, ticket), [None])
+
+    def seal_groups(self, payload: np.ndarray) -> None:
+        self._vendor(IoOpcode.SEAL_GROUPS, 0, payload)
+
+    def _vendor(self, opcode: IoOpcode, ticket: int, data: np.ndarray) -> np.ndarray:
+        limit = int(self.attention["max_transfer_bytes"])
+        if data.nbytes > limit:
+            raise ValueError(f"{data.nbytes} bytes in one {opcode.name}; this drive takes at most {limit}")
+        num_pages = -(-data.nbytes // self.block_bytes)
+        return self._run(command.vendor(opcode, ticket, num_pages), [data])
+
+    # errors
+
+    def _check(self, entries: np.ndarray, completions: np.ndarray, queue_id: int | None = None) -> None:
+        if not completions["status"].any():
+            return
+        failed = int(np.flatnonzero(completions["status"])[0])
+        entry, completion = entries[failed], completions[failed]
+        field = int(completion["status"])
+        lba, detail = None, ""
+        if status.has_more(field) and queue_id != ADMIN_QUEUE:
+            lba, detail = self._explain(int(completion["sqid"]), int(completion["cid"]))
+        raise NvmeStatusError(
+            int(entry["opcode"]),
+            status.decode(field),
+            nsid=int(entry["nsid"]),
+            do_not_retry=bool(field & 1 << 15),
+            lba=lba,
+            detail=detail,
+        )
+
+    def _explain(self, queue_id: int, cid: int) -> tuple[int | None, str]:
+        """What the error log says of a command: its LBA where it has one, and a short text."""
+        entries = self.log_page(LogPage.ERROR_INFORMATION, ERROR_LOG_ENTRY, ERROR_LOG_ENTRIES)
+        mine = entries[(entries["sqid"] == queue_id) & (entries["cid"] == cid) & (entries["error_count"] > 0)]
+        if not len(mine):
+            return None, ""
+        newest = mine[np.argmax(mine["error_count"])]
+        lba = int(newest["lba"])
+        return None if lba == LBA_UNKNOWN else lba, newest["detail"].decode("ascii", "replace")
+
+    def close(self) -> None:
+        for queue_pair in self._idle:
+            queue_pair.close()
+        self._transport.close()

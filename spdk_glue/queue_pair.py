@@ -1,0 +1,100 @@
+"""A queue pair: command identifiers, the depth limit, and matching completions to commands.
+
+The protocol rules live here; moving entries and data is the connection's business (a transport's end of
+one queue pair). One thread at a time uses a queue pair, as NVMe demands of its hosts.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from spdk_glue.command import COMPLETION_ENTRY
+from spdk_glue.status import QueueFull
+
+Buffer = np.ndarray | None  # uint8, C-contiguous: what the command reads from or writes to
+
+
+class Connection(Protocol):
+    """A transport's end of one queue pair."""
+
+    def submit(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
+        """Start a batch of commands; the buffers stay untouched by the caller until completion."""
+
+    def execute(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> np.ndarray:
+        """Run a batch to its end on the caller's thread; COMPLETION_ENTRY [num_commands]."""
+
+    def poll(self, wait: bool) -> np.ndarray:
+        """Completions that have arrived, at least one when `wait`; COMPLETION_ENTRY [any number]."""
+
+    def close(self) -> None: ...
+
+
+class QueuePair:
+    """At most `depth` commands outstanding on one connection."""
+
+    def __init__(self, connection: Connection, depth: int):
+        if not 1 <= depth <= 0xFFFF:
+            raise ValueError(f"a queue pair is 1 to 65535 commands deep, not {depth}")
+        self._connection = connection
+        self.depth = depth
+        self._next_cid = 0
+        self._outstanding: dict[int, Sequence[Buffer]] = {}  # cid to buffers: kept alive while in flight
+        self._completed: dict[int, np.void] = {}
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._outstanding)
+
+    def _assign_cids(self, entries: np.ndarray) -> list[int]:
+        if len(self._outstanding) + len(entries) > self.depth:
+            raise QueueFull(self.depth)
+        cids = []
+        for _ in range(len(entries)):
+            while self._next_cid in self._outstanding or self._next_cid in self._completed:
+                self._next_cid = (self._next_cid + 1) & 0xFFFF
+            cids.append(self._next_cid)
+            self._next_cid = (self._next_cid + 1) & 0xFFFF
+        entries["cid"] = cids
+        return cids
+
+    def submit(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> list[int]:
+        """Ring the doorbell for a batch: SUBMISSION_ENTRY [n] with a buffer each. Returns their cids.
+
+        Raises QueueFull, with nothing submitted, when the batch does not fit.
+        """
+        cids = self._assign_cids(entries)
+        for cid, buffer in zip(cids, buffers, strict=True):
+            self._outstanding[cid] = (buffer,)
+        self._connection.submit(entries, buffers)
+        return cids
+
+    def execute(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> np.ndarray:
+        """Submit a batch and wait for it: COMPLETION_ENTRY [n] in the order of the commands."""
+        self._assign_cids(entries)
+        return self._connection.execute(entries, buffers)
+
+    def _collect(self, wait: bool) -> None:
+        for completion in self._connection.poll(wait):
+            cid = int(completion["cid"])
+            del self._outstanding[cid]
+            self._completed[cid] = completion
+
+    def is_done(self, cids: Sequence[int]) -> bool:
+        """Whether all of `cids` have completed; never blocks."""
+        self._collect(wait=False)
+        return all(cid in self._completed for cid in cids)
+
+    def wait(self, cids: Sequence[int]) -> np.ndarray:
+        """Completions of `cids`, COMPLETION_ENTRY [n] in their order; blocks until all have arrived."""
+        while any(cid not in self._completed for cid in cids):
+            self._collect(wait=True)
+        completions = np.empty(len(cids), COMPLETION_ENTRY)
+        for position, cid in enumerate(cids):
+            completions[position] = self._completed.pop(cid)
+        return completions
+
+    def close(self) -> None:
+        if self._outstanding:
+            self.wait(list(self._outstanding))
+        self._connection.close()

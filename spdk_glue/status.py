@@ -1,0 +1,127 @@
+"""NVMe status codes, and the error that carries one.
+
+A code here is `sct << 8 | sc` (status code type, status code). Source: NVM Express Base Specification
+2.0, section 3.3.3.2.1; status code type 7 is vendor specific.
+"""
+
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    SUCCESS = 0x0000
+    INVALID_OPCODE = 0x0001
+    INVALID_FIELD = 0x0002
+    DATA_TRANSFER_ERROR = 0x0004
+    INTERNAL_ERROR = 0x0006
+    ABORTED_BY_REQUEST = 0x0007
+    INVALID_NAMESPACE = 0x000B
+    SGL_LENGTH_INVALID = 0x000F
+    NAMESPACE_WRITE_PROTECTED = 0x0020
+    LBA_OUT_OF_RANGE = 0x0080
+    CAPACITY_EXCEEDED = 0x0081
+    INVALID_LOG_PAGE = 0x0109
+    WRITE_FAULT = 0x0280
+    UNRECOVERED_READ_ERROR = 0x0281
+    DEALLOCATED_BLOCK = 0x0287  # attention over a page that was never written
+    # vendor specific
+    INVALID_DESCRIPTOR = 0x07C0
+    UNKNOWN_TICKET = 0x07C1
+    TICKET_IN_USE = 0x07C2
+    TOO_MANY_TICKETS = 0x07C3
+    ATTENTION_CANCELLED = 0x07C4
+
+
+# Completion status field: bit 0 phase, 8:1 sc, 11:9 sct, 13:12 retry delay, 14 more, 15 do not retry.
+_MORE = 1 << 14
+_DO_NOT_RETRY = 1 << 15
+
+
+def encode(status: int, more: bool = False, do_not_retry: bool = False) -> int:
+    return (status & 0x7FF) << 1 | (_MORE if more else 0) | (_DO_NOT_RETRY if do_not_retry else 0)
+
+
+def decode(field: int) -> int:
+    return field >> 1 & 0x7FF
+
+
+def has_more(field: int) -> bool:
+    """Whether the error log page tells more about this failure."""
+    return bool(field & _MORE)
+
+
+def describe(status: int) -> str:
+    try:
+        return Status(status).name.lower().replace("_", " ")
+    except ValueError:
+        return f"status code type {status >> 8:#x} code {status & 0xFF:#x}"
+
+
+class NvmeError(Exception):
+    """Base of everything that the NVMe layer raises."""
+
+
+class NvmeStatusError(NvmeError):
+    """A command that the drive answered with an error status.
+
+    opcode, status (`sct << 8 | sc`), do_not_retry, nsid; lba and detail where the error log names them.
+    """
+
+    def __init__(
+        self,
+        opcode: int,
+        status: int,
+        *,
+        nsid: int = 0,
+        do_not_retry: bool = False,
+        lba: int | None = None,
+        detail: str = "",
+    ):
+        self.opcode = opcode
+        self.status = status
+        self.nsid = nsid
+        self.do_not_retry = do_not_retry
+        self.lba = lba
+        self.detail = detail
+        super().__init__(opcode, status)
+
+    @property
+    def sct(self) -> int:
+        return self.status >> 8
+
+    @property
+    def sc(self) -> int:
+        return self.status & 0xFF
+
+    def __str__(self) -> str:
+        text = f"NVMe command {self.opcode:#04x} failed: {describe(self.status)}"
+        if self.lba is not None:
+            text += f" at LBA {self.lba}"
+        return f"{text} ({self.detail})" if self.detail else text
+
+
+class QueueFull(NvmeError):
+    """More commands outstanding than the queue pair is deep."""
+
+    def __init__(self, depth: int):
+        self.depth = depth
+        super().__init__(depth)
+
+    def __str__(self) -> str:
+        return f"the queue pair holds at most {self.depth} outstanding commands"
+
+
+class CommandFailed(NvmeError):
+    """Raised by a command handler on the drive's side; the controller turns it into a completion.
+
+    `lba` and `detail` go to the error log page, so that the host can say what was hit.
+    """
+
+    def __init__(self, status: Status, *, lba: int | None = None, detail: str = "", do_not_retry: bool = True):
+        self.status = status
+        self.lba = lba
+        self.detail = detail
+        self.do_not_retry = do_not_retry
+        super().__init__(status)
+
+    def __str__(self) -> str:
+        return f"{describe(self.status)}: {self.detail}" if self.detail else describe(self.status)

@@ -1,0 +1,100 @@
+"""The in-process transport: host and drive share an address space, buffers pass by reference.
+
+Commands of `execute` run on the caller's thread, as a polling driver's completions do; commands of
+`submit` run on the drive's command threads, so that the host goes on meanwhile. Bytes are counted as a
+wire would carry them: entries and data, in each direction.
+"""
+
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY, Direction, direction
+from spdk_glue.controller import ADMIN_QUEUE, Controller
+from spdk_glue.queue_pair import Buffer, QueuePair
+
+MAX_QUEUE_DEPTH = 1024
+
+
+@dataclass
+class LinkCounters:
+    """What crossed the seam, in bytes: 64 per submission, 16 per completion, and the data."""
+
+    commands: int = 0
+    bytes_to_drive: int = 0
+    bytes_from_drive: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class InprocTransport:
+    """Queue pairs into a controller of this process."""
+
+    def __init__(self, controller: Controller, num_command_threads: int = 2):
+        self._controller = controller
+        self._threads = ThreadPoolExecutor(num_command_threads, thread_name_prefix="kvfs-command")
+        self._lock = threading.Lock()
+        self._next_queue_id = ADMIN_QUEUE + 1
+        self.counters = LinkCounters()
+        self.admin = QueuePair(InprocConnection(self, ADMIN_QUEUE), depth=32)
+
+    def create_queue_pair(self, depth: int = 256) -> QueuePair:
+        if depth > MAX_QUEUE_DEPTH:
+            raise ValueError(f"this transport's queues are at most {MAX_QUEUE_DEPTH} deep, not {depth}")
+        with self._lock:
+            queue_id = self._next_queue_id
+            self._next_queue_id += 1
+        return QueuePair(InprocConnection(self, queue_id), depth)
+
+    def _count(self, entries: np.ndarray, buffers: Sequence[Buffer], completions: np.ndarray) -> None:
+        to_drive = from_drive = 0
+        for opcode, field, buffer in zip(
+            entries["opcode"].tolist(), completions["status"].tolist(), buffers, strict=True
+        ):
+            if direction(opcode) == Direction.HOST_TO_DRIVE and buffer is not None:
+                to_drive += buffer.nbytes
+            elif direction(opcode) == Direction.DRIVE_TO_HOST and buffer is not None and field >> 1 == 0:
+                from_drive += buffer.nbytes
+        with self._lock:
+            self.counters.commands += len(entries)
+            self.counters.bytes_to_drive += to_drive + len(entries) * SUBMISSION_ENTRY.itemsize
+            self.counters.bytes_from_drive += from_drive + len(entries) * COMPLETION_ENTRY.itemsize
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
+
+
+class InprocConnection:
+    """One queue pair's end inside the drive."""
+
+    def __init__(self, transport: InprocTransport, queue_id: int):
+        self._transport = transport
+        self._queue_id = queue_id
+        self._arrived: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+
+    def execute(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> np.ndarray:
+        completions = self._transport._controller.execute(self._queue_id, entries, buffers)
+        self._transport._count(entries, buffers, completions)
+        return completions
+
+    def submit(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
+        self._transport._threads.submit(self._run, entries.copy(), list(buffers))
+
+    def _run(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
+        self._arrived.put(self.execute(entries, buffers))
+
+    def poll(self, wait: bool) -> np.ndarray:
+        arrived = []
+        if wait:
+            arrived.append(self._arrived.get())
+        while not self._arrived.empty():
+            arrived.append(self._arrived.get())
+        return np.concatenate(arrived) if arrived else np.empty(0, COMPLETION_ENTRY)
+
+    def close(self) -> None:
+        """Nothing to release: the controller keeps no state per queue."""

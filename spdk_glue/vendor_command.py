@@ -1,0 +1,125 @@
+"""The vendor commands' records: attention descriptors and answers.
+
+Both sides of the seam speak these, so they are declared here and nowhere else. An ATTENTION_SUBMIT's
+data is, in order and without gaps:
+
+    ATTENTION_HEADER
+    ATTENTION_ITEM   [num_items]
+    GROUP_EXTENT     [num_extents]
+    TOKEN_RANGE      [num_items, num_queries]        when flags has EXPLICIT_RANGES
+    zero bytes up to header.queries_offset (a multiple of 4)
+    queries          query_dtype [num_items, num_queries, num_query_heads, head_dim]
+
+An ATTENTION_FETCH's answer is ANSWER_HEADER, `out` float32 [num_items, num_queries, num_query_heads,
+head_dim], `lse` float32 [num_items, num_queries, num_query_heads] (natural log; -inf where a query saw
+no token). The true length of an answer comes in CDW0.
+
+Pages of a token group lie `[layer][kv_head][K | V][page]` from the group's base LBA; a page holds
+`page_size // (head_dim * itemsize)` rows of one head.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class KvDtype(IntEnum):
+    """Storage type of keys, values and queries, little endian."""
+
+    FLOAT16 = 0
+    BFLOAT16 = 1
+    FLOAT32 = 2
+
+
+ITEM_SIZE = {KvDtype.FLOAT16: 2, KvDtype.BFLOAT16: 2, KvDtype.FLOAT32: 4}
+DTYPE_NAME = {KvDtype.FLOAT16: "float16", KvDtype.BFLOAT16: "bfloat16", KvDtype.FLOAT32: "float32"}
+DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
+
+ATTENTION_MAGIC = 0x5441564B  # "KVAT"
+ATTENTION_VERSION = 1
+EXPLICIT_RANGES = 1  # header flag: a TOKEN_RANGE per item and query follows the extents
+
+ATTENTION_HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u2"),
+        ("flags", "<u2"),
+        ("num_items", "<u4"),
+        ("num_extents", "<u4"),
+        ("queries_offset", "<u4"),
+        ("group_tokens", "<u4"),
+        ("num_layers", "<u2"),
+        ("layer", "<u2"),
+        ("num_kv_heads", "<u2"),
+        ("group_size", "<u2"),  # query heads per KV head
+        ("head_dim", "<u2"),
+        ("num_queries", "<u2"),
+        ("dtype", "u1"),  # KvDtype of keys and values
+        ("query_dtype", "u1"),  # KvDtype of queries
+        ("reserved0", "<u2"),
+        ("scale", "<f4"),  # score = scale * q . k
+        ("reserved", "V20"),  # sparse parameters; zero: dense
+    ]
+)
+assert ATTENTION_HEADER.itemsize == 64
+
+ATTENTION_ITEM = np.dtype(
+    [
+        ("first_extent", "<u4"),
+        ("num_extents", "<u4"),
+        ("first_group", "<u4"),  # token group that the first extent begins with
+        ("num_tokens", "<u4"),  # tokens on flash: what is visible ends there
+        ("token_start", "<u4"),  # first visible token
+        ("token_stop", "<u4"),  # one past the last token visible to the last query
+        ("window", "<u4"),  # a query sees at most so many tokens; 0: no limit
+        ("causal", "<u4"),  # 1: query i of n sees n - 1 - i tokens fewer than the last
+    ]
+)
+assert ATTENTION_ITEM.itemsize == 32
+
+GROUP_EXTENT = np.dtype([("base_lba", "<u8"), ("num_groups", "<u4"), ("reserved", "<u4")])
+assert GROUP_EXTENT.itemsize == 16
+
+TOKEN_RANGE = np.dtype([("start", "<u4"), ("stop", "<u4")])
+
+ANSWER_HEADER = np.dtype(
+    [
+        ("version", "<u4"),
+        ("reserved", "<u4"),
+        ("pages_from_flash", "<u4"),
+        ("pages_from_cache", "<u4"),
+        ("kernel_ns", "<u8"),  # summed over workers
+        ("command_ns", "<u8"),  # from submit to done
+    ]
+)
+assert ANSWER_HEADER.itemsize == 32
+
+# SEAL_GROUPS data: SEAL_HEADER, then GROUP_EXTENT records naming groups that no longer change.
+COMPACT = 1  # derive bit: rewrite the groups' pages so that each layer's are physical neighbours
+SEAL_MAGIC = 0x4C53564B  # "KVSL"
+SEAL_HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u2"),
+        ("derive", "<u2"),  # what to derive; an unknown bit is refused
+        ("num_extents", "<u4"),
+        ("num_layers", "<u4"),
+        ("layer_lbas", "<u4"),  # blocks of one layer within one group
+        ("placement_id", "<u4"),
+        ("reserved", "V8"),
+    ]
+)
+assert SEAL_HEADER.itemsize == 32
+
+
+def tokens_per_page(page_size: int, head_dim: int, dtype: KvDtype) -> int:
+    return page_size // (head_dim * ITEM_SIZE[dtype])
+
+
+def pages_per_head(page_size: int, head_dim: int, dtype: KvDtype, group_tokens: int) -> int:
+    """Pages of one head's K (or V) in one token group."""
+    return -(-group_tokens // tokens_per_page(page_size, head_dim, dtype))
+
+
+def answer_bytes(num_items: int, num_queries: int, num_query_heads: int, head_dim: int) -> int:
+    return ANSWER_HEADER.itemsize + 4 * num_items * num_queries * num_query_heads * (head_dim + 1)
