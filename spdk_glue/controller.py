@@ -106,8 +106,7 @@ class Controller:
     def execute(self, queue_id: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
         """Run a batch of SUBMISSION_ENTRY records; COMPLETION_ENTRY [n] in the same order."""
         requests = [
-            Request(*values, data)
-            for values, data in zip(entries[_FIELDS].tolist(), buffers, strict=True)
+            Request(*values, data) for values, data in zip(entries[_FIELDS].tolist(), buffers, strict=True)
         ]
         handlers = self._handlers[queue_id != ADMIN_QUEUE]
         for opcode, run in groupby(requests, key=lambda request: request.opcode):
@@ -155,6 +154,3 @@ class Controller:
             failure = CommandFailed(Status.INTERNAL_ERROR, detail="see the drive's log")
             for request in requests:
                 request.fail(failure)
-
-
-

@@ -1,0 +1,146 @@
+"""Handlers of the standard NVMe commands, over the flash translation layer."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from ftl.translation import FlashTranslationLayer
+
+from ftl.errors import CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyDrive
+from spdk_glue import dma
+from spdk_glue.command import DATASET_DEALLOCATE, DATASET_RANGE, DIRECTIVE_DATA_PLACEMENT, IoOpcode
+from spdk_glue.controller import Handler, Request
+from spdk_glue.status import CommandFailed, Status
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def flash_errors_as_status(otherwise: Status):
+    """Turn the flash layer's errors into status codes; what has no code of its own is `otherwise`."""
+    try:
+        yield
+    except CorruptPage as error:
+        log.error("%s", error)
+        raise CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=error.lba, detail="page checksum") from error
+    except OutOfFlash as error:
+        raise CommandFailed(Status.CAPACITY_EXCEEDED, detail="no free flash") from error
+    except LbaOutOfRange as error:
+        raise CommandFailed(Status.LBA_OUT_OF_RANGE) from error
+    except ReadOnlyDrive as error:
+        raise CommandFailed(Status.NAMESPACE_WRITE_PROTECTED, detail="read-only drive") from error
+    except FlashError as error:
+        log.error("%s", error)
+        raise CommandFailed(otherwise, detail="media error, see log") from error
+
+
+class BlockCommands:
+    """Read, Write, Flush and Dataset Management."""
+
+    def __init__(self, ftl: FlashTranslationLayer):
+        self._ftl = ftl
+
+    def handlers(self) -> dict[int, Handler]:
+        return {
+            IoOpcode.READ: self.read,
+            IoOpcode.WRITE: self.write,
+            IoOpcode.FLUSH: self.flush,
+            IoOpcode.DATASET_MANAGEMENT: self.dataset_management,
+        }
+
+    def _check(self, request: Request) -> bool:
+        """Whether the request's range and length hold; a bad one gets its status."""
+        if request.first_lba + request.num_lbas > self._ftl.num_lbas:
+            request.fail(CommandFailed(Status.LBA_OUT_OF_RANGE, lba=request.first_lba))
+        elif request.data.nbytes != request.num_lbas * self._ftl.page_size:
+            request.fail(CommandFailed(Status.SGL_LENGTH_INVALID, lba=request.first_lba))
+        return request.status == Status.SUCCESS
+
+    def _scatter(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """(lbas int64, addresses uint64) of all pages of some requests."""
+        lbas = [np.arange(r.first_lba, r.first_lba + r.num_lbas) for r in requests]
+        addresses = [dma.page_addresses(r.data, self._ftl.page_size) for r in requests]
+        return np.concatenate(lbas), np.concatenate(addresses)
+
+    def read(self, requests: Sequence[Request]) -> None:
+        accepted = [r for r in requests if self._check(r)]
+        if not accepted:
+            return
+        try:
+            self._read(accepted)
+        except CommandFailed:
+            # one bad page must not fail its neighbours' commands: ask again one by one
+            for request in accepted:
+                try:
+                    self._read([request])
+                except CommandFailed as failure:
+                    request.fail(failure)
+
+    def _read(self, requests: Sequence[Request]) -> None:
+        with flash_errors_as_status(Status.UNRECOVERED_READ_ERROR), _aligned_buffers(requests):
+            self._ftl.read(*self._scatter(requests))
+
+    def write(self, requests: Sequence[Request]) -> None:
+        accepted = [r for r in requests if self._check(r)]
+        first = 0
+        while first < len(accepted):  # neighbours with one placement identifier are one batch
+            placement_id = self._placement_id(accepted[first])
+            stop = first + 1
+            while stop < len(accepted) and self._placement_id(accepted[stop]) == placement_id:
+                stop += 1
+            run = accepted[first:stop]
+            try:
+                with flash_errors_as_status(Status.WRITE_FAULT), _aligned_buffers(run, copy_in=True):
+                    self._ftl.write(*self._scatter(run), stream=placement_id)
+            except CommandFailed as failure:
+                for request in run:
+                    request.fail(failure)
+            first = stop
+
+    @staticmethod
+    def _placement_id(request: Request) -> int:
+        placed = request.cdw12 >> 20 & 0xF == DIRECTIVE_DATA_PLACEMENT
+        return request.cdw13 >> 16 if placed else 0
+
+    def flush(self, requests: Sequence[Request]) -> None:
+        with flash_errors_as_status(Status.WRITE_FAULT):
+            self._ftl.flush()
+
+    def dataset_management(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if not request.cdw11 & DATASET_DEALLOCATE:
+                continue  # the other attributes are hints that we may ignore
+            count = (request.cdw10 & 0xFF) + 1
+            if request.data.nbytes < count * DATASET_RANGE.itemsize:
+                request.fail(CommandFailed(Status.SGL_LENGTH_INVALID))
+                continue
+            ranges = request.data[: count * DATASET_RANGE.itemsize].view(DATASET_RANGE)
+            pairs = np.stack([ranges["first_lba"], ranges["num_lbas"].astype(np.uint64)], axis=1)
+            try:
+                if int(pairs[:, 0].max()) >= 1 << 62:
+                    raise CommandFailed(Status.LBA_OUT_OF_RANGE)
+                with flash_errors_as_status(Status.WRITE_FAULT):
+                    self._ftl.deallocate(pairs.astype(np.int64))
+            except CommandFailed as failure:
+                request.fail(failure)
+
+
+@contextmanager
+def _aligned_buffers(requests: Sequence[Request], copy_in: bool = False):
+    """Lend page-aligned memory to requests whose buffer is not: direct I/O takes nothing else."""
+    lent = []
+    for request in requests:
+        if dma.address_of(request.data) % dma.ALIGNMENT or not request.data.flags.c_contiguous:
+            original, request.data = request.data, dma.allocate(request.data.nbytes)
+            lent.append((request, original))
+            if copy_in:
+                request.data[:] = original
+    try:
+        yield
+        if not copy_in:
+            for request, original in lent:
+                original[:] = request.data
+    finally:
+        for request, original in lent:
+            request.data = original

@@ -1,0 +1,92 @@
+"""An embedded drive: flash media, FTL, cache, attention unit and NVMe controller, put together.
+
+The only place that names the concrete classes. Layers open bottom-up on an ExitStack, so a failed step
+undoes the earlier ones.
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ftl.media_file import FileMedia
+from ftl.translation import FlashTranslationLayer
+
+from accel.admin_commands import AdminCommands
+from accel.attention_unit import AttentionUnit
+from accel.block_commands import BlockCommands
+from accel.page_cache import PageCache
+from accel.vendor_commands import VendorCommands
+from accel.workers import load_worker
+from ftl.geometry import Geometry
+from spdk_glue.controller import Controller
+from spdk_glue.transports.inproc import InprocTransport
+
+DEFAULT_CACHE_BYTES = 256 << 20
+MIN_CACHE_BYTES = 8 << 20  # a few windows of the attention unit
+
+
+@dataclass(frozen=True)
+class DriveConfig:
+    """Options of an embedded drive.
+
+    cache_bytes: DRAM read cache; num_workers: compute threads, None for one per CPU this process may
+    use; worker: a name of accel.workers.WORKERS.
+    """
+
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    num_workers: int | None = None
+    worker: str = "numba"
+    read_only: bool = False
+
+    def __post_init__(self):
+        if self.cache_bytes < MIN_CACHE_BYTES:
+            raise ValueError(f"cache_bytes is at least {MIN_CACHE_BYTES}, not {self.cache_bytes}")
+        if self.num_workers is not None and not 1 <= self.num_workers <= 1024:
+            raise ValueError(f"num_workers is 1 to 1024, not {self.num_workers}")
+
+    @property
+    def worker_count(self) -> int:
+        return self.num_workers or len(os.sched_getaffinity(0))
+
+
+class Drive:
+    """A drive in this process; hosts connect through `transport`."""
+
+    def __init__(self, ftl: FlashTranslationLayer, config: DriveConfig, stack: ExitStack):
+        self._stack = stack
+        self.ftl = ftl
+        self.cache = PageCache(config.cache_bytes, ftl.page_size, ftl.geometry.num_pages)
+        self.attention_unit = AttentionUnit(ftl, self.cache, load_worker(config.worker), config.worker_count)
+        stack.callback(self.attention_unit.close)
+        admin = AdminCommands(ftl, self.attention_unit, self.cache, config.worker)
+        controller = Controller(
+            {**BlockCommands(ftl).handlers(), **VendorCommands(self.attention_unit, ftl).handlers()},
+            admin.handlers(),
+        )
+        admin.error_log = controller.error_log
+        self.transport = InprocTransport(controller)
+        stack.callback(self.transport.close)
+
+    @staticmethod
+    def format(path: str | os.PathLike, geometry: Geometry) -> None:
+        """Make an empty drive in a new file. Raises FlashError, or FileExistsError."""
+        with ExitStack() as stack:
+            media = FileMedia.create(path, geometry)
+            stack.callback(media.close)
+            stack.callback(FlashTranslationLayer.format(media).close)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, config: DriveConfig | None = None) -> "Drive":
+        """Open a drive's file, recovering after an unclean end. Raises FlashError."""
+        config = config or DriveConfig()
+        with ExitStack() as stack:
+            media = FileMedia.open(path, read_only=config.read_only)
+            stack.callback(media.close)
+            ftl = FlashTranslationLayer.open(media)
+            stack.callback(ftl.close)
+            drive = cls(ftl, config, stack)
+            drive._stack = stack.pop_all()
+            return drive
+
+    def close(self) -> None:
+        self._stack.close()
