@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 from ftl.translation import FlashTranslationLayer
 
-from ftl.errors import CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyDrive
+from ftl.errors import CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyMedia
 from spdk_glue import dma
 from spdk_glue.command import DATASET_DEALLOCATE, DATASET_RANGE, DIRECTIVE_DATA_PLACEMENT, IoOpcode
 from spdk_glue.controller import Handler, Request
@@ -28,7 +28,7 @@ def flash_errors_as_status(otherwise: Status):
         raise CommandFailed(Status.CAPACITY_EXCEEDED, detail="no free flash") from error
     except LbaOutOfRange as error:
         raise CommandFailed(Status.LBA_OUT_OF_RANGE) from error
-    except ReadOnlyDrive as error:
+    except ReadOnlyMedia as error:
         raise CommandFailed(Status.NAMESPACE_WRITE_PROTECTED, detail="read-only drive") from error
     except FlashError as error:
         log.error("%s", error)

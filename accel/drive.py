@@ -17,9 +17,13 @@ from accel.block_commands import BlockCommands
 from accel.page_cache import PageCache
 from accel.vendor_commands import VendorCommands
 from accel.workers import load_worker
+from ftl import errors as flash_errors
 from ftl.geometry import Geometry
 from spdk_glue.controller import Controller
 from spdk_glue.transports.inproc import InprocTransport
+
+# what a host that embeds a drive needs to know of the flash below it
+__all__ = ["Drive", "DriveConfig", "Geometry", "flash_errors"]
 
 DEFAULT_CACHE_BYTES = 256 << 20
 MIN_CACHE_BYTES = 8 << 20  # a few windows of the attention unit

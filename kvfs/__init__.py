@@ -1,0 +1,21 @@
+"""kvfs: the KV cache of language models on flash, with attention computed where the data lies."""
+
+from kvfs import errors
+from kvfs.embedded_drive import Geometry
+from kvfs.errors import KvfsError, NvmeStatusError
+from kvfs.sequence import Sequence
+from kvfs.store import Model, Store, format, open
+
+__version__ = "0.1.0"
+__all__ = [
+    "Geometry",
+    "KvfsError",
+    "Model",
+    "NvmeStatusError",
+    "Sequence",
+    "Store",
+    "__version__",
+    "errors",
+    "format",
+    "open",
+]

@@ -51,13 +51,34 @@ def ranges_of_mask(mask, num_sequences, num_queries, num_past):
     return np.broadcast_to(ranges, (num_sequences, num_queries, 2))
 
 
+class RangesMemo:
+    """The ranges of the masks of the current step: all layers of a kind get the same mask object."""
+
+    def __init__(self):
+        self._num_past = None
+        self._of_mask = {}  # id -> (mask, ranges); the mask is kept so that its id stays its own
+
+    def ranges(self, mask, num_sequences, num_queries, num_past):
+        """ranges_of_mask, computed once per mask and step."""
+        if num_past != self._num_past:
+            self._num_past = num_past
+            self._of_mask.clear()
+        known = self._of_mask.get(id(mask))
+        if known is None:
+            known = mask, ranges_of_mask(mask, num_sequences, num_queries, num_past)
+            self._of_mask[id(mask)] = known
+        return known[1]
+
+
 def _visible(mask):
     """bool [num_sequences, num_queries, num_tokens] of a mask that is the same for all heads."""
     mask = mask.detach().cpu()
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         if not bool((hidden | (mask == 0)).all()):
-            raise UnsupportedMask("the attention mask adds a bias (ALiBi, relative positions): not supported by kvfs")
+            raise UnsupportedMask(
+                "the attention mask adds a bias (ALiBi, relative positions): not supported by kvfs"
+            )
         mask = ~hidden
     visible = mask.numpy()
     if visible.shape[1] > 1 and not (visible == visible[:, :1]).all():

@@ -1,0 +1,49 @@
+"""Starting an embedded drive: the one module of kvfs that reaches below the NVMe seam."""
+
+import os
+from pathlib import Path
+
+from accel.drive import Drive, DriveConfig, Geometry, flash_errors
+from kvfs.errors import DriveBusy, DriveExists, MediaFailure, NotADrive
+
+__all__ = ["DriveConfig", "Geometry", "format_drive", "open_drive"]
+
+
+def format_drive(path: str | os.PathLike, size_bytes: int, geometry: Geometry | None, page_size: int) -> None:
+    """Make an empty drive of at most `size_bytes` in a new file."""
+    if Path(path).exists():
+        raise DriveExists(path)
+    geometry = geometry or Geometry.for_capacity(size_bytes, page_size)
+    try:
+        Drive.format(path, geometry)
+    except FileExistsError as error:
+        raise DriveExists(path) from error
+    except OSError as error:
+        raise MediaFailure(f"{path}: {error.strerror}") from error
+    except flash_errors.FlashError as error:
+        Path(path).unlink(missing_ok=True)
+        raise MediaFailure(str(error)) from error
+
+
+def open_drive(path: str | os.PathLike, config: DriveConfig) -> Drive:
+    """Open the drive in a file; its errors become kvfs's."""
+    try:
+        return Drive.open(path, config)
+    except flash_errors.DriveBusy as error:
+        raise DriveBusy(path, error.pid) from error
+    except (flash_errors.NotADrive, flash_errors.TruncatedDrive, flash_errors.FormatVersionTooNew) as error:
+        raise NotADrive(path, _reason(error)) from error
+    except flash_errors.FlashError as error:
+        raise MediaFailure(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise NotADrive(path, "no such file; make a drive with kvfs.format or kvfsctl format") from error
+    except OSError as error:
+        raise MediaFailure(f"{path}: {error.strerror}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, flash_errors.NotADrive):
+        return f"not a kvfs drive ({error.why})"
+    if isinstance(error, flash_errors.TruncatedDrive):
+        return f"truncated: {error.found} bytes where the drive has {error.expected}"
+    return f"format version {error.found}, but this kvfs reads up to {error.supported}: use a newer kvfs"

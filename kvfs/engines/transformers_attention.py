@@ -1,0 +1,145 @@
+"""The attention function behind `KvfsCache`, and its registration with Transformers.
+
+Three cases, by what is in the store before the new tokens:
+
+- nothing: prefill. Attention over the new tokens stays in torch, on K/V rounded as the store rounds them, so that
+  the result equals attention over what is stored.
+- something, and one new token: decode. The whole attention is one vendor command per layer to the drive.
+- something, and several new tokens: a continued prompt, a chunk of a prefill, candidates to verify. The past goes to
+  the drive, the new tokens' part is computed here, and both are merged by their log-sum-exp.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvfs.engines.errors import UnsupportedMask, UnsupportedModel
+from kvfs.engines.fresh_tokens import StandIn
+from kvfs.engines.host_arrays import host_array
+from kvfs.engines.torch_attention import attend_ranges, merged, rounded, with_sinks
+from kvfs.engines.visibility import causal_ranges
+
+
+def kvfs_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention of a model whose cache is a KvfsCache, in the shapes of Transformers' attention interface.
+
+    query: [num_sequences, num_query_heads, num_queries, head_dim]; key, value: stand-ins from KvfsCache.update
+
+    Returns (out [num_sequences, num_queries, num_query_heads, head_dim] in the query's dtype, None).
+    Raises UnsupportedModel or UnsupportedMask, with the reason, for everything that it would get wrong.
+    """
+    _check_supported(module, query, dropout, kwargs)
+    fresh = key.fresh
+    if fresh is None or type(value) is not StandIn:
+        raise UnsupportedModel(
+            f"{type(module).__name__} rearranges the keys and values that its cache returned"
+        )
+    _check_new_positions(fresh, attention_mask, kwargs.get("position_ids"))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    fresh.cache.append(fresh, module, query)
+    sinks = kwargs.get("s_aux")
+    if fresh.num_past == 0 and sinks is None:
+        return _prefill(module, query, fresh, attention_mask, scaling, kwargs)
+    if fresh.num_past and query.shape[2] == 1:
+        out, lse = _decode(query, fresh, attention_mask, scaling)
+    else:
+        out, lse = _continue(query, fresh, attention_mask, scaling)
+    if sinks is not None:
+        out = with_sinks(out, lse, sinks)
+    return out.to(query.dtype), None
+
+
+def _prefill(module, query, fresh, attention_mask, scaling, kwargs):
+    keys, values = (rounded(tensor, fresh.cache.torch_dtype) for tensor in (fresh.keys, fresh.values))
+    return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)
+
+
+def _decode(query, fresh, attention_mask, scaling):
+    """One query per sequence over all its stored tokens, the new one included."""
+    ranges = None
+    if attention_mask is not None:
+        ranges = fresh.cache.mask_ranges(attention_mask, query.shape[0], 1, fresh.num_past)
+    return _attend_on_drive(query, fresh, scaling, ranges)
+
+
+def _continue(query, fresh, attention_mask, scaling):
+    """Several queries per sequence: the stored past on the drive, the new tokens here."""
+    num_sequences, _, num_queries, _ = query.shape
+    past = fresh.num_past
+    if attention_mask is None:
+        ranges = causal_ranges(num_sequences, num_queries, past)
+    else:
+        ranges = fresh.cache.mask_ranges(attention_mask, num_sequences, num_queries, past)
+    keys, values = (rounded(tensor, fresh.cache.torch_dtype) for tensor in (fresh.keys, fresh.values))
+    out, lse = attend_ranges(query, keys, values, (ranges - past).clip(min=0), scaling)
+    if past:
+        out, lse = merged(out, lse, *_attend_on_drive(query, fresh, scaling, ranges.clip(max=past)))
+    return out, lse
+
+
+def _attend_on_drive(query, fresh, scaling, ranges):
+    """out, lse as torch tensors on the query's device, both float32, laid out as attend_ranges returns them."""
+    out, lse = fresh.cache.store.attend(
+        fresh.layer,
+        host_array(query.transpose(1, 2)),
+        fresh.cache.sequences,
+        token_ranges=ranges,
+        scale=scaling,
+    )
+    return torch.from_numpy(out).to(query.device), torch.from_numpy(lse).to(query.device)
+
+
+def _check_supported(module, query, dropout, kwargs):
+    name = type(module).__name__
+    if kwargs.get("softcap") is not None:
+        raise UnsupportedModel(f"{name}: soft-capped attention scores (Gemma 2) are not supported by kvfs yet")
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(f"{name}: a position bias in the attention scores is not supported by kvfs")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModel(f"{name}: attention that is not causal is not supported by kvfs")
+    if dropout or (query.requires_grad and torch.is_grad_enabled()):
+        raise UnsupportedModel(
+            f"{name}: kvfs is for inference: call model.eval(), and the model inside torch.no_grad()"
+        )
+
+
+def _check_new_positions(fresh, attention_mask, position_ids):
+    """Refuse tokens that the model itself places among the stored ones.
+
+    `generate` with ids that are all stored already passes every one of them again; without a mask nothing else
+    would tell.
+    """
+    if attention_mask is not None or position_ids is None or not fresh.num_past or fresh.layer:
+        return
+    if position_ids.ndim == 2 and int(position_ids[0, -1]) < fresh.num_past:
+        raise UnsupportedMask(
+            f"new tokens at positions up to {int(position_ids[0, -1])}, but {fresh.num_past} tokens are stored: pass "
+            "the ids of the whole sequence (stored and new), or crop() the cache first"
+        )
+
+
+def sdpa_or_kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs):
+    """What is registered as "sdpa": ours for K/V of a KvfsCache, Transformers' own, untouched, for all others."""
+    if type(key) is StandIn:
+        return kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
+    """What is registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa."""
+    if type(key) is StandIn:
+        return kvfs_attention(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModel(
+            "attention sinks with attn_implementation='kvfs' need past_key_values=KvfsCache(...)"
+        )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def register():
+    """Make Transformers use the above; idempotent. The masks are sdpa's: bool, or None where causality says all."""
+    AttentionInterface.register("kvfs", kvfs_or_sdpa_attention)
+    AttentionMaskInterface.register("kvfs", sdpa_mask)
+    AttentionInterface.register("sdpa", sdpa_or_kvfs_attention)

@@ -1,0 +1,229 @@
+"""A Transformers `Cache` whose keys and values live in a kvfs store.
+
+How a step goes. A model calls `update` once per layer with the K/V of the new tokens; it gets stand-ins back
+(`fresh_tokens`) and hands them to its attention function, which is ours (`transformers_attention`): that one appends
+the fresh K/V to the store and computes. So everything the store must know (number of layers, query heads) is learned
+in the attention function of the first layer, and nothing has to be configured.
+
+A batch of n rows is n sequences. A step that fails between two layers leaves the first layers one step ahead; the
+cache only ever reports tokens that are complete in all layers, and drops the rest when the next step begins.
+"""
+
+from transformers.cache_utils import Cache
+
+from kvfs.engines import sequence_rows
+from kvfs.engines.errors import CacheMismatch, UnsupportedModel
+from kvfs.engines.fresh_tokens import FreshTokens, stand_ins
+from kvfs.engines.host_arrays import host_array
+from kvfs.engines.model_identity import TORCH_DTYPES, geometry_of, model_name, storage_dtype
+from kvfs.engines.visibility import RangesMemo
+
+
+class KvfsCache(Cache):
+    """`model.generate(ids, past_key_values=KvfsCache(store, "chat-42"))`.
+
+    store: an open kvfs store; it must stay open as long as the cache is used
+    name:  of the sequence; a stored one is continued (`generate` with all ids then prefills only the new ones).
+           A batch of several rows uses `name.0`, `name.1`, ...
+    dtype: "float16", "bfloat16" or "float32", in which K/V are stored; default: that of a stored sequence, else the
+           model's K/V dtype (float32 for dtypes that the store does not know)
+    model: name of the model in the store; default: its type and a fingerprint of its weights, so that a sequence is
+           never continued by another model. A name of one's own takes over that responsibility.
+
+    New tokens survive a kill of the process after `flush()` (or after the store is closed).
+    """
+
+    def __init__(self, store, name, *, dtype=None, model=None):
+        super().__init__(layers=[])
+        if dtype is not None and dtype not in TORCH_DTYPES:
+            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(TORCH_DTYPES)}")
+        self._store = store
+        self._name = name
+        self._dtype = dtype
+        self._model_name = model
+        self._model = None  # the store's model, known from the first attention on
+        self._rows = sequence_rows.find_rows(store, name)
+        # Tokens of each layer as this cache knows them; [] until the model is bound.
+        self._layer_tokens = []
+        self._masks = RangesMemo()
+        self._torn = False  # an append failed: rows may differ from each other and from _layer_tokens
+
+    def __repr__(self):
+        return f"KvfsCache({self._name!r}, {len(self._rows)} sequences of {self.get_seq_length()} tokens)"
+
+    def __len__(self):
+        return len(self._layer_tokens)
+
+    @property
+    def sequences(self):
+        """The store's sequences, one per row of the batch; () before the first forward of a new cache."""
+        return tuple(self._rows)
+
+    @property
+    def store(self):
+        """The store that keeps the sequences."""
+        return self._store
+
+    @property
+    def torch_dtype(self):
+        """torch dtype of the stored K/V; known from the first attention on."""
+        return TORCH_DTYPES[self._dtype]
+
+    def mask_ranges(self, mask, num_sequences, num_queries, num_past):
+        """Visible positions of each query of this step: int64 [num_sequences, num_queries, 2]."""
+        return self._masks.ranges(mask, num_sequences, num_queries, num_past)
+
+    def flush(self):
+        """Make all tokens durable: after this they survive a kill or a power cut."""
+        for row in self._rows:
+            row.flush()
+
+    # -- one step, called by the model and by the attention function ------------------------------------------------
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Take one layer's new K/V [num_sequences, num_kv_heads, num_new_tokens, head_dim]; returns stand-ins.
+
+        Raises UnsupportedModel for latents instead of K/V, CacheMismatch for another batch size.
+        """
+        if key_states.ndim != 4 or key_states.shape != value_states.shape:
+            raise UnsupportedModel(
+                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ in shape: latent "
+                "attention (DeepSeek MLA) and the like are not supported by kvfs"
+            )
+        if self._rows and len(self._rows) != key_states.shape[0]:
+            raise CacheMismatch(
+                f"{self._name!r} holds {len(self._rows)} sequences, the batch has {key_states.shape[0]} rows "
+                "(for several returned sequences or beams of one stored prompt: batch_repeat_interleave first)"
+            )
+        if layer_idx == 0:
+            self._drop_unfinished_step()
+        past = self._layer_tokens[layer_idx] if self._layer_tokens else self.get_seq_length()
+        return stand_ins(FreshTokens(self, layer_idx, past, key_states, value_states))
+
+    def append(self, fresh, module, queries):
+        """Write a layer's fresh K/V to the store, once; binds the cache to the model on the first call."""
+        if fresh.stored:
+            return
+        if not self._layer_tokens:
+            self._bind(module, queries, fresh.keys)
+        if fresh.layer >= self._model.num_layers:
+            raise UnsupportedModel(f"layer {fresh.layer} of a model with {self._model.num_layers} layers")
+        keys, values = host_array(fresh.keys.transpose(1, 2)), host_array(fresh.values.transpose(1, 2))
+        self._torn = True
+        for row, row_keys, row_values in zip(self._rows, keys, values, strict=True):
+            row.append(fresh.layer, row_keys, row_values)
+        self._torn = False
+        self._layer_tokens[fresh.layer] += keys.shape[1]
+        fresh.stored = True
+
+    def _bind(self, module, queries, keys):
+        """Create or check the store's model and sequences: from here on geometry and lengths are known."""
+        geometry = geometry_of(module, queries, keys)
+        stored = sequence_rows.check_same_model(self._rows) if self._rows else None
+        dtype = self._dtype or (stored.dtype if stored else storage_dtype(keys.dtype))
+        name = self._model_name or model_name(module, geometry, dtype)
+        if stored and stored.name != name:
+            raise CacheMismatch(
+                f"sequence {self._rows[0].name!r} was written by model {stored.name!r}, this one is {name!r}"
+            )
+        self._model = self._store.add_model(name, dtype=dtype, **vars(geometry))
+        self._dtype = dtype
+        if not self._rows:
+            self._rows = sequence_rows.create_rows(self._store, self._model, self._name, keys.shape[0])
+        self._layer_tokens = [self._truncate_rows(self._complete_tokens())] * geometry.num_layers
+
+    def _drop_unfinished_step(self):
+        if self._layer_tokens and (self._torn or self._layer_tokens[0] != self._layer_tokens[-1]):
+            complete = min(self._complete_tokens(), self._layer_tokens[-1])
+            self._layer_tokens = [self._truncate_rows(complete)] * len(self._layer_tokens)
+            self._torn = False
+
+    def _complete_tokens(self):
+        return min((row.num_tokens for row in self._rows), default=0)
+
+    def _truncate_rows(self, num_tokens):
+        for row in self._rows:
+            if any(row.layer_tokens(layer) != num_tokens for layer in range(row.model.num_layers)):
+                row.truncate(num_tokens)
+        return num_tokens
+
+    # -- what generate() asks ---------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx=0):
+        """Tokens that are complete in every layer: the last layer is the last one written in a step."""
+        return self._layer_tokens[-1] if self._layer_tokens else self._complete_tokens()
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        """(kv_length, kv_offset): masks always cover the whole sequence, windows are ranges of it."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx=None):
+        """-1: the drive is the limit."""
+        return -1
+
+    @property
+    def batch_size(self):
+        """Rows of the batch, -1 before the first forward."""
+        return len(self._rows) or -1
+
+    is_compileable = False
+    is_croppable = True
+
+    @property
+    def is_initialized(self):
+        """Whether a model has used this cache."""
+        return bool(self._layer_tokens)
+
+    # -- changes by generate(): candidates taken back, beams, selections --------------------------------------------
+
+    def crop(self, tokens_to_remove):
+        """Drop the last -tokens_to_remove tokens (0 or negative, as Transformers passes it)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
+        if tokens_to_remove < 0:
+            self._truncate_to(max(0, self.get_seq_length() + tokens_to_remove))
+
+    def reset(self):
+        """Empty the sequences; they and their names stay."""
+        self._truncate_to(0)
+
+    def _truncate_to(self, num_tokens):
+        self._truncate_rows(num_tokens)
+        self._layer_tokens = [num_tokens] * len(self._layer_tokens)
+
+    def reorder_cache(self, beam_idx):
+        """Row r continues what row beam_idx[r] was (beam search): copy-on-write forks."""
+        self._rearrange(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats):
+        """Each row `repeats` times, next to each other."""
+        self._rearrange([row for row in range(len(self._rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices):
+        """Keep the rows `indices` (positions, or a bool per row)."""
+        positions = range(len(self._rows))
+        kept = indices.tolist()
+        self._rearrange([row for row in positions if kept[row]] if indices.dtype.is_bool else kept)
+
+    def _rearrange(self, sources):
+        if self._rows and sources != list(range(len(self._rows))):
+            self._drop_unfinished_step()
+            self._rows = sequence_rows.rearranged_rows(self._store, self._name, self._rows, sources)
+
+    def early_initialization(self, batch_size, num_heads, head_dim, dtype, device):
+        """Nothing to allocate ahead; unsupported shapes are refused at the first attention."""
+
+    def update_conv_state(self, *args, **kwargs):
+        raise UnsupportedModel(
+            "layers with a recurrent or convolution state (Mamba and hybrids): not supported by kvfs"
+        )
+
+    update_recurrent_state = get_conv_state = get_recurrent_state = has_previous_state = update_conv_state
+
+    def update_indexer(self, *args, **kwargs):
+        raise UnsupportedModel("sparse attention with an indexer (DeepSeek V3.2): not supported by kvfs")
+
+    def offload(self, *args, **kwargs):
+        """Nothing to do: K/V are on the drive already."""
+
+    prefetch = offload

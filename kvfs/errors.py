@@ -1,0 +1,120 @@
+"""Everything that kvfs raises for a user, and the errno of each: the only place errno is chosen.
+
+Every error carries its facts as attributes and prints as one line that says what to do.
+"""
+
+import errno
+
+from spdk_glue.namespace import NotAKvfsDrive
+from spdk_glue.status import NvmeStatusError, Status
+
+
+class KvfsError(Exception):
+    """Base of kvfs's errors."""
+
+
+class NotADrive(KvfsError):
+    """The file, or what it holds, is not a kvfs drive that this version can read."""
+
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"{path}: {why}")
+
+
+class DriveBusy(KvfsError):
+    def __init__(self, path, pid: int | None):
+        self.path, self.pid = path, pid
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(f"{path} is open in {holder}: close it there, or use the drive through its mount")
+
+
+class MediaFailure(KvfsError):
+    """The file behind the drive could not be read or written."""
+
+
+class DriveExists(KvfsError):
+    def __init__(self, path):
+        self.path = path
+        super().__init__(f"{path} exists already: remove it, or choose another name")
+
+
+class OutOfSpace(KvfsError):
+    def __init__(self, wanted_bytes: int, largest_free_bytes: int):
+        self.wanted_bytes, self.largest_free_bytes = wanted_bytes, largest_free_bytes
+        super().__init__(
+            f"the drive is full: {wanted_bytes} bytes wanted, {largest_free_bytes} free in one piece;"
+            " delete sequences or use a larger drive"
+        )
+
+
+class StoreClosed(KvfsError):
+    def __init__(self):
+        super().__init__("the store is closed: open it again with kvfs.open")
+
+
+class NoSuchModel(KvfsError):
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(f"no model named {name!r}: add it with store.add_model")
+
+
+class ModelMismatch(KvfsError):
+    """A model of this name exists with another geometry."""
+
+    def __init__(self, name: str, differences: dict):
+        self.name, self.differences = name, differences
+        facts = ", ".join(f"{key} is {have}, not {want}" for key, (have, want) in differences.items())
+        super().__init__(f"model {name!r} exists with another geometry: {facts}")
+
+
+class NoSuchSequence(KvfsError):
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(f"no sequence named {name!r}")
+
+
+class SequenceExists(KvfsError):
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(f"a sequence named {name!r} exists already")
+
+
+class EmptySequence(KvfsError):
+    """Attention over a sequence that has no token in the layer."""
+
+    def __init__(self, name: str, layer: int):
+        self.name, self.layer = name, layer
+        super().__init__(f"sequence {name!r} has no tokens in layer {layer}: append before attending")
+
+
+class InvalidArgument(KvfsError, ValueError):
+    """A shape, dtype, layer or option that does not fit; says what was given and what is wanted."""
+
+
+ERRNO = {
+    KvfsError: errno.EIO,
+    NotADrive: errno.EMEDIUMTYPE,
+    DriveBusy: errno.EBUSY,
+    MediaFailure: errno.EIO,
+    DriveExists: errno.EEXIST,
+    OutOfSpace: errno.ENOSPC,
+    StoreClosed: errno.EBADF,
+    NoSuchModel: errno.ENOENT,
+    ModelMismatch: errno.EEXIST,
+    NoSuchSequence: errno.ENOENT,
+    SequenceExists: errno.EEXIST,
+    EmptySequence: errno.ENODATA,
+    InvalidArgument: errno.EINVAL,
+    NvmeStatusError: errno.EIO,
+    NotAKvfsDrive: errno.ENODEV,
+}
+
+
+def errno_of(error: Exception) -> int:
+    """The errno of an error, by its class or the nearest base that has one."""
+    if isinstance(error, NvmeStatusError) and error.status == Status.CAPACITY_EXCEEDED:
+        return errno.ENOSPC
+    for base in type(error).__mro__:
+        if base in ERRNO:
+            return ERRNO[base]
+    raise KeyError(f"{type(error).__name__} has no errno")

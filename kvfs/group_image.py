@@ -1,0 +1,64 @@
+"""Group images: one layer's share of a token group in host memory, byte for byte as it lies on flash.
+
+The host's tail is kept as images, so a spill writes them as they are and the attention kernels read the
+tail as they read pages. These kernels move rows between images and token-major arrays; rows are opaque
+words, so one pair serves every dtype.
+"""
+
+import numpy as np
+from numba import njit
+
+from kvfs.layout import GroupLayout
+from spdk_glue import dma
+
+
+@njit(nogil=True, cache=True)
+def _pack(rows, image, first_row, per_page, row_words):
+    num_tokens, num_heads = rows.shape[0], rows.shape[1]
+    for head in range(num_heads):
+        for token in range(num_tokens):
+            page = (first_row + token) // per_page
+            start = ((first_row + token) - page * per_page) * row_words
+            for word in range(row_words):
+                image[head, page, start + word] = rows[token, head, word]
+
+
+@njit(nogil=True, cache=True)
+def _unpack(rows, image, first_row, per_page, row_words):
+    num_tokens, num_heads = rows.shape[0], rows.shape[1]
+    for head in range(num_heads):
+        for token in range(num_tokens):
+            page = (first_row + token) // per_page
+            start = ((first_row + token) - page * per_page) * row_words
+            for word in range(row_words):
+                rows[token, head, word] = image[head, page, start + word]
+
+
+def allocate_image(layout: GroupLayout) -> np.ndarray:
+    """A zeroed image, uint8 [num_kv_heads, 2, pages_per_head, page_size], page aligned."""
+    return dma.allocate(layout.image_bytes).reshape(layout.image_shape)
+
+
+def _words(layout: GroupLayout, image: np.ndarray, rows: np.ndarray, kind: int):
+    # head_dim is a multiple of 8, so a row of any dtype is whole 8-byte words
+    words = image[:, kind].view(np.uint64)
+    return rows.view(np.uint64), words, layout.tokens_per_page, layout.row_bytes // 8
+
+
+def pack(layout: GroupLayout, image: np.ndarray, first_row: int, keys: np.ndarray, values: np.ndarray) -> None:
+    """Put tokens into an image from row `first_row` of its group on.
+
+    keys, values: [num_tokens, num_kv_heads, head_dim] of the storage dtype, C-contiguous.
+    """
+    for kind, rows in enumerate((keys, values)):
+        source, words, per_page, row_words = _words(layout, image, rows, kind)
+        _pack(source, words, first_row, per_page, row_words)
+
+
+def unpack(
+    layout: GroupLayout, image: np.ndarray, first_row: int, keys: np.ndarray, values: np.ndarray
+) -> None:
+    """The reverse of `pack`: fill keys and values from an image."""
+    for kind, rows in enumerate((keys, values)):
+        target, words, per_page, row_words = _words(layout, image, rows, kind)
+        _unpack(target, words, first_row, per_page, row_words)

@@ -1,0 +1,319 @@
+"""The catalogue: models, sequences, groups and tokens, in SQLite on the drive's own blocks.
+
+Every method is one transaction, visible at once and durable after `sync`. Rows name blocks only after
+their data were written. One row per token group, never one per page.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import apsw
+import numpy as np
+
+from kvfs.allocator import Extent
+from kvfs.errors import NotADrive, OutOfSpace
+from kvfs.layout import KvGeometry
+from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE model (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    num_layers INTEGER NOT NULL,
+    num_query_heads INTEGER NOT NULL,
+    num_kv_heads INTEGER NOT NULL,
+    head_dim INTEGER NOT NULL,
+    dtype TEXT NOT NULL,
+    group_tokens INTEGER NOT NULL
+) STRICT;
+CREATE TABLE sequence (
+    id INTEGER PRIMARY KEY,
+    model_id INTEGER NOT NULL REFERENCES model(id),
+    name TEXT NOT NULL UNIQUE,
+    created_ns INTEGER NOT NULL,
+    changed_ns INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,   -- complete in every layer
+    num_spilled INTEGER NOT NULL,  -- of these, in whole pages of the groups; the rest is in the tail record
+    tail_lba INTEGER NOT NULL,
+    tail_lbas INTEGER NOT NULL     -- 0: no tail record
+) STRICT;
+CREATE TABLE kv_group (
+    id INTEGER PRIMARY KEY,
+    base_lba INTEGER NOT NULL UNIQUE,
+    num_lbas INTEGER NOT NULL,
+    reference_count INTEGER NOT NULL
+) STRICT;
+CREATE TABLE sequence_group (
+    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
+    position INTEGER NOT NULL,     -- token group of the sequence
+    group_id INTEGER NOT NULL REFERENCES kv_group(id),
+    PRIMARY KEY (sequence_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE token_chunk (
+    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
+    position INTEGER NOT NULL,     -- first token of the chunk
+    token_ids BLOB NOT NULL,       -- <u4, up to TOKEN_CHUNK of them
+    PRIMARY KEY (sequence_id, position)
+) STRICT, WITHOUT ROWID;
+"""
+TOKEN_CHUNK = 1024
+_vfs_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    id: int
+    name: str
+    geometry: KvGeometry
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """A token group. id is None until a flush has named it in the catalogue."""
+
+    id: int | None
+    base_lba: int
+    num_lbas: int
+
+
+@dataclass
+class SequenceRow:
+    id: int
+    model_id: int
+    name: str
+    created_ns: int
+    changed_ns: int
+    num_tokens: int
+    num_spilled: int
+    tail_lba: int
+    tail_lbas: int
+
+
+_SEQUENCE_COLUMNS = "id, model_id, name, created_ns, changed_ns, num_tokens, num_spilled, tail_lba, tail_lbas"
+
+
+class Catalogue:
+    """Typed access to the tables above."""
+
+    def __init__(self, volume: Volume, page_size: int, path, create: bool = False):
+        self._volume = volume
+        vfs_name = f"kvfs-{next(_vfs_numbers)}"
+        self._vfs = VolumeVfs(vfs_name, volume)
+        try:
+            self._db = apsw.Connection(DATABASE_NAME, vfs=vfs_name)
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA temp_store = MEMORY")
+            if create:
+                # no rollback journal file exists on a volume; the switch to WAL is the only use of one
+                self._db.execute(f"PRAGMA page_size = {min(max(page_size, 4096), 65536)}")
+                self._db.execute("PRAGMA journal_mode = MEMORY")
+            mode = self._db.execute("PRAGMA journal_mode = WAL").get
+            assert mode == "wal", mode
+            self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
+            self._db.execute("PRAGMA wal_autocheckpoint = 256")
+            self._db.execute("PRAGMA cache_size = -16384")
+            if create:
+                with self._transaction():
+                    self._db.execute(SCHEMA)
+                    self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            version = self._db.execute("PRAGMA user_version").get
+        except (apsw.CorruptError, apsw.NotADBError) as error:
+            raise NotADrive(path, f"the catalogue is damaged: {error}") from error
+        if version != SCHEMA_VERSION:
+            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {SCHEMA_VERSION}")
+
+    @contextmanager
+    def _transaction(self):
+        try:
+            with self._db:
+                yield
+        except apsw.FullError as error:
+            raise OutOfSpace(0, 0) from error
+
+    def sync(self) -> None:
+        """Make every transaction so far durable."""
+        self._volume.sync()
+
+    def close(self) -> None:
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+        self._volume.sync()
+        self._vfs.unregister()
+
+    def abandon(self) -> None:
+        """Close without touching the volume, which a failed drive may not take."""
+        self._volume.database.forget_dirty()
+        self._volume.wal.forget_dirty()
+        self._vfs.unregister()
+
+    # models
+
+    def models(self) -> list[ModelRow]:
+        rows = self._db.execute(
+            "SELECT id, name, num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens"
+            " FROM model ORDER BY name"
+        )
+        return [ModelRow(row[0], row[1], KvGeometry(*row[2:])) for row in rows]
+
+    def add_model(self, name: str, geometry: KvGeometry) -> ModelRow:
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO model (name, num_layers, num_query_heads, num_kv_heads, head_dim, dtype,"
+                " group_tokens) VALUES (:name, :num_layers, :num_query_heads, :num_kv_heads, :head_dim,"
+                " :dtype, :group_tokens)",
+                {"name": name, **asdict(geometry)},
+            )
+            return ModelRow(self._db.last_insert_rowid(), name, geometry)
+
+    # sequences
+
+    def sequences(self) -> list[SequenceRow]:
+        rows = self._db.execute(f"SELECT {_SEQUENCE_COLUMNS} FROM sequence ORDER BY name")
+        return [SequenceRow(*row) for row in rows]
+
+    def sequence(self, name: str) -> SequenceRow | None:
+        row = self._db.execute(f"SELECT {_SEQUENCE_COLUMNS} FROM sequence WHERE name = ?", (name,)).fetchone()
+        return row and SequenceRow(*row)
+
+    def create_sequence(self, model_id: int, name: str) -> SequenceRow:
+        now = time.time_ns()
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO sequence (model_id, name, created_ns, changed_ns, num_tokens, num_spilled,"
+                " tail_lba, tail_lbas) VALUES (?, ?, ?, ?, 0, 0, 0, 0)",
+                (model_id, name, now, now),
+            )
+            return SequenceRow(self._db.last_insert_rowid(), model_id, name, now, now, 0, 0, 0, 0)
+
+    def rename_sequence(self, sequence_id: int, name: str) -> None:
+        with self._transaction():
+            self._db.execute("UPDATE sequence SET name = ? WHERE id = ?", (name, sequence_id))
+
+    def groups(self, sequence_id: int) -> list[GroupRow]:
+        """The sequence's groups in the order of their tokens."""
+        rows = self._db.execute(
+            "SELECT kv_group.id, base_lba, num_lbas FROM sequence_group"
+            " JOIN kv_group ON kv_group.id = group_id WHERE sequence_id = ? ORDER BY position",
+            (sequence_id,),
+        )
+        return [GroupRow(*row) for row in rows]
+
+    def store_sequence(
+        self,
+        row: SequenceRow,
+        groups: list[GroupRow],
+        first_changed: int,
+        tokens: np.ndarray,
+        first_new_token: int,
+    ) -> tuple[list[GroupRow], list[Extent]]:
+        """Write a sequence's state: its row, its groups from position `first_changed` on, its tokens.
+
+        Groups without id are new, those with one are shared or kept. Returns the groups, all with ids,
+        and the extents of groups that nothing names any more.
+        """
+        row.changed_ns = time.time_ns()
+        with self._transaction():
+            freed = self._release_groups(row.id, first_changed)
+            stored = list(groups[:first_changed])
+            for position, group in enumerate(groups[first_changed:], first_changed):
+                stored.append(self._link_group(row.id, position, group))
+            self._db.execute(
+                "UPDATE sequence SET changed_ns = ?, num_tokens = ?, num_spilled = ?, tail_lba = ?,"
+                " tail_lbas = ? WHERE id = ?",
+                (row.changed_ns, row.num_tokens, row.num_spilled, row.tail_lba, row.tail_lbas, row.id),
+            )
+            self._store_tokens(row.id, tokens, first_new_token)
+        return stored, freed
+
+    def _link_group(self, sequence_id: int, position: int, group: GroupRow) -> GroupRow:
+        if group.id is None:
+            self._db.execute(
+                "INSERT INTO kv_group (base_lba, num_lbas, reference_count) VALUES (?, ?, 1)",
+                (group.base_lba, group.num_lbas),
+            )
+            group = GroupRow(self._db.last_insert_rowid(), group.base_lba, group.num_lbas)
+        else:
+            self._db.execute(
+                "UPDATE kv_group SET reference_count = reference_count + 1 WHERE id = ?", (group.id,)
+            )
+        self._db.execute(
+            "INSERT INTO sequence_group (sequence_id, position, group_id) VALUES (?, ?, ?)",
+            (sequence_id, position, group.id),
+        )
+        return group
+
+    def _release_groups(self, sequence_id: int, first_position: int) -> list[Extent]:
+        """Unlink groups from `first_position` on; the extents of those that nothing links any more."""
+        of_sequence = "SELECT group_id FROM sequence_group WHERE sequence_id = ?1 AND position >= ?2"
+        arguments = (sequence_id, first_position)
+        self._db.execute(
+            f"UPDATE kv_group SET reference_count = reference_count - 1 WHERE id IN ({of_sequence})", arguments
+        )
+        unused = self._db.execute(
+            f"SELECT id, base_lba, num_lbas FROM kv_group WHERE reference_count = 0 AND id IN ({of_sequence})",
+            arguments,
+        ).fetchall()
+        self._db.execute("DELETE FROM sequence_group WHERE sequence_id = ? AND position >= ?", arguments)
+        self._db.executemany("DELETE FROM kv_group WHERE id = ?", [(group_id,) for group_id, _, _ in unused])
+        return [(base_lba, num_lbas) for _, base_lba, num_lbas in unused]
+
+    def delete_sequence(self, row: SequenceRow) -> list[Extent]:
+        """Forget a sequence. Returns the extents that nothing names any more."""
+        with self._transaction():
+            freed = self._release_groups(row.id, 0)
+            self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))
+            self._db.execute("DELETE FROM sequence WHERE id = ?", (row.id,))
+        if row.tail_lbas:
+            freed.append((row.tail_lba, row.tail_lbas))
+        return freed
+
+    # tokens
+
+    def tokens(self, sequence_id: int) -> np.ndarray:
+        """uint32 [any number]: token ids kept beside the KV."""
+        rows = self._db.execute(
+            "SELECT token_ids FROM token_chunk WHERE sequence_id = ? ORDER BY position", (sequence_id,)
+        )
+        return np.frombuffer(b"".join(row[0] for row in rows), "<u4").copy()
+
+    def _store_tokens(self, sequence_id: int, tokens: np.ndarray, first_new: int) -> None:
+        first_chunk = first_new - first_new % TOKEN_CHUNK
+        self._db.execute(
+            "DELETE FROM token_chunk WHERE sequence_id = ? AND position >= ?", (sequence_id, first_chunk)
+        )
+        self._db.executemany(
+            "INSERT INTO token_chunk (sequence_id, position, token_ids) VALUES (?, ?, ?)",
+            [
+                (sequence_id, start, tokens[start : start + TOKEN_CHUNK].astype("<u4").tobytes())
+                for start in range(first_chunk, len(tokens), TOKEN_CHUNK)
+            ],
+        )
+
+    # blocks
+
+    def used_extents(self) -> Iterable[Extent]:
+        """Every extent that a row names."""
+        yield from self._db.execute("SELECT base_lba, num_lbas FROM kv_group")
+        yield from self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
+
+    def problems(self) -> list[str]:
+        """What contradicts itself in the catalogue, one line each; empty when all is well."""
+        found = [f"SQLite: {row[0]}" for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        for group_id, count, links in self._db.execute(
+            "SELECT kv_group.id, reference_count, count(sequence_id) FROM kv_group"
+            " LEFT JOIN sequence_group ON group_id = kv_group.id"
+            " GROUP BY kv_group.id HAVING reference_count != count(sequence_id)"
+        ):
+            found.append(f"group {group_id} counts {count} references but has {links}")
+        for name, tokens, group_tokens, groups in self._db.execute(
+            "SELECT sequence.name, num_spilled, group_tokens,"
+            " (SELECT count(*) FROM sequence_group WHERE sequence_id = sequence.id)"
+            " FROM sequence JOIN model ON model.id = model_id"
+        ):
+            if -(-tokens // group_tokens) != groups:
+                found.append(f"sequence {name!r} has {tokens} tokens in groups but {groups} groups")
+        return found

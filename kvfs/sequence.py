@@ -1,0 +1,355 @@
+"""A sequence: the KV of one request's tokens, in all layers of a model.
+
+Groups that are full are immutable, so forks share them. What a truncation or a fork leaves of a partly
+filled group is read back into the tail: blocks that durable metadata names are never written again.
+"""
+
+import numpy as np
+
+from kvfs import group_image
+from kvfs.arrays import float_array, to_storage
+from kvfs.attention_request import DrivePart
+from kvfs.errors import InvalidArgument
+from kvfs.layout import GroupLayout
+from kvfs.metadata import GroupRow, SequenceRow
+from kvfs.tail import LayerTail, Spill
+from spdk_glue import dma
+
+PLACEMENT_TAIL = 1
+PLACEMENT_KV = 2  # and up: one per sequence, as far as the drive tells them apart
+
+
+class Sequence:
+    """Made by Store.create_sequence, Store.sequence and fork; valid until deleted or the store closes."""
+
+    def __init__(self, store, model, row: SequenceRow):
+        self._store = store
+        self.model = model
+        self._row = row
+        self._layout: GroupLayout = model.layout
+        self._groups: list[GroupRow] = store._catalogue.groups(row.id)
+        self._groups_changed_from = len(self._groups)  # positions from here on differ from the catalogue
+        self._tokens = store._catalogue.tokens(row.id)
+        self._tokens_changed_from = len(self._tokens)
+        self._layers = [LayerTail(self._layout, row.num_spilled) for _ in range(self._geometry.num_layers)]
+        self._dirty = False
+        self._deleted = False
+        if row.num_tokens > row.num_spilled:
+            self._load_tail_record()
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.name!r} of {self.model.name!r}, {self.num_tokens} tokens>"
+
+    @property
+    def _geometry(self):
+        return self.model.geometry
+
+    @property
+    def name(self) -> str:
+        return self._row.name
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that every layer has."""
+        return min(tail.num_tokens for tail in self._layers)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """uint32 [any number]: token ids given to append_tokens. Kept beside the KV, not checked against it."""
+        return self._tokens.copy()
+
+    def layer_tokens(self, layer: int) -> int:
+        """Tokens that one layer has; layers differ while a model's forward pass runs."""
+        return self._layers[self._check_layer(layer)].num_tokens
+
+    def _check_layer(self, layer: int) -> int:
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < self._geometry.num_layers:
+            raise InvalidArgument(f"layer is 0 to {self._geometry.num_layers - 1}, not {layer!r}")
+        return int(layer)
+
+    def _check_usable(self) -> None:
+        self._store._check_open()
+        if self._deleted:
+            raise InvalidArgument(f"sequence {self.name!r} was deleted")
+
+    # growing
+
+    def append(self, layer: int, keys, values) -> None:
+        """Add tokens to one layer.
+
+        keys, values: [num_tokens, num_kv_heads, head_dim], NumPy or torch, any float type; rounded to the
+        model's dtype. NaN and infinity are stored as they are. Writing to flash goes on in the background.
+
+        Raises InvalidArgument for a wrong layer, shape or dtype; OutOfSpace with nothing appended.
+        """
+        with self._store._lock:
+            self._check_usable()
+            layer = self._check_layer(layer)
+            shape = (None, self._geometry.num_kv_heads, self._geometry.head_dim)
+            meaning = "[num_tokens, num_kv_heads, head_dim]"
+            keys = float_array(keys, "keys", shape, meaning)
+            values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
+            tail = self._layers[layer]
+            self._reserve_groups(tail.num_tokens + len(keys))
+            self._dirty = True
+            dtype = self._geometry.numpy_dtype
+            group_tokens = self._geometry.group_tokens
+            start = 0
+            while start < len(keys):
+                count = min(group_tokens - tail.num_tokens % group_tokens, len(keys) - start)
+                part = slice(start, start + count)
+                tail.pack(to_storage(keys[part], dtype), to_storage(values[part], dtype))
+                self._spill(layer, tail)
+                start += count
+
+    def append_tokens(self, token_ids) -> None:
+        """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
+        with self._store._lock:
+            self._check_usable()
+            ids = np.asarray(token_ids).reshape(-1)
+            if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFFFFFF):
+                raise InvalidArgument("token ids are integers from 0 to 2**32 - 1")
+            self._tokens = np.concatenate([self._tokens, ids.astype(np.uint32)])
+            self._dirty = True
+
+    def _reserve_groups(self, num_tokens: int) -> None:
+        """Allocate the groups that `num_tokens` tokens fill, all or none. A part group waits in the tail."""
+        wanted = num_tokens // self._geometry.group_tokens
+        if self._store._writeback_tokens < self._geometry.group_tokens:
+            wanted = -(-num_tokens // self._geometry.group_tokens)
+        new = self._store._allocate_groups(wanted - len(self._groups), self._layout.group_lbas)
+        self._groups.extend(new)
+
+    def _spill(self, layer: int, tail: LayerTail) -> None:
+        due = tail.spillable(self._store._writeback_tokens)
+        if due is None:
+            return
+        position, first_page, stop_page, stop = due
+        base = self._groups[position].base_lba + layer * self._layout.layer_lbas
+        extents = tail.extents(base, position, first_page, stop_page)
+        pending = self._store._submit_write(extents, self._placement_id)
+        tail.num_submitted = stop
+        tail.spills.append(Spill(pending, stop))
+        self._store._spilling.append((self, layer))
+        self._store._limit_spilling()
+
+    @property
+    def _placement_id(self) -> int:
+        num_kv_ids = max(1, self._store._num_placement_ids - PLACEMENT_KV)
+        return PLACEMENT_KV + self._row.id % num_kv_ids
+
+    def _complete_spills(self, layer: int, wait: bool = True) -> None:
+        tail = self._layers[layer]
+        while tail.spills and (wait or self._store._namespace.is_done(tail.spills[0].pending)):
+            spill = tail.spills.popleft()
+            try:
+                self._store._namespace.complete(spill.pending)
+            except Exception:
+                # what did not reach the flash stays in its image; later spills of the layer follow it again
+                for later in tail.spills:
+                    self._store._namespace.complete(later.pending)
+                tail.spills.clear()
+                tail.num_submitted = tail.num_spilled
+                raise
+            tail.completed(spill)
+
+    def _wait_for_spills(self) -> None:
+        for layer in range(self._geometry.num_layers):
+            self._complete_spills(layer)
+
+    # reading
+
+    def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored."""
+        with self._store._lock:
+            self._check_usable()
+            layer = self._check_layer(layer)
+            limit = self._layers[layer].num_tokens
+            stop = limit if stop is None else stop
+            if not 0 <= start <= stop <= limit:
+                raise InvalidArgument(f"tokens [{start}, {stop}) of a layer that has {limit}")
+            self._complete_spills(layer)
+            return self._read_layer(layer, start, stop)
+
+    def _read_layer(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        tail = self._layers[layer]
+        shape = (stop - start, self._geometry.num_kv_heads, self._geometry.head_dim)
+        keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
+        on_flash = min(stop, tail.num_spilled)
+        group_tokens = self._geometry.group_tokens
+        position = start
+        while position < on_flash:
+            group, row = divmod(position, group_tokens)
+            count = min(group_tokens - row, on_flash - position)
+            image = tail.images.get(group)
+            if image is None:
+                base = self._groups[group].base_lba + layer * self._layout.layer_lbas
+                image = self._store._namespace.read(base, self._layout.layer_lbas)
+                image = image.reshape(self._layout.image_shape)
+            part = slice(position - start, position - start + count)
+            group_image.unpack(self._layout, image, row, keys[part], values[part])
+            position += count
+        if position < stop:
+            tail.read(position, stop, keys[position - start :], values[position - start :])
+        return keys, values
+
+    def _drive_part(self, layer: int) -> DrivePart:
+        return DrivePart(self._groups, self._layers[layer].num_spilled)
+
+    # durability
+
+    def flush(self) -> None:
+        """Everything appended so far, in complete tokens, survives a kill or a power cut from here on."""
+        with self._store._lock:
+            self._check_usable()
+            if self._dirty:
+                self._store_state()
+                self._store._sync()
+
+    def _store_state(self) -> None:
+        """Write the tail record and the catalogue's rows; durable after the store's next sync."""
+        self._wait_for_spills()
+        num_tokens = self.num_tokens
+        spilled = min(tail.num_spilled for tail in self._layers)
+        group_tokens, per_page = self._geometry.group_tokens, self._layout.tokens_per_page
+        if spilled > num_tokens:
+            position, row = divmod(num_tokens, group_tokens)
+            spilled = position * group_tokens + row - row % per_page
+        old_tail = (self._row.tail_lba, self._row.tail_lbas)
+        tail_lba, tail_lbas = self._write_tail_record(spilled, num_tokens)
+        self._row.num_tokens, self._row.num_spilled = num_tokens, spilled
+        self._row.tail_lba, self._row.tail_lbas = tail_lba, tail_lbas
+        named = -(-spilled // group_tokens)
+        changed = min(self._groups_changed_from, named)
+        stored, freed = self._store._catalogue.store_sequence(
+            self._row, self._groups[:named], changed, self._tokens, self._tokens_changed_from
+        )
+        self._groups[:named] = stored
+        self._groups_changed_from = named
+        self._tokens_changed_from = len(self._tokens)
+        for extent in freed:
+            self._store._allocator.hold(*extent)
+        if old_tail[1]:
+            self._store._allocator.hold(*old_tail)
+        self._dirty = False
+
+    def _write_tail_record(self, start: int, stop: int) -> tuple[int, int]:
+        """Tokens [start, stop) of all layers, packed: [layer][K | V][token][kv_head][head_dim]."""
+        if start == stop:
+            return 0, 0
+        block_bytes = self._store._namespace.block_bytes
+        shape = (
+            self._geometry.num_layers,
+            2,
+            stop - start,
+            self._geometry.num_kv_heads,
+            self._geometry.head_dim,
+        )
+        size = int(np.prod(shape)) * self._geometry.numpy_dtype.itemsize
+        num_lbas = -(-size // block_bytes)
+        first_lba = self._store._allocate(num_lbas)
+        buffer = dma.allocate(num_lbas * block_bytes)
+        record = buffer[:size].view(self._geometry.numpy_dtype).reshape(shape)
+        for layer in range(self._geometry.num_layers):
+            record[layer, 0], record[layer, 1] = self._read_layer(layer, start, stop)
+        self._store._namespace.write(first_lba, buffer, PLACEMENT_TAIL)
+        return first_lba, num_lbas
+
+    def _load_tail_record(self) -> None:
+        start, stop = self._row.num_spilled, self._row.num_tokens
+        shape = (
+            self._geometry.num_layers,
+            2,
+            stop - start,
+            self._geometry.num_kv_heads,
+            self._geometry.head_dim,
+        )
+        size = int(np.prod(shape)) * self._geometry.numpy_dtype.itemsize
+        buffer = self._store._namespace.read(self._row.tail_lba, self._row.tail_lbas)
+        record = buffer[:size].view(self._geometry.numpy_dtype).reshape(shape)
+        for layer, tail in enumerate(self._layers):
+            self._refill(tail, record[layer, 0], record[layer, 1])
+
+    def _refill(self, tail: LayerTail, keys: np.ndarray, values: np.ndarray) -> None:
+        """Put tokens that were stored before back into a tail, without spilling them."""
+        group_tokens = self._geometry.group_tokens
+        start = 0
+        while start < len(keys):
+            count = min(group_tokens - tail.num_tokens % group_tokens, len(keys) - start)
+            part = slice(start, start + count)
+            tail.pack(np.ascontiguousarray(keys[part]), np.ascontiguousarray(values[part]))
+            start += count
+
+    # shortening and sharing
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens. Raises InvalidArgument if a layer has fewer."""
+        with self._store._lock:
+            self._check_usable()
+            if not isinstance(num_tokens, (int, np.integer)) or not 0 <= num_tokens <= self.num_tokens:
+                raise InvalidArgument(f"a sequence of {self.num_tokens} tokens cannot keep {num_tokens!r}")
+            self._wait_for_spills()
+            self._layers = [self._cut_layer(layer, num_tokens) for layer in range(self._geometry.num_layers)]
+            self._drop_groups(num_tokens // self._geometry.group_tokens)
+            self._tokens = self._tokens[:num_tokens]
+            self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)
+            self._dirty = True
+
+    def _cut_layer(self, layer: int, num_tokens: int) -> LayerTail:
+        """A tail that ends at `num_tokens`: whole groups stay on flash, the rest is in memory."""
+        whole = num_tokens - num_tokens % self._geometry.group_tokens
+        old = self._layers[layer]
+        if old.num_spilled < whole:
+            whole = old.num_spilled - old.num_spilled % self._geometry.group_tokens
+        tail = LayerTail(self._layout, whole)
+        self._refill(tail, *self._read_layer(layer, whole, num_tokens))
+        return tail
+
+    def _drop_groups(self, keep: int) -> None:
+        for group in self._groups[keep:]:
+            if group.id is None:  # no metadata ever named it
+                self._store._allocator.give_back(group.base_lba, group.num_lbas)
+        del self._groups[keep:]
+        self._groups_changed_from = min(self._groups_changed_from, keep)
+
+    def fork(self, name: str) -> "Sequence":
+        """A new sequence with the same tokens. Whole groups are shared, nothing of them is copied."""
+        with self._store._lock:
+            self._check_usable()
+            self._store._check_new_name(name)
+            if self._dirty:
+                self._store_state()  # gives the shared groups their rows
+            row = self._store._catalogue.create_sequence(self.model.id, name)
+            child = Sequence(self._store, self.model, row)
+            num_tokens = self.num_tokens
+            whole = min(tail.num_spilled for tail in self._layers)
+            whole = min(whole, num_tokens)
+            whole -= whole % self._geometry.group_tokens
+            child._groups = self._groups[: whole // self._geometry.group_tokens]
+            child._groups_changed_from = 0
+            child._layers = []
+            for layer in range(self._geometry.num_layers):
+                tail = LayerTail(self._layout, whole)
+                child._refill(tail, *self._read_layer(layer, whole, num_tokens))
+                child._layers.append(tail)
+            child._tokens = self._tokens.copy()
+            child._tokens_changed_from = 0
+            child._dirty = True
+            child._store_state()
+            self._store._sequences[name] = child
+            return child
+
+    def compact(self) -> None:
+        """Have the drive rewrite this sequence's whole groups so that each layer reads in long runs."""
+        with self._store._lock:
+            self._check_usable()
+            self._wait_for_spills()
+            self._store._compact(self._layout, self._groups, self._placement_id)
+
+    def _forget(self) -> None:
+        """Give back what only memory knows of this sequence, which is being deleted."""
+        self._wait_for_spills()
+        for group in self._groups:
+            if group.id is None:
+                self._store._allocator.give_back(group.base_lba, group.num_lbas)
+        self._deleted = True

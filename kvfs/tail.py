@@ -1,0 +1,102 @@
+"""Delayed writeback: the newest tokens of one sequence and layer, in host memory.
+
+Tokens collect in group images. Once `writeback_tokens` of them make whole pages (or the group is full)
+those pages are spilled: written to the group's blocks as they lie in the image. A spill runs in the
+background; until it has completed, its tokens count as tail. The host attends over the tail, the drive
+over what has been spilled. Source: INF2, arXiv:2502.09921.
+
+States of a token of one layer, by position: [0, num_spilled) on flash, [num_spilled, num_submitted) on its
+way there, [num_submitted, num_tokens) only here.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvfs import group_image
+from kvfs.layout import GroupLayout
+from spdk_glue.namespace import Pending
+
+
+@dataclass
+class Spill:
+    """Pages on their way to flash; `stop` is one past the last token that they hold."""
+
+    pending: Pending
+    stop: int
+
+
+class LayerTail:
+    """One layer's tail. `images` maps a group position to its image, for groups not wholly on flash."""
+
+    def __init__(self, layout: GroupLayout, num_tokens: int = 0):
+        self._layout = layout
+        self.num_tokens = num_tokens
+        self.num_submitted = num_tokens
+        self.num_spilled = num_tokens
+        self.images: dict[int, np.ndarray] = {}
+        self.spills: deque[Spill] = deque()
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.images) * self._layout.image_bytes
+
+    def pack(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Take in tokens [num_tokens, num_kv_heads, head_dim] that fit in the current group."""
+        group_tokens = self._layout.geometry.group_tokens
+        position, row = divmod(self.num_tokens, group_tokens)
+        assert row + len(keys) <= group_tokens
+        image = self.images.get(position)
+        if image is None:
+            image = self.images[position] = group_image.allocate_image(self._layout)
+        group_image.pack(self._layout, image, row, keys, values)
+        self.num_tokens += len(keys)
+
+    def spillable(self, writeback_tokens: int) -> tuple[int, int, int, int] | None:
+        """(group position, first page, stop page, stop token) that is due for writing, or None."""
+        group_tokens, per_page = self._layout.geometry.group_tokens, self._layout.tokens_per_page
+        position, row = divmod(self.num_submitted, group_tokens)
+        stop_row = min(self.num_tokens - position * group_tokens, group_tokens)
+        if stop_row < group_tokens:
+            stop_row -= stop_row % per_page
+            if stop_row - row < writeback_tokens:
+                return None
+        if stop_row <= row:
+            return None
+        stop_page = -(-stop_row // per_page)
+        return position, row // per_page, stop_page, position * group_tokens + stop_row
+
+    def extents(self, base_lba: int, position: int, first_page: int, stop_page: int):
+        """(LBA, buffer) pairs of some pages of every head; base_lba: of this layer in the group."""
+        image = self.images[position]
+        per_head = self._layout.pages_per_head
+        if first_page == 0 and stop_page == per_head:
+            return [(base_lba, image.reshape(-1))]
+        num_heads = self._layout.geometry.num_kv_heads
+        return [
+            (
+                base_lba + (2 * head + kind) * per_head + first_page,
+                image[head, kind, first_page:stop_page].reshape(-1),
+            )
+            for head in range(num_heads)
+            for kind in (0, 1)
+        ]
+
+    def completed(self, spill: Spill) -> None:
+        """A spill has reached the flash: its tokens are the drive's, whole groups leave memory."""
+        self.num_spilled = spill.stop
+        whole = self.num_spilled // self._layout.geometry.group_tokens
+        for position in [p for p in self.images if p < whole]:
+            del self.images[position]
+
+    def read(self, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Copy tokens [start, stop), all at or past num_spilled, into [stop - start, heads, head_dim]."""
+        group_tokens = self._layout.geometry.group_tokens
+        position = start
+        while position < stop:
+            group, row = divmod(position, group_tokens)
+            count = min(group_tokens - row, stop - position)
+            part = slice(position - start, position - start + count)
+            group_image.unpack(self._layout, self.images[group], row, keys[part], values[part])
+            position += count
