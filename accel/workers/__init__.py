@@ -1,0 +1,58 @@
+"""Attention workers: what computes over pages. All take an AttentionBatch; `reference` is the definition.
+
+A worker is a module with `name` and `attend_units(batch, first_unit, last_unit, out, lse)`.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+
+WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}
+
+
+def load_worker(name: str):
+    """The worker of a name; raises KeyError with a line for the user."""
+    if name not in WORKERS:
+        raise KeyError(f"no worker named {name!r}: choose one of {', '.join(WORKERS)}")
+    return import_module(WORKERS[name])
+
+
+@dataclass
+class AttentionBatch:
+    """One command's work: partial attention of many units.
+
+    A unit is one item (a sequence's queries) on one KV head over a run of pages. A page is raw memory:
+    rows [token, head_dim] of one KV head's keys (or values), packed from byte 0; bytes behind the last
+    row are slack and never read.
+
+    dtype: "float16", "bfloat16" or "float32" storage of K and V, little endian
+    head_dim: a multiple of 8, 32 to 256; group_size: query heads per KV head, 1 to 16
+    key_pages, value_pages: uint64 [num_pages], addresses, 64-byte aligned
+    page_first_token: int64 [num_pages], position in the sequence of the page's row 0
+    page_num_tokens: int32 [num_pages], rows in use
+    unit_first_page: int64 [num_units + 1]; unit_item, unit_kv_head: int32 [num_units]
+    queries: float32 [num_items, num_queries, num_query_heads, head_dim]; head h reads KV head
+        h // group_size
+    visible_start, visible_stop: int64 [num_items, num_queries]: a query sees start <= position < stop
+    scale: score = scale * q . k
+
+    `attend_units` fills out[first_unit:last_unit] float32 [num_units, num_queries, group_size, head_dim]
+    and lse float32 [num_units, num_queries, group_size], natural log, -inf (and out zero) where a query
+    sees nothing of the unit. Disjoint ranges of units may be computed by several threads at once.
+    """
+
+    dtype: str
+    head_dim: int
+    group_size: int
+    key_pages: np.ndarray
+    value_pages: np.ndarray
+    page_first_token: np.ndarray
+    page_num_tokens: np.ndarray
+    unit_first_page: np.ndarray
+    unit_item: np.ndarray
+    unit_kv_head: np.ndarray
+    queries: np.ndarray
+    visible_start: np.ndarray
+    visible_stop: np.ndarray
+    scale: float
