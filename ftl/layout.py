@@ -20,9 +20,9 @@ class PageKind(IntEnum):
     """What a programmed page holds. All but DATA are pages of the metadata log."""
 
     DATA = 1
-    DEALLOCATE = 2
-    MAPPING_SNAPSHOT = 3
-    CLOSE = 4
+    DEALLOCATE = 2  # ranges deallocated; with none, a mark that carries a durable_program_number
+    MAPPING_SNAPSHOT = 3  # every unmapped range: what the log said before is superseded
+    CLOSE = 4  # nothing was programmed after it: the drive was closed cleanly
 
 
 PAGE_OOB = np.dtype(
@@ -47,31 +47,22 @@ assert PAGE_OOB.itemsize == 64
 
 LOG_MAGIC = 0x474C564B  # "KVLG"
 
-# Start of the payload of every metadata page. The three tables follow in this order, then, from the end of
-# the tables rounded up to 8 bytes, a bitmap of `window_num_lbas` bits.
+# Start of the payload of every metadata page; `num_records` DEALLOCATION records (or, on a CLOSE page,
+# OPEN_SUPERBLOCK records) follow.
 LOG_HEADER = np.dtype(
     [
         ("magic", "<u4"),
-        ("version", "<u2"),
-        ("reserved0", "<u2"),
-        ("num_deallocations", "<u4"),
-        ("num_sessions", "<u4"),
-        ("num_open_superblocks", "<u4"),
-        ("part", "<u4"),  # snapshot: which page of it this is, from 0
+        ("num_records", "<u4"),
+        ("part", "<u4"),  # of a snapshot of num_parts pages; it counts only when all are there
         ("num_parts", "<u4"),
-        ("window_num_lbas", "<u4"),  # snapshot: LBAs that the bitmap covers, bit set = unmapped
-        ("window_first_lba", "<u8"),
-        ("snapshot_sequence_number", "<u8"),  # versions below it are dead where the bit is set
-        ("reserved1", "V16"),
+        ("snapshot_sequence_number", "<u8"),  # log records below it are superseded
+        ("reserved", "V40"),
     ]
 )
 assert LOG_HEADER.itemsize == 64
 
-# Versions of these LBAs below sequence_number are dead. True forever once written.
+# Versions of these LBAs below sequence_number are dead.
 DEALLOCATION = np.dtype([("lba", "<u8"), ("num_lbas", "<u8"), ("sequence_number", "<u8")])
-
-# Every page of the session with a program number up to this one is on stable media.
-SESSION = np.dtype([("session", "<u8"), ("durable_program_number", "<u8")])
 
 # At a clean close: superblocks that may be programmed further from next_page on.
 OPEN_SUPERBLOCK = np.dtype([("superblock", "<u8"), ("next_page", "<u4"), ("stream", "<u4")])

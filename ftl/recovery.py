@@ -1,0 +1,158 @@
+"""Opening a drive: the map from what the flash holds, with no help from anything that could be stale.
+
+Every programmed page says in its OOB which LBA it holds, in which version, and how far programming was
+durable when it was programmed. So:
+
+1. Read the OOB of all superblocks that hold anything; a record counts if its own checksum holds.
+2. Pages programmed after what their session knew to be durable may be torn: read them, and drop those
+   whose payload does not match. An older version of their LBA shows through.
+3. The highest version of each LBA wins; then the log's deallocations drop versions older than they are.
+
+Sessions (one per opening that changed the drive) are told apart because a later session's durability
+says nothing of an earlier one's torn pages, which lie on the flash until their superblock is erased.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ftl import deallocation_log
+from ftl.deallocation_log import LogPage
+from ftl.direct_io.api import crc32c_records
+from ftl.layout import OOB_MAGIC, PAGE_OOB, PageKind
+from ftl.mapping import Mapping
+from ftl.media import FlashMedia
+from spdk_glue import dma
+
+log = logging.getLogger(__name__)
+
+VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
+
+
+@dataclass
+class Recovered:
+    """What a scan found out. fill: pages in each superblock up to the last programmed one."""
+
+    fill: np.ndarray
+    log_superblocks: list[int] = field(default_factory=list)
+    next_sequence_number: int = 1
+    next_program_number: int = 1
+    session: int = 1
+    clean: bool = True
+    open_superblocks: np.ndarray | None = None
+    torn_pages: int = 0
+    payload_crc32c: np.ndarray | None = None
+
+
+def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> Recovered:
+    """Fill an empty map, and the checksums expected of each page: uint32 [num_pages].
+
+    Raises MediaIoError.
+    """
+    geometry = media.geometry
+    found = Recovered(np.zeros(geometry.num_superblocks, np.int64))
+    records, pages = _scan(media, found)
+    if not len(records):
+        return found
+    good = _without_torn(media, records, pages, found)
+    records, pages = records[good], pages[good]
+    payload_crc32c[pages] = records["payload_crc32c"]
+
+    data = records["kind"] == PageKind.DATA
+    data &= records["lba"] < len(mapping._entries)
+    versions = mapping.start_recovery()
+    mapping.recover_pages(
+        versions,
+        records["lba"][data].astype(np.int64),
+        records["sequence_number"][data].astype(np.uint64),
+        pages[data],
+    )
+    log_pages = _read_log(media, records[~data], pages[~data], found)
+    _apply_log(mapping, versions, log_pages)
+    mapping.finish_recovery()
+    return found
+
+
+def _scan(media: FlashMedia, found: Recovered) -> tuple[np.ndarray, np.ndarray]:
+    """All OOB records that hold, and their pages; notes counters and fill in `found`."""
+    per_superblock = media.geometry.pages_per_superblock
+    all_records, all_pages = [], []
+    for superblock in media.programmed_superblocks().tolist():
+        records = media.read_oob(superblock)
+        programmed = np.flatnonzero(records["magic"] != 0)
+        if not len(programmed):
+            continue
+        found.fill[superblock] = programmed[-1] + 1
+        records = records[programmed]
+        holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+        all_records.append(records[holds])
+        all_pages.append(superblock * per_superblock + programmed[holds])
+        if (records["kind"][holds] != PageKind.DATA).any():
+            found.log_superblocks.append(superblock)
+    if not all_records:
+        return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
+    records, pages = np.concatenate(all_records), np.concatenate(all_pages)
+    if len(records):
+        found.next_sequence_number = int(records["sequence_number"].max()) + 1
+        found.next_program_number = int(records["program_number"].max()) + 1
+        found.session = int(records["session"].max()) + 1
+    return records, pages
+
+
+def _without_torn(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
+    """bool: the records whose payload is known, or now seen, to be whole."""
+    sessions, which = np.unique(records["session"], return_inverse=True)
+    durable = np.zeros(len(sessions), np.uint64)
+    np.maximum.at(durable, which, records["durable_program_number"])
+    doubtful = np.flatnonzero(records["program_number"] > durable[which])
+    good = np.ones(len(records), bool)
+    page_size = media.geometry.page_size
+    step = max(1, VERIFY_BYTES // page_size)
+    buffer = dma.allocate(min(step, max(len(doubtful), 1)) * page_size)
+    addresses = dma.page_addresses(buffer, page_size)
+    for start in range(0, len(doubtful), step):
+        part = doubtful[start : start + step]
+        crc32c = media.read(pages[part], addresses[: len(part)])
+        good[part] = crc32c == records["payload_crc32c"][part]
+    found.torn_pages = int(np.count_nonzero(~good))
+    if found.torn_pages:
+        log.info("recovery dropped %d pages torn by a power cut", found.torn_pages)
+    return good
+
+
+def _read_log(media: FlashMedia, records, pages, found: Recovered) -> list[LogPage]:
+    """The metadata pages in the order they were programmed; notes a clean close in `found`."""
+    found.clean = False
+    if not len(pages):
+        return []
+    page_size = media.geometry.page_size
+    order = np.argsort(records["program_number"])
+    buffer = dma.allocate(len(pages) * page_size).reshape(len(pages), page_size)
+    crc32c = media.read(pages[order], dma.page_addresses(buffer, page_size))
+    whole = crc32c == records["payload_crc32c"][order]
+    if not whole.all():
+        log.error("%d pages of the deallocation log fail their checksum", np.count_nonzero(~whole))
+    decoded = []
+    for position in np.flatnonzero(whole):
+        record = records[order[position]]
+        page = deallocation_log.decode(PageKind(record["kind"]), buffer[position])
+        if page is None:
+            log.error("page %d of the deallocation log is malformed", pages[order[position]])
+            continue
+        decoded.append(page)
+        last = int(record["program_number"]) == found.next_program_number - 1
+        if page.kind == PageKind.CLOSE and last and not found.torn_pages:
+            found.clean = True
+            found.open_superblocks = page.records.copy()
+    return decoded
+
+
+def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage]) -> None:
+    snapshot_number, snapshot = deallocation_log.newest_snapshot(pages)
+    later = [page for page in pages if page.kind == PageKind.DEALLOCATE]
+    for page in snapshot + later:
+        for lba, num_lbas, sequence_number in page.records.tolist():
+            if page.kind == PageKind.DEALLOCATE and sequence_number < snapshot_number:
+                continue
+            mapping.recover_deallocation(versions, lba, num_lbas, sequence_number)
