@@ -97,7 +97,7 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     header = data[: ATTENTION_HEADER.itemsize].view(ATTENTION_HEADER)[0]
     _demand(header["magic"] == ATTENTION_MAGIC, "magic")
     _demand(header["version"] == ATTENTION_VERSION, "version")
-    _demand(not header["flags"] & ~EXPLICIT_RANGES, "flags")
+    _demand(int(header["flags"]) | EXPLICIT_RANGES == EXPLICIT_RANGES, "flags")
     _demand(header["dtype"] in DTYPE_NAME, "dtype")
     _demand(header["query_dtype"] in DTYPE_NAME, "query_dtype")
     dtype, query_dtype = KvDtype(header["dtype"]), KvDtype(header["query_dtype"])

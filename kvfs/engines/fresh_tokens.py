@@ -1,9 +1,9 @@
 """Stand-ins for K and V: what `KvfsCache.update` hands to the model's attention.
 
-The keys and values of the past are in the store, those of the new tokens travel beside the stand-in. An attention
-implementation that does not know kvfs would compute over the new tokens alone and give wrong tokens without a word.
-Two things make that impossible: every operation on a stand-in raises, and its storage is one NaN, so that even code
-which goes around the check (a C++ extension) yields NaN and never plausible numbers.
+The keys and values of the past are in the store, those of the new tokens travel beside the stand-in. An
+attention implementation that does not know kvfs would compute over the new tokens alone and give wrong tokens
+without a word. Two things make that impossible: every operation on a stand-in raises, and its storage is one
+NaN, so that even code which goes around the check (a C++ extension) yields NaN and never plausible numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _HARMLESS = frozenset(
 ) | {torch.Tensor.size, torch.Tensor.dim}
 
 _REFUSAL = (
-    "this model's attention computed with K/V directly (torch operation {operation!r}), but they are in the kvfs "
-    "store: use attn_implementation='sdpa' (the default of most models) or model.set_attn_implementation('kvfs')"
+    "this model's attention computed with K/V directly (torch operation {operation!r}), but they are in the "
+    "kvfs store: use attn_implementation='sdpa' (most models' default) or model.set_attn_implementation('kvfs')"
 )
 
 

@@ -6,7 +6,7 @@ _NUMPY_DTYPES = {torch.float16, torch.float32}
 
 
 def host_array(tensor):
-    """NumPy view of a float tensor; bfloat16, which NumPy lacks, stays a torch tensor (the store takes both)."""
+    """NumPy view of a float tensor; bfloat16, which NumPy lacks, stays torch (the store takes both)."""
     tensor = tensor.detach()
     if tensor.device.type != "cpu":
         tensor = tensor.cpu()

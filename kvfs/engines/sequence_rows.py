@@ -36,8 +36,8 @@ def check_same_model(rows):
 def rearranged_rows(store, name, rows, sources):
     """Make row r of the new batch a copy of row sources[r] of the old one (beams, candidates, selections).
 
-    Copies are forks and share their stored groups. Rows that stay where they are are not touched; the others are
-    forked under a temporary name first, since a row may be needed by several after its own place is taken.
+    Copies are forks and share their stored groups. Rows that stay where they are are not touched; the others
+    are forked under a temporary name first, since a row may be needed by several after its own place is taken.
 
     Returns the new rows; old rows that nobody continues are deleted.
     """

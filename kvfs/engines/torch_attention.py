@@ -44,14 +44,6 @@ def attend_ranges(queries, keys, values, ranges, scale):
     return out, lse
 
 
-def merged(out_a, lse_a, out_b, lse_b):
-    """Combine attention over two disjoint sets of tokens (shapes as in attend_ranges); -inf on both sides gives 0."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    safe = lse.masked_fill(lse.isneginf(), 0.0)
-    out = out_a * (lse_a - safe).exp_().unsqueeze(-1) + out_b * (lse_b - safe).exp_().unsqueeze(-1)
-    return out, lse
-
-
 def with_sinks(out, lse, sinks):
     """Add a learned sink per query head (gpt-oss: a logit without a value) to a finished attention.
 

@@ -6,9 +6,10 @@
     with kvfs.open("drive.kvfs") as store:
         model.generate(ids, past_key_values=KvfsCache(store, "chat-42"))
 
-Importing this module registers the attention implementation "kvfs" and teaches "sdpa", the default of most models, to
-recognise K/V that are in a kvfs store; everything else it computes as before. Models whose default is eager (gpt-oss)
-need `model.set_attn_implementation("kvfs")`. Any other implementation refuses a KvfsCache with one clear error.
+Importing this module registers the attention implementation "kvfs" and teaches "sdpa", the default of most
+models, to recognise K/V that are in a kvfs store; everything else it computes as before. Models whose default
+is eager (gpt-oss) need `model.set_attn_implementation("kvfs")`. Any other implementation refuses a KvfsCache
+with one clear error.
 """
 
 try:

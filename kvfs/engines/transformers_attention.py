@@ -2,11 +2,11 @@
 
 Three cases, by what is in the store before the new tokens:
 
-- nothing: prefill. Attention over the new tokens stays in torch, on K/V rounded as the store rounds them, so that
-  the result equals attention over what is stored.
+- nothing: prefill. Attention over the new tokens stays in torch, on K/V rounded as the store rounds them, so
+  that the result equals attention over what is stored.
 - something, and one new token: decode. The whole attention is one vendor command per layer to the drive.
-- something, and several new tokens: a continued prompt, a chunk of a prefill, candidates to verify. The past goes to
-  the drive, the new tokens' part is computed here, and both are merged by their log-sum-exp.
+- something, and several new tokens: a continued prompt, a chunk of a prefill, candidates to verify. The past
+  goes to the drive, the new tokens' part is computed here, and both are merged by their log-sum-exp.
 """
 
 import torch
@@ -14,11 +14,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from accel.merge import merge_states
 from kvfs.engines.errors import UnsupportedMask, UnsupportedModel
 from kvfs.engines.fresh_tokens import StandIn
 from kvfs.engines.host_arrays import host_array
-from kvfs.engines.torch_attention import attend_ranges, merged, rounded, with_sinks
+from kvfs.engines.torch_attention import attend_ranges, rounded, with_sinks
 from kvfs.engines.visibility import causal_ranges
+
+# Queries of one command: bounds the memory of a long prompt's continuation; each command reads the past once.
+QUERIES_PER_COMMAND = 1024
 
 
 def kvfs_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -73,9 +77,24 @@ def _continue(query, fresh, attention_mask, scaling):
         ranges = fresh.cache.mask_ranges(attention_mask, num_sequences, num_queries, past)
     keys, values = (rounded(tensor, fresh.cache.torch_dtype) for tensor in (fresh.keys, fresh.values))
     out, lse = attend_ranges(query, keys, values, (ranges - past).clip(min=0), scaling)
-    if past:
-        out, lse = merged(out, lse, *_attend_on_drive(query, fresh, scaling, ranges.clip(max=past)))
-    return out, lse
+    if not past:
+        return out, lse
+    stored = [
+        _attend_on_drive(query[:, :, part], fresh, scaling, ranges[:, part].clip(max=past))
+        for part in _slices(num_queries, QUERIES_PER_COMMAND)
+    ]
+    stored_out, stored_lse = (torch.cat(column, dim=1) for column in zip(*stored, strict=True))
+    return _merged(out, lse, stored_out, stored_lse)
+
+
+def _slices(length, step):
+    return [slice(begin, begin + step) for begin in range(0, length, step)]
+
+
+def _merged(out, lse, stored_out, stored_lse):
+    """accel's merge, on the host; tensors on the device of `out`."""
+    arrays = (host_array(tensor) for tensor in (out, lse, stored_out, stored_lse))
+    return tuple(torch.from_numpy(array).to(out.device) for array in merge_states(*arrays))
 
 
 def _attend_on_drive(query, fresh, scaling, ranges):
@@ -115,20 +134,20 @@ def _check_new_positions(fresh, attention_mask, position_ids):
         return
     if position_ids.ndim == 2 and int(position_ids[0, -1]) < fresh.num_past:
         raise UnsupportedMask(
-            f"new tokens at positions up to {int(position_ids[0, -1])}, but {fresh.num_past} tokens are stored: pass "
-            "the ids of the whole sequence (stored and new), or crop() the cache first"
+            f"new tokens at positions up to {int(position_ids[0, -1])}, but {fresh.num_past} tokens are "
+            "stored: pass the ids of the whole sequence (stored and new), or crop() the cache first"
         )
 
 
 def sdpa_or_kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs):
-    """What is registered as "sdpa": ours for K/V of a KvfsCache, Transformers' own, untouched, for all others."""
+    """Registered as "sdpa": ours for K/V of a KvfsCache, Transformers' own, untouched, for all others."""
     if type(key) is StandIn:
         return kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
-    """What is registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa."""
+    """Registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa."""
     if type(key) is StandIn:
         return kvfs_attention(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("s_aux") is not None:
@@ -139,7 +158,7 @@ def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def register():
-    """Make Transformers use the above; idempotent. The masks are sdpa's: bool, or None where causality says all."""
+    """Make Transformers use the above; idempotent. Masks are sdpa's: bool, or None for plain causality."""
     AttentionInterface.register("kvfs", kvfs_or_sdpa_attention)
     AttentionMaskInterface.register("kvfs", sdpa_mask)
     AttentionInterface.register("sdpa", sdpa_or_kvfs_attention)

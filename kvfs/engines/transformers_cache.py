@@ -1,13 +1,16 @@
 """A Transformers `Cache` whose keys and values live in a kvfs store.
 
 How a step goes. A model calls `update` once per layer with the K/V of the new tokens; it gets stand-ins back
-(`fresh_tokens`) and hands them to its attention function, which is ours (`transformers_attention`): that one appends
-the fresh K/V to the store and computes. So everything the store must know (number of layers, query heads) is learned
-in the attention function of the first layer, and nothing has to be configured.
+(`fresh_tokens`) and hands them to its attention function, which is ours (`transformers_attention`): that one
+appends the fresh K/V to the store and computes. So everything the store must know (number of layers, query
+heads) is learned in the attention function of the first layer, and nothing has to be configured.
 
-A batch of n rows is n sequences. A step that fails between two layers leaves the first layers one step ahead; the
-cache only ever reports tokens that are complete in all layers, and drops the rest when the next step begins.
+A batch of n rows is n sequences. A step that fails between two layers leaves the first layers one step ahead;
+the cache only ever reports tokens that are complete in all layers, and drops the rest when the next step
+begins.
 """
+
+from dataclasses import asdict
 
 from transformers.cache_utils import Cache
 
@@ -25,10 +28,10 @@ class KvfsCache(Cache):
     store: an open kvfs store; it must stay open as long as the cache is used
     name:  of the sequence; a stored one is continued (`generate` with all ids then prefills only the new ones).
            A batch of several rows uses `name.0`, `name.1`, ...
-    dtype: "float16", "bfloat16" or "float32", in which K/V are stored; default: that of a stored sequence, else the
-           model's K/V dtype (float32 for dtypes that the store does not know)
-    model: name of the model in the store; default: its type and a fingerprint of its weights, so that a sequence is
-           never continued by another model. A name of one's own takes over that responsibility.
+    dtype: "float16", "bfloat16" or "float32", in which K/V are stored; default: that of a stored sequence, else
+           the model's K/V dtype (float32 for dtypes that the store does not know)
+    model: name of the model in the store; default: its type and a fingerprint of its weights, so that a
+           sequence is never continued by another model. A name of one's own takes over that responsibility.
 
     New tokens survive a kill of the process after `flush()` (or after the store is closed).
     """
@@ -78,7 +81,7 @@ class KvfsCache(Cache):
         for row in self._rows:
             row.flush()
 
-    # -- one step, called by the model and by the attention function ------------------------------------------------
+    # -- one step, called by the model and by the attention function -------------------------------------------
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Take one layer's new K/V [num_sequences, num_kv_heads, num_new_tokens, head_dim]; returns stand-ins.
@@ -87,8 +90,8 @@ class KvfsCache(Cache):
         """
         if key_states.ndim != 4 or key_states.shape != value_states.shape:
             raise UnsupportedModel(
-                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ in shape: latent "
-                "attention (DeepSeek MLA) and the like are not supported by kvfs"
+                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ in shape: "
+                "latent attention (DeepSeek MLA) and the like are not supported by kvfs"
             )
         if self._rows and len(self._rows) != key_states.shape[0]:
             raise CacheMismatch(
@@ -118,15 +121,15 @@ class KvfsCache(Cache):
 
     def _bind(self, module, queries, keys):
         """Create or check the store's model and sequences: from here on geometry and lengths are known."""
-        geometry = geometry_of(module, queries, keys)
         stored = sequence_rows.check_same_model(self._rows) if self._rows else None
         dtype = self._dtype or (stored.dtype if stored else storage_dtype(keys.dtype))
-        name = self._model_name or model_name(module, geometry, dtype)
+        geometry = geometry_of(module, queries, keys, dtype)
+        name = self._model_name or model_name(module, geometry)
         if stored and stored.name != name:
             raise CacheMismatch(
                 f"sequence {self._rows[0].name!r} was written by model {stored.name!r}, this one is {name!r}"
             )
-        self._model = self._store.add_model(name, dtype=dtype, **vars(geometry))
+        self._model = self._store.add_model(name, **asdict(geometry))
         self._dtype = dtype
         if not self._rows:
             self._rows = sequence_rows.create_rows(self._store, self._model, self._name, keys.shape[0])
@@ -147,7 +150,7 @@ class KvfsCache(Cache):
                 row.truncate(num_tokens)
         return num_tokens
 
-    # -- what generate() asks ---------------------------------------------------------------------------------------
+    # -- what generate() asks ----------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx=0):
         """Tokens that are complete in every layer: the last layer is the last one written in a step."""
@@ -174,7 +177,7 @@ class KvfsCache(Cache):
         """Whether a model has used this cache."""
         return bool(self._layer_tokens)
 
-    # -- changes by generate(): candidates taken back, beams, selections --------------------------------------------
+    # -- changes by generate(): candidates taken back, beams, selections ---------------------------------------
 
     def crop(self, tokens_to_remove):
         """Drop the last -tokens_to_remove tokens (0 or negative, as Transformers passes it)."""

@@ -33,8 +33,8 @@ def ranges_of_mask(mask, num_sequences, num_queries, num_past):
     num_tokens = num_past + num_queries
     if mask.ndim != 4 or mask.shape[2] != num_queries or mask.shape[3] != num_tokens:
         raise UnsupportedMask(
-            f"attention mask of shape {tuple(mask.shape)} for {num_queries} new tokens after {num_past} stored ones: "
-            f"expected [batch, 1, {num_queries}, {num_tokens}]"
+            f"attention mask of shape {tuple(mask.shape)} for {num_queries} new tokens after {num_past} stored "
+            f"ones: expected [batch, 1, {num_queries}, {num_tokens}]"
         )
     visible = _visible(mask)
     first = visible.argmax(axis=-1)
@@ -44,7 +44,8 @@ def ranges_of_mask(mask, num_sequences, num_queries, num_past):
     if not np.array_equal(np.where(empty, 0, end - first), count):
         raise UnsupportedMask(
             "the attention mask has holes: kvfs needs one contiguous range of visible positions per query "
-            "(causal, left padding, sliding window)"
+            "(causal, left padding, sliding window); generate() guesses a mask from pad tokens in the ids "
+            "unless attention_mask is passed"
         )
     ranges = np.stack([np.where(empty, 0, first), np.where(empty, 0, end)], axis=-1).astype(np.int64)
     _check_queries_see_themselves(ranges, num_past)
@@ -93,6 +94,6 @@ def _check_queries_see_themselves(ranges, num_past):
     sees_itself = (ranges[..., 0] <= own_position) & (own_position < ranges[..., 1])
     if num_past and not sees_itself.any():
         raise UnsupportedMask(
-            f"the attention mask hides all {ranges.shape[1]} new tokens behind the {num_past} stored ones: pass the "
-            "ids and the mask of the whole sequence (stored and new), or crop() the cache first"
+            f"the attention mask hides all {ranges.shape[1]} new tokens behind the {num_past} stored ones: "
+            "pass the ids and the mask of the whole sequence (stored and new), or crop() the cache first"
         )
