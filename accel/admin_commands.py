@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from ftl.translation import FlashTranslationLayer
 
 from accel import descriptor
 from accel.attention_unit import MAX_TICKETS, AttentionUnit
 from accel.page_cache import PageCache
+from ftl.translation import FlashTranslationLayer
 from spdk_glue.command import NSID, AdminOpcode
 from spdk_glue.controller import ErrorLog, Handler, Request
 from spdk_glue.identify import (

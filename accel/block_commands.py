@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from ftl.translation import FlashTranslationLayer
 
 from ftl.errors import CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyMedia
+from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import DATASET_DEALLOCATE, DATASET_RANGE, DIRECTIVE_DATA_PLACEMENT, IoOpcode
 from spdk_glue.controller import Handler, Request

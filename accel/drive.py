@@ -8,9 +8,6 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ftl.media_file import FileMedia
-from ftl.translation import FlashTranslationLayer
-
 from accel.admin_commands import AdminCommands
 from accel.attention_unit import AttentionUnit
 from accel.block_commands import BlockCommands
@@ -19,6 +16,8 @@ from accel.vendor_commands import VendorCommands
 from accel.workers import load_worker
 from ftl import errors as flash_errors
 from ftl.geometry import Geometry
+from ftl.media_file import FileMedia
+from ftl.translation import FlashTranslationLayer
 from spdk_glue.controller import Controller
 from spdk_glue.transports.inproc import InprocTransport
 

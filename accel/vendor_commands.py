@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from ftl.translation import FlashTranslationLayer
 
 from accel.attention_unit import AttentionUnit
 from accel.block_commands import flash_errors_as_status
+from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.controller import Handler, Request

@@ -1,8 +1,8 @@
 """Attention over the tails, on the host, with the same kernels that the drive runs over pages."""
 
 import numpy as np
-from accel.merge import merge_units
 
+from accel.merge import merge_units
 from accel.workers import AttentionBatch
 from kvfs.layout import GroupLayout
 from kvfs.tail import LayerTail

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
-from accel.merge import merge_states
 
+from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator
 from kvfs.arrays import float_array, to_query

@@ -1,0 +1,36 @@
+# Everything runs from .venv, which `make setup` builds: apt packages where missing (root only), then pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# needed to build the cffi glue, and fio to measure the disk against
+APT_PACKAGES := gcc libc6-dev python3-dev python3-venv fio
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml tools/setup_system.sh ftl/direct_io/build.py ftl/direct_io/ring.c ftl/direct_io/crc32c.c
+	sh tools/setup_system.sh $(APT_PACKAGES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[transformers,plot,test]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/kvfsctl demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+bench: setup
+	$(BIN)/kvfsctl bench attention
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""Packaging: five packages with their names and places at the top level, and the cffi glue."""
+
+from setuptools import find_packages, setup
+
+LIBRARIES = ["kvfs", "ftl", "spdk_glue", "accel"]
+packages = [name for top in LIBRARIES for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
+
+setup(
+    name="kvfs",
+    version="0.1.0",
+    description="KV cache of language models on flash, with decode attention computed where the data lies",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*packages, "kvfsctl", "kvfs_bench"],
+    # tools/ is not a package: the command line and the benchmarks install under names of their own
+    package_dir={"kvfsctl": "tools/kvfsctl", "kvfs_bench": "tools/bench"},
+    package_data={"kvfsctl": ["demo_model/*"], "ftl.direct_io": ["*.c"]},
+    cffi_modules=["ftl/direct_io/build.py:ffibuilder"],
+    setup_requires=["cffi>=1.16"],
+    install_requires=[
+        "apsw>=3.45",
+        "cffi>=1.16",
+        "ml_dtypes>=0.4",
+        "numba>=0.60",
+        "numpy>=1.26",
+        "rich>=13",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "transformers": ["torch==2.13.0", "transformers>=5.19,<6", "safetensors"],
+        "plot": ["matplotlib"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+    },
+    entry_points={"console_scripts": ["kvfsctl=kvfsctl.main:run"]},
+)

@@ -1,0 +1,229 @@
+"""Dense decode attention from DRAM and from flash, appending, and accuracy.
+
+All parts go through the store, so what is measured is what a user gets: NVMe command, page resolution,
+cache, kernels, merge. Rivals run in the same process on the same tokens.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from kvfs_bench import limits
+from kvfs_bench.figures import Figure
+
+import kvfs
+
+LAYER = 0
+NUM_KV_HEADS = 8
+HEAD_DIM = 128
+WARM_TOKENS = 16_384
+GROUP_SIZES = (1, 4, 8)
+WARM_GOAL = {1: 0.9, 4: 1.5, 8: 1.5}
+REPEATS = 9
+GB = 1e9
+
+
+def _tokens(num_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """float16 keys and values [num_tokens, NUM_KV_HEADS, HEAD_DIM]."""
+    random = np.random.default_rng(seed)
+    shape = (num_tokens, NUM_KV_HEADS, HEAD_DIM)
+    return tuple(random.standard_normal(shape, np.float32).astype(np.float16) for _ in range(2))
+
+
+def _queries(group_size: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.standard_normal((1, 1, NUM_KV_HEADS * group_size, HEAD_DIM)).astype(np.float32)
+
+
+def _add_model(store, group_size: int, dtype: str = "float16", num_layers: int = 1):
+    return store.add_model(
+        f"g{group_size}-{dtype}-{num_layers}",
+        num_layers=num_layers,
+        num_query_heads=NUM_KV_HEADS * group_size,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=dtype,
+    )
+
+
+def _median_seconds(function, repeats: int = REPEATS) -> float:
+    function()  # caches, compiled code
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _torch_bandwidths(keys, values, queries) -> dict[str, float]:
+    """Bytes/s of K and V as stored, of torch SDPA in each dtype; empty without torch."""
+    try:
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+    except ImportError:
+        return {}
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    found = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        key, value = (
+            torch.from_numpy(array).to(dtype).permute(1, 0, 2).unsqueeze(0).contiguous()
+            for array in (keys, values)
+        )
+        query = torch.from_numpy(queries).to(dtype).permute(0, 2, 1, 3).contiguous()
+        with torch.inference_mode():
+            seconds = _median_seconds(
+                lambda q=query, k=key, v=value: scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            )
+        found[str(dtype).removeprefix("torch.")] = 2 * key.numel() * key.element_size() / seconds
+    return found
+
+
+def _warm(directory: Path, num_tokens: int) -> Iterator[Figure]:
+    num_cpus = len(os.sched_getaffinity(0))
+    memory = limits.memory_read_bandwidth(num_cpus)
+    yield Figure("memory.read_bandwidth", memory / GB, "GB/s")
+    keys, values = _tokens(num_tokens, seed=1)
+    kv_bytes = keys.nbytes + values.nbytes
+    path = directory / "warm.kvfs"
+    kvfs.format(path, max(64 << 20, 4 * kv_bytes))
+    with kvfs.open(path, cache_bytes=2 * kv_bytes + (16 << 20)) as store:
+        for group_size in GROUP_SIZES:
+            sequence = store.create_sequence(_add_model(store, group_size), f"warm-{group_size}")
+            sequence.append(LAYER, keys, values)
+            queries = _queries(group_size, seed=2)
+            seconds = _median_seconds(lambda q=queries, s=sequence: store.attend(LAYER, q, [s]))
+            ours = kv_bytes / seconds
+            prefix = f"attention.warm.g{group_size}"
+            rivals = _torch_bandwidths(keys, values, queries)
+            if rivals:
+                best = max(rivals, key=rivals.get)
+                yield Figure(
+                    f"{prefix}.ratio_vs_torch",
+                    ours / rivals[best],
+                    "ratio",
+                    rival=f"torch SDPA, {best}",
+                    rival_value=rivals[best] / GB,
+                    ratio=ours / rivals[best],
+                    goal=WARM_GOAL[group_size],
+                )
+            yield Figure(
+                f"{prefix}.bandwidth",
+                ours / GB,
+                "GB/s",
+                rival=f"torch SDPA, {best}" if rivals else None,
+                rival_value=rivals[best] / GB if rivals else None,
+                ratio=ours / rivals[best] if rivals else None,
+                limit=memory / GB,
+            )
+            yield Figure(
+                f"{prefix}.fraction_of_memory_bandwidth",
+                ours / memory,
+                "fraction",
+                limit=1.0,
+                goal=0.6 if group_size == 1 else None,
+            )
+            store.delete_sequence(sequence.name)
+            store.flush()
+    path.unlink()
+
+
+def _append_and_cold(directory: Path, num_tokens: int) -> Iterator[Figure]:
+    """A prefill of several layers, then attention over it with a cache much smaller than it."""
+    num_layers = 4
+    keys, values = _tokens(num_tokens, seed=3)
+    layer_bytes = keys.nbytes + values.nbytes
+    total_bytes = num_layers * layer_bytes
+    raw_write = limits.fio_write_bandwidth(directory, total_bytes)
+    path = directory / "cold.kvfs"
+    kvfs.format(path, 2 * total_bytes + (256 << 20))
+    with kvfs.open(path, cache_bytes=64 << 20) as store:
+        model = _add_model(store, 1, num_layers=num_layers)
+        warmup = store.create_sequence(model, "warm-up")
+        for layer in range(num_layers):  # compile before timing
+            warmup.append(layer, keys[:256], values[:256])
+        warmup.flush()
+        sequence = store.create_sequence(model, "cold")
+        start = time.perf_counter()
+        for layer in range(num_layers):
+            sequence.append(layer, keys, values)
+        sequence.flush()
+        append = total_bytes / (time.perf_counter() - start)
+        yield Figure(
+            "append.bandwidth",
+            append / GB,
+            "GB/s",
+            rival=f"fio write, depth {raw_write[1]}" if raw_write else None,
+            rival_value=raw_write[0] / GB if raw_write else None,
+            ratio=append / raw_write[0] if raw_write else None,
+            limit=raw_write[0] / GB if raw_write else None,
+        )
+        if raw_write:
+            yield Figure("append.fraction_of_device_bandwidth", append / raw_write[0], "fraction", goal=0.7)
+        queries = _queries(1, seed=4)
+        store.attend(0, queries, [sequence])
+        ours, raw = [], []
+        for _ in range(3):  # ours and the rival's in turn, for a disk whose speed drifts
+            start = time.perf_counter()
+            for layer in range(num_layers):
+                store.attend(layer, queries, [sequence])
+            ours.append(total_bytes / (time.perf_counter() - start))
+            header_bytes = path.stat().st_size - 2 * total_bytes - (256 << 20)
+            found = limits.fio_read_bandwidth(path, max(0, header_bytes) + (8 << 20), total_bytes, 1 << 20)
+            if found:
+                raw.append(found)
+        cold = statistics.median(ours)
+        device = statistics.median(bandwidth for bandwidth, _ in raw) if raw else None
+        yield Figure(
+            "attention.cold.bandwidth",
+            cold / GB,
+            "GB/s",
+            rival="fio read 1 MiB, best depth" if raw else None,
+            rival_value=device / GB if raw else None,
+            ratio=cold / device if raw else None,
+            limit=device / GB if raw else None,
+        )
+        if raw:
+            yield Figure("attention.cold.fraction_of_device_bandwidth", cold / device, "fraction", goal=0.8)
+        yield Figure("append.waf", store.counters()["flash"]["waf"], "ratio", limit=1.0)
+    path.unlink()
+
+
+def _accuracy(directory: Path) -> Iterator[Figure]:
+    """Largest error of the numba worker against the reference, relative to the largest output."""
+    keys, values = _tokens(1000, seed=5)
+    path = directory / "accuracy.kvfs"
+    kvfs.format(path, "64MiB")
+    queries = _queries(4, seed=6)
+    outputs: dict[str, dict[str, np.ndarray]] = {}
+    for worker in ("numba", "reference"):
+        with kvfs.open(path, worker=worker) as store:
+            for dtype in ("float16", "bfloat16", "float32"):
+                sequence = store.create_sequence(_add_model(store, 4, dtype), f"{worker}-{dtype}")
+                sequence.append(LAYER, keys, values)
+                outputs.setdefault(dtype, {})[worker], _ = store.attend(LAYER, queries, [sequence])
+    for dtype, found in outputs.items():
+        error = np.abs(found["numba"] - found["reference"]).max() / np.abs(found["reference"]).max()
+        yield Figure(
+            f"attention.accuracy.{dtype}.relative_error_max",
+            float(error),
+            "fraction",
+            goal=1e-3,
+            goal_is_maximum=True,
+        )
+    path.unlink()
+
+
+def measure(directory: Path, quick: bool = False) -> list[Figure]:
+    """All figures; drives are made in a temporary folder of `directory` and removed."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix="kvfs-bench-") as scratch:
+        place = Path(scratch)
+        return [
+            *_warm(place, 1024 if quick else WARM_TOKENS),
+            *_append_and_cold(place, 2048 if quick else 65_536),
+            *_accuracy(place),
+        ]

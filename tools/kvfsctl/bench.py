@@ -1,0 +1,36 @@
+"""`kvfsctl bench`: the benchmarks of tools/bench, with rivals and physical limits in the same run."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Measure kvfs against rivals and the machine's limits.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `attention` a name of its own while it is the only benchmark."""
+
+
+@app.command()
+def attention(
+    directory: Annotated[Path, typer.Option(help="Where the drive for the cold part is made.")] = Path("."),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """Dense decode attention from DRAM and from flash, appending, and accuracy.
+
+    Needs torch for the rival; without fio the device's bandwidth is unknown and those figures have no limit.
+    """
+    from kvfs_bench import attention as bench
+    from kvfs_bench.figures import print_report, report
+
+    result = report("attention", bench.measure(directory, quick=quick))
+    if json_output:
+        print(json.dumps(result, indent=2))
+    else:
+        print_report(result)

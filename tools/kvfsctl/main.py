@@ -1,0 +1,40 @@
+"""kvfsctl: make, look into, check and measure kvfs drives. One verb per module."""
+
+import sys
+
+import typer
+
+from kvfsctl import bench, check, demo, format, info, ls, rm, stats
+from kvfsctl.output import EXIT_FAILED, fail
+
+app = typer.Typer(
+    name="kvfsctl",
+    help="Administer kvfs drives: the KV cache of language models on flash, with attention in the drive.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the drive has errors. Sizes read as 500MB or 8GiB.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("format")(format.format_drive)
+app.command("info")(info.info)
+app.command("ls")(ls.ls)
+app.command("stats")(stats.stats)
+app.command("rm")(rm.rm)
+app.command("check")(check.check)
+app.add_typer(bench.app, name="bench")
+app.command("demo")(demo.demo)
+
+
+def run() -> None:
+    """Entry point: errors that a user can act on become one line and an exit code."""
+    from kvfs.errors import ERRNO
+
+    try:
+        app()
+    except tuple(ERRNO) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,38 @@
+"""What all verbs share: tables, JSON with a versioned schema, errors as one line."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+EXIT_FAILED = 1
+EXIT_DAMAGED = 3
+JSON_SCHEMA = 1
+
+DriveArgument = Annotated[Path, typer.Argument(metavar="DRIVE", help="The drive's file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with plain integers instead of a table.")]
+
+
+def fail(message: str) -> None:
+    """One line on stderr, then exit."""
+    print(f"kvfsctl: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_FAILED)
+
+
+def print_json(verb: str, **fields) -> None:
+    print(json.dumps({"schema": JSON_SCHEMA, "verb": verb, **fields}, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is left aligned, the others right."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,39 @@
+"""`kvfsctl rm`: delete sequences."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kvfsctl.output import DriveArgument, JsonOption, print_json
+
+
+def rm(
+    drive: DriveArgument,
+    sequences: Annotated[list[str], typer.Argument(metavar="SEQUENCE...", help="Names, as ls shows them.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be deleted, delete nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json_output: JsonOption = False,
+):
+    """Delete sequences and free their space. All names are checked before anything is deleted.
+
+    Asks first on a terminal; elsewhere --yes is needed.
+    """
+    import kvfs
+
+    with kvfs.open(drive, cache_bytes="8MiB") as store:
+        num_tokens = {name: store.sequence(name).num_tokens for name in dict.fromkeys(sequences)}
+        if not dry_run:
+            if not yes and not sys.stdin.isatty():
+                raise typer.BadParameter("nothing is deleted without --yes when nobody can be asked")
+            if not yes:
+                typer.confirm(f"Delete {', '.join(num_tokens)}?", abort=True)
+            for name in num_tokens:
+                store.delete_sequence(name)
+    if json_output:
+        print_json("rm", drive=str(drive), dry_run=dry_run, deleted=list(num_tokens))
+        return
+    for name, count in num_tokens.items():
+        print(f"{'would delete' if dry_run else 'deleted'} {name} ({count:,} tokens)")

@@ -1,0 +1,37 @@
+"""`kvfsctl stats`: counters of all layers."""
+
+from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
+
+# counters whose unit is not in their name
+_UNITS = {"waf": "pages programmed / pages written"}
+
+
+def stats(drive: DriveArgument, json_output: JsonOption = False):
+    """Show the counters of link, flash and attention unit since the drive was opened, and its wear.
+
+    Counters start at zero when a process opens the drive: on a drive that no one has open they show what
+    opening it took. An engine reads its own through Store.counters().
+    """
+    import kvfs
+    from kvfs.sizes import format_size
+
+    with kvfs.open(drive, cache_bytes="8MiB") as store:
+        counters = store.counters()
+    if json_output:
+        print_json("stats", drive=str(drive), counters=counters)
+        return
+    for layer, values in counters.items():
+        rows = []
+        for name, value in values.items():
+            if name == "version" or isinstance(value, list):
+                continue
+            if value is None:
+                text = "–"
+            elif "bytes" in name:
+                text = format_size(value)
+            elif isinstance(value, float):
+                text = f"{value:.3f}"
+            else:
+                text = f"{value:,}"
+            rows.append([name.replace("_", " "), text, _UNITS.get(name, "")])
+        print_table(layer, ["counter", "value", ""], rows)

@@ -1,0 +1,32 @@
+#!/bin/sh
+# Install the Debian or Ubuntu packages named as arguments that are missing.
+# As root they are installed; otherwise one line says which are wanted. fio is only a measuring tool.
+set -eu
+
+missing=""
+for package in "$@"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' && continue
+    # a Python or compiler that came some other way serves as well
+    case "$package" in
+        gcc) command -v cc >/dev/null && continue ;;
+        libc6-dev) [ -e /usr/include/stdlib.h ] && continue ;;
+        python3-dev) python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' && continue ;;
+        python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null && continue ;;
+        fio) command -v fio >/dev/null && continue ;;
+    esac
+    missing="$missing $package"
+done
+
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
+    exit 0
+fi
+if [ "$missing" = " fio" ]; then
+    echo "note: fio is not installed; the cold benchmarks go without it (sudo apt-get install fio)" >&2
+    exit 0
+fi
+echo "missing packages:$missing; run: sudo apt-get install$missing" >&2
+exit 1
