@@ -15,28 +15,56 @@ from spdk_glue import dma
 @njit(nogil=True, cache=True)
 def _pack(rows, image, first_row, per_page, row_words):
     num_tokens, num_heads = rows.shape[0], rows.shape[1]
-    for head in range(num_heads):
-        for token in range(num_tokens):
-            page = (first_row + token) // per_page
-            start = ((first_row + token) - page * per_page) * row_words
-            for word in range(row_words):
+    page, row = divmod(first_row, per_page)
+    for token in range(num_tokens):
+        start = row * row_words
+        for head in range(num_heads):
+            for word in range(row_words):  # a loop, not a slice: no view is made per row
                 image[head, page, start + word] = rows[token, head, word]
+        row += 1
+        if row == per_page:
+            page, row = page + 1, 0
 
 
 @njit(nogil=True, cache=True)
 def _unpack(rows, image, first_row, per_page, row_words):
     num_tokens, num_heads = rows.shape[0], rows.shape[1]
-    for head in range(num_heads):
-        for token in range(num_tokens):
-            page = (first_row + token) // per_page
-            start = ((first_row + token) - page * per_page) * row_words
+    page, row = divmod(first_row, per_page)
+    for token in range(num_tokens):
+        start = row * row_words
+        for head in range(num_heads):
             for word in range(row_words):
                 rows[token, head, word] = image[head, page, start + word]
+        row += 1
+        if row == per_page:
+            page, row = page + 1, 0
 
 
-def allocate_image(layout: GroupLayout) -> np.ndarray:
-    """A zeroed image, uint8 [num_kv_heads, 2, pages_per_head, page_size], page aligned."""
-    return dma.allocate(layout.image_bytes).reshape(layout.image_shape)
+class ImagePool:
+    """Images that are not in use, kept because touching fresh memory costs more than filling it.
+
+    An image comes back with its old rows. They are never written to flash: only whole pages are, and
+    slack is never anything but zero.
+    """
+
+    def __init__(self, capacity_bytes: int):
+        self._capacity_bytes = capacity_bytes
+        self._idle: dict[GroupLayout, list[np.ndarray]] = {}
+        self._idle_bytes = 0
+
+    def take(self, layout: GroupLayout) -> np.ndarray:
+        """An image, uint8 [num_kv_heads, 2, pages_per_head, page_size], page aligned."""
+        idle = self._idle.get(layout)
+        if idle:
+            self._idle_bytes -= layout.image_bytes
+            return idle.pop()
+        return dma.allocate(layout.image_bytes).reshape(layout.image_shape)
+
+    def give_back(self, layout: GroupLayout, image: np.ndarray) -> None:
+        """The caller must not use the image any more."""
+        if self._idle_bytes + layout.image_bytes <= self._capacity_bytes:
+            self._idle.setdefault(layout, []).append(image)
+            self._idle_bytes += layout.image_bytes
 
 
 def _words(layout: GroupLayout, image: np.ndarray, rows: np.ndarray, kind: int):

@@ -17,6 +17,7 @@ from spdk_glue import dma
 
 PLACEMENT_TAIL = 1
 PLACEMENT_KV = 2  # and up: one per sequence, as far as the drive tells them apart
+SPILL_BATCH_BYTES = 8 << 20  # written by one doorbell: long runs on flash, few hand-overs
 
 
 class Sequence:
@@ -31,7 +32,7 @@ class Sequence:
         self._groups_changed_from = len(self._groups)  # positions from here on differ from the catalogue
         self._tokens = store._catalogue.tokens(row.id)
         self._tokens_changed_from = len(self._tokens)
-        self._layers = [LayerTail(self._layout, row.num_spilled) for _ in range(self._geometry.num_layers)]
+        self._layers = [LayerTail(self._layout, store._image_pool, row.num_spilled) for _ in range(self._geometry.num_layers)]
         self._dirty = False
         self._deleted = False
         if row.num_tokens > row.num_spilled:
@@ -95,12 +96,18 @@ class Sequence:
             dtype = self._geometry.numpy_dtype
             group_tokens = self._geometry.group_tokens
             start = 0
+            due: list[tuple[int, np.ndarray]] = []
             while start < len(keys):
                 count = min(group_tokens - tail.num_tokens % group_tokens, len(keys) - start)
                 part = slice(start, start + count)
                 tail.pack(to_storage(keys[part], dtype), to_storage(values[part], dtype))
-                self._spill(layer, tail)
+                due.extend(self._due_extents(layer, tail))
+                if len(due) * self._layout.image_bytes >= SPILL_BATCH_BYTES:
+                    self._spill(layer, tail, due)
+                    due = []
                 start += count
+            if due:
+                self._spill(layer, tail, due)
 
     def append_tokens(self, token_ids) -> None:
         """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
@@ -120,38 +127,47 @@ class Sequence:
         new = self._store._allocate_groups(wanted - len(self._groups), self._layout.group_lbas)
         self._groups.extend(new)
 
-    def _spill(self, layer: int, tail: LayerTail) -> None:
+    def _due_extents(self, layer: int, tail: LayerTail) -> list[tuple[int, np.ndarray]]:
+        """What of the tail is due for writing, as (LBA, buffer); noted as submitted."""
         due = tail.spillable(self._store._writeback_tokens)
         if due is None:
-            return
-        position, first_page, stop_page, stop = due
+            return []
+        position, first_page, stop_page, tail.num_submitted = due
         base = self._groups[position].base_lba + layer * self._layout.layer_lbas
-        extents = tail.extents(base, position, first_page, stop_page)
-        pending = self._store._submit_write(extents, self._placement_id)
-        tail.num_submitted = stop
-        tail.spills.append(Spill(pending, stop))
-        self._store._spilling.append((self, layer))
-        self._store._limit_spilling()
+        return tail.extents(base, position, first_page, stop_page)
+
+    def _spill(self, layer: int, tail: LayerTail, extents: list[tuple[int, np.ndarray]]) -> None:
+        """Start writing a batch that ends at num_submitted."""
+        num_bytes = sum(buffer.nbytes for _, buffer in extents)
+        self._store._limit_spilling(num_bytes)
+        pending = self._store._namespace.submit_write(extents, self._placement_id)
+        tail.spills.append(Spill(pending, tail.num_submitted))
+        self._store._note_spill(self, layer, num_bytes)
 
     @property
     def _placement_id(self) -> int:
         num_kv_ids = max(1, self._store._num_placement_ids - PLACEMENT_KV)
         return PLACEMENT_KV + self._row.id % num_kv_ids
 
-    def _complete_spills(self, layer: int, wait: bool = True) -> None:
+    def _complete_spills(self, layer: int) -> None:
+        while self._layers[layer].spills:
+            self._complete_oldest_spill(layer)
+
+    def _complete_oldest_spill(self, layer: int) -> None:
+        """Wait for a layer's oldest spill, if there is one. A failed one is tried again by the next append."""
         tail = self._layers[layer]
-        while tail.spills and (wait or self._store._namespace.is_done(tail.spills[0].pending)):
-            spill = tail.spills.popleft()
-            try:
-                self._store._namespace.complete(spill.pending)
-            except Exception:
-                # what did not reach the flash stays in its image; later spills of the layer follow it again
-                for later in tail.spills:
-                    self._store._namespace.complete(later.pending)
-                tail.spills.clear()
-                tail.num_submitted = tail.num_spilled
-                raise
-            tail.completed(spill)
+        if not tail.spills:
+            return
+        spill = tail.spills.popleft()
+        try:
+            self._store._namespace.complete(spill.pending)
+        except Exception:
+            # what did not reach the flash stays in its images, and what was to follow it goes with it
+            while tail.spills:
+                self._store._namespace.wait(tail.spills.popleft().pending)
+            tail.num_submitted = tail.num_spilled
+            raise
+        tail.completed(spill)
 
     def _wait_for_spills(self) -> None:
         for layer in range(self._geometry.num_layers):
@@ -301,7 +317,7 @@ class Sequence:
         old = self._layers[layer]
         if old.num_spilled < whole:
             whole = old.num_spilled - old.num_spilled % self._geometry.group_tokens
-        tail = LayerTail(self._layout, whole)
+        tail = LayerTail(self._layout, self._store._image_pool, whole)
         self._refill(tail, *self._read_layer(layer, whole, num_tokens))
         return tail
 
@@ -329,7 +345,7 @@ class Sequence:
             child._groups_changed_from = 0
             child._layers = []
             for layer in range(self._geometry.num_layers):
-                tail = LayerTail(self._layout, whole)
+                tail = LayerTail(self._layout, self._store._image_pool, whole)
                 child._refill(tail, *self._read_layer(layer, whole, num_tokens))
                 child._layers.append(tail)
             child._tokens = self._tokens.copy()

@@ -25,6 +25,7 @@ from kvfs.errors import (
     SequenceExists,
     StoreClosed,
 )
+from kvfs.group_image import ImagePool
 from kvfs.host_attention import attend_tails
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
@@ -36,7 +37,7 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC, answer_bytes
 
 DEFAULT_CACHE_BYTES = 256 << 20
-SPILLING_BYTES = 64 << 20  # on its way to flash at most, before append waits
+SPILLING_BYTES = 32 << 20  # on its way to flash at most, before append waits
 MAX_NAME_BYTES = 255  # a sequence will be a folder of the mount
 
 
@@ -64,7 +65,9 @@ class Store:
         self._lock = threading.RLock()
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
-        self._spilling: deque[tuple[Sequence, int]] = deque()
+        self._spilling: deque[tuple[Sequence, int, int]] = deque()
+        self._spilling_bytes = 0
+        self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = DEFAULT_GROUP_TOKENS if writeback_tokens is None else writeback_tokens
         if self._writeback_tokens < 1:
             raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
@@ -232,22 +235,17 @@ class Store:
             raise
         return groups
 
-    def _submit_write(self, extents, placement_id: int):
-        return self._namespace.submit_write(extents, placement_id)
+    def _note_spill(self, sequence: Sequence, layer: int, num_bytes: int) -> None:
+        self._spilling.append((sequence, layer, num_bytes))
+        self._spilling_bytes += num_bytes
 
-    def _limit_spilling(self) -> None:
-        """Wait for the oldest spills while more than SPILLING_BYTES are on their way."""
-
-        def num_bytes(entry) -> int:
-            sequence, _ = entry
-            return sequence._layout.image_bytes
-
-        total = sum(map(num_bytes, self._spilling))
-        while self._spilling and total > SPILLING_BYTES:
-            total -= num_bytes(self._spilling[0])
-            sequence, layer = self._spilling.popleft()
+    def _limit_spilling(self, num_bytes: int) -> None:
+        """Wait for the oldest spills until `num_bytes` more stay within SPILLING_BYTES."""
+        while self._spilling and self._spilling_bytes + num_bytes > SPILLING_BYTES:
+            sequence, layer, oldest_bytes = self._spilling.popleft()
+            self._spilling_bytes -= oldest_bytes
             if not sequence._deleted:
-                sequence._complete_spills(layer)
+                sequence._complete_oldest_spill(layer)
 
     def _compact(self, layout: GroupLayout, groups: list[GroupRow], placement_id: int) -> None:
         if not groups:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvfs import group_image
+from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
 from spdk_glue.namespace import Pending
 
@@ -30,8 +31,9 @@ class Spill:
 class LayerTail:
     """One layer's tail. `images` maps a group position to its image, for groups not wholly on flash."""
 
-    def __init__(self, layout: GroupLayout, num_tokens: int = 0):
+    def __init__(self, layout: GroupLayout, pool: ImagePool, num_tokens: int = 0):
         self._layout = layout
+        self._pool = pool
         self.num_tokens = num_tokens
         self.num_submitted = num_tokens
         self.num_spilled = num_tokens
@@ -49,7 +51,7 @@ class LayerTail:
         assert row + len(keys) <= group_tokens
         image = self.images.get(position)
         if image is None:
-            image = self.images[position] = group_image.allocate_image(self._layout)
+            image = self.images[position] = self._pool.take(self._layout)
         group_image.pack(self._layout, image, row, keys, values)
         self.num_tokens += len(keys)
 
@@ -88,7 +90,7 @@ class LayerTail:
         self.num_spilled = spill.stop
         whole = self.num_spilled // self._layout.geometry.group_tokens
         for position in [p for p in self.images if p < whole]:
-            del self.images[position]
+            self._pool.give_back(self._layout, self.images.pop(position))
 
     def read(self, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Copy tokens [start, stop), all at or past num_spilled, into [stop - start, heads, head_dim]."""

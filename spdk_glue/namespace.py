@@ -160,12 +160,16 @@ class Namespace:
     def is_done(self, pending: Pending) -> bool:
         return pending.queue_pair.is_done(pending.cids)
 
-    def complete(self, pending: Pending) -> None:
-        """Wait for a submitted batch; raises NvmeStatusError where a command of it failed."""
+    def wait(self, pending: Pending) -> np.ndarray:
+        """Wait for a submitted batch: its completions, whatever their status."""
         completions = pending.queue_pair.wait(pending.cids)
         with self._lock:
             self._idle.append(pending.queue_pair)
-        self._check(pending.entries, completions)
+        return completions
+
+    def complete(self, pending: Pending) -> None:
+        """Wait for a submitted batch; raises NvmeStatusError where a command of it failed."""
+        self._check(pending.entries, self.wait(pending))
 
     def flush(self) -> None:
         """All completed writes and deallocations are durable when this returns."""
