@@ -47,6 +47,17 @@ class OutOfSpace(KvfsError):
         )
 
 
+class CatalogueFull(OutOfSpace):
+    """The area for names and groups is full, though blocks for data may be free."""
+
+    def __init__(self, capacity_bytes: int):
+        self.capacity_bytes = capacity_bytes
+        KvfsError.__init__(
+            self,
+            f"the drive's catalogue of {capacity_bytes} bytes is full: delete sequences, or use a larger drive",
+        )
+
+
 class StoreClosed(KvfsError):
     def __init__(self):
         super().__init__("the store is closed: open it again with kvfs.open")
@@ -98,6 +109,7 @@ ERRNO = {
     MediaFailure: errno.EIO,
     DriveExists: errno.EEXIST,
     OutOfSpace: errno.ENOSPC,
+    CatalogueFull: errno.ENOSPC,
     StoreClosed: errno.EBADF,
     NoSuchModel: errno.ENOENT,
     ModelMismatch: errno.EEXIST,

@@ -7,16 +7,17 @@ their data were written. One row per token group, never one per page.
 import itertools
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import apsw
 import numpy as np
 
 from kvfs.allocator import Extent
-from kvfs.errors import NotADrive, OutOfSpace
+from kvfs.errors import CatalogueFull, NotADrive
 from kvfs.layout import KvGeometry
 from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
+from spdk_glue.status import NvmeError
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -101,6 +102,7 @@ class Catalogue:
 
     def __init__(self, volume: Volume, page_size: int, path, create: bool = False):
         self._volume = volume
+        self.is_durable = True  # whether every transaction so far survives a power cut
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
         try:
@@ -114,7 +116,9 @@ class Catalogue:
             mode = self._db.execute("PRAGMA journal_mode = WAL").get
             assert mode == "wal", mode
             self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
-            self._db.execute("PRAGMA wal_autocheckpoint = 256")
+            # room is left for the transaction that crosses the mark
+            wal_pages = volume.wal.capacity // page_size
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, wal_pages // 4)}")
             self._db.execute("PRAGMA cache_size = -16384")
             if create:
                 with self._transaction():
@@ -131,12 +135,14 @@ class Catalogue:
         try:
             with self._db:
                 yield
+            self.is_durable = False
         except apsw.FullError as error:
-            raise OutOfSpace(0, 0) from error
+            raise CatalogueFull(self._volume.database.capacity) from error
 
     def sync(self) -> None:
         """Make every transaction so far durable."""
         self._volume.sync()
+        self.is_durable = True
 
     def close(self) -> None:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -145,9 +151,10 @@ class Catalogue:
         self._vfs.unregister()
 
     def abandon(self) -> None:
-        """Close without touching the volume, which a failed drive may not take."""
-        self._volume.database.forget_dirty()
-        self._volume.wal.forget_dirty()
+        """Close without touching the drive, which has failed: what was not durable is gone."""
+        self._volume.detached = True
+        with suppress(apsw.Error, NvmeError):
+            self._db.close()
         self._vfs.unregister()
 
     # models

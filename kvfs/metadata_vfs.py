@@ -42,9 +42,12 @@ CACHED_BLOCKS = 2048  # clean blocks kept for reading: a WAL between checkpoints
 
 
 def metadata_area(num_lbas: int) -> tuple[int, int]:
-    """(database_lbas, wal_lbas): 1/32 of the volume, 2 MiB to 256 MiB at 4 KiB blocks, a quarter for the WAL."""
-    total = min(max(num_lbas // 32, 512), 1 << 16)
-    return total - total // 4, total // 4
+    """(database_lbas, wal_lbas): 1/32 of the volume, at 4 KiB blocks 4 MiB to 256 MiB, halved between them.
+
+    The log is as large as the database, so that no transaction is too large for it.
+    """
+    total = min(max(num_lbas // 32, 1024), 1 << 16)
+    return total // 2, total // 2
 
 
 class BlockFile:
@@ -141,6 +144,7 @@ class Volume:
         self.database = BlockFile(namespace, 1, database_lbas, int(header["database_bytes"][0]))
         self.wal = BlockFile(namespace, 1 + database_lbas, wal_lbas, int(header["wal_bytes"][0]))
         self.wal_exists = bool(header["wal_exists"][0])
+        self.detached = False  # a drive that failed is not written any more
         self.first_data_lba = 1 + database_lbas + wal_lbas
 
     @classmethod
@@ -171,6 +175,8 @@ class Volume:
 
     def sync(self) -> None:
         """Everything written to the files so far is durable when this returns."""
+        if self.detached:
+            return
         extents = self.database.drain() + self.wal.drain()
         sizes = (self.database.size, self.wal.size, self.wal_exists)
         header = self._header.copy()

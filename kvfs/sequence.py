@@ -4,6 +4,8 @@ Groups that are full are immutable, so forks share them. What a truncation or a 
 filled group is read back into the tail: blocks that durable metadata names are never written again.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvfs import group_image
@@ -197,11 +199,10 @@ class Sequence:
         while position < on_flash:
             group, row = divmod(position, group_tokens)
             count = min(group_tokens - row, on_flash - position)
-            image = tail.images.get(group)
-            if image is None:
-                base = self._groups[group].base_lba + layer * self._layout.layer_lbas
-                image = self._store._namespace.read(base, self._layout.layer_lbas)
-                image = image.reshape(self._layout.image_shape)
+            # not from an image: after a reopening it lacks the rows that were on flash before
+            base = self._groups[group].base_lba + layer * self._layout.layer_lbas
+            image = self._store._namespace.read(base, self._layout.layer_lbas)
+            image = image.reshape(self._layout.image_shape)
             part = slice(position - start, position - start + count)
             group_image.unpack(self._layout, image, row, keys[part], values[part])
             position += count
@@ -220,7 +221,7 @@ class Sequence:
             self._check_usable()
             if self._dirty:
                 self._store_state()
-                self._store._sync()
+            self._store._sync_if_needed()  # a fork may have stored this sequence's state without a sync
 
     def _store_state(self) -> None:
         """Write the tail record and the catalogue's rows; durable after the store's next sync."""
@@ -231,22 +232,28 @@ class Sequence:
         if spilled > num_tokens:
             position, row = divmod(num_tokens, group_tokens)
             spilled = position * group_tokens + row - row % per_page
-        old_tail = (self._row.tail_lba, self._row.tail_lbas)
         tail_lba, tail_lbas = self._write_tail_record(spilled, num_tokens)
-        self._row.num_tokens, self._row.num_spilled = num_tokens, spilled
-        self._row.tail_lba, self._row.tail_lbas = tail_lba, tail_lbas
+        row = replace(
+            self._row, num_tokens=num_tokens, num_spilled=spilled, tail_lba=tail_lba, tail_lbas=tail_lbas
+        )
         named = -(-spilled // group_tokens)
         changed = min(self._groups_changed_from, named)
-        stored, freed = self._store._catalogue.store_sequence(
-            self._row, self._groups[:named], changed, self._tokens, self._tokens_changed_from
-        )
+        try:
+            stored, freed = self._store._catalogue.store_sequence(
+                row, self._groups[:named], changed, self._tokens, self._tokens_changed_from
+            )
+        except BaseException:
+            if tail_lbas:
+                self._store._allocator.give_back(tail_lba, tail_lbas)
+            raise
+        if self._row.tail_lbas:
+            self._store._allocator.hold(self._row.tail_lba, self._row.tail_lbas)
+        self._row = row
         self._groups[:named] = stored
         self._groups_changed_from = named
         self._tokens_changed_from = len(self._tokens)
         for extent in freed:
             self._store._allocator.hold(*extent)
-        if old_tail[1]:
-            self._store._allocator.hold(*old_tail)
         self._dirty = False
 
     def _write_tail_record(self, start: int, stop: int) -> tuple[int, int]:

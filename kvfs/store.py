@@ -268,6 +268,10 @@ class Store:
         if released:
             self._namespace.deallocate(released)
 
+    def _sync_if_needed(self) -> None:
+        if not self._catalogue.is_durable:
+            self._sync()
+
     def flush(self) -> None:
         """Everything appended to any sequence so far survives a kill or a power cut from here on."""
         with self._lock:
@@ -275,7 +279,7 @@ class Store:
             for sequence in self._sequences.values():
                 if sequence._dirty:
                     sequence._store_state()
-            self._sync()
+            self._sync_if_needed()
 
     def close(self) -> None:
         """Flush and let go of the drive. Closing twice is allowed."""

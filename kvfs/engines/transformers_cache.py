@@ -12,6 +12,7 @@ begins.
 
 from dataclasses import asdict
 
+import torch
 from transformers.cache_utils import Cache
 
 from kvfs.engines import sequence_rows
@@ -206,7 +207,7 @@ class KvfsCache(Cache):
         """Keep the rows `indices` (positions, or a bool per row)."""
         positions = range(len(self._rows))
         kept = indices.tolist()
-        self._rearrange([row for row in positions if kept[row]] if indices.dtype.is_bool else kept)
+        self._rearrange([row for row in positions if kept[row]] if indices.dtype == torch.bool else kept)
 
     def _rearrange(self, sources):
         if self._rows and sources != list(range(len(self._rows))):

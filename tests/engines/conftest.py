@@ -43,9 +43,8 @@ def name():
 
 def tiny(family, **changes):
     """A model of the family (a prefix such as "Llama") with random weights, ready for generate()."""
-    config_class = getattr(transformers, f"{family}Config", None) or getattr(
-        transformers, f"{family}TextConfig"
-    )
+    text_config = getattr(transformers, f"{family}TextConfig", None)
+    config_class = text_config or getattr(transformers, f"{family}Config")
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,

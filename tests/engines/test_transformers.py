@@ -26,7 +26,11 @@ FAMILIES = {
     "mistral, window": ("Mistral", {"sliding_window": 48}),
     "gemma3, mixed windows": (
         "Gemma3",
-        {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {
+            "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+        },
     ),
     "phi3": ("Phi3", {}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 128, "init_std": 0.3}),
@@ -58,13 +62,14 @@ def attention_commands(store):
     return store.counters()["attention"]["commands"]
 
 
-# -- the same tokens ----------------------------------------------------------------------------------------------
+# -- the same tokens -------------------------------------------------------------------------------------------
 
 
 def test_greedy_tokens_are_those_of_sdpa(any_model, store, name, prompt):
     """Without it: a model family that generates other text on kvfs than in memory."""
     ids = prompt(100)
     expected = greedy(any_model, ids)
+    assert len(expected[0, 100:].unique()) > 5, "a model that repeats itself shows nothing"
     assert torch.equal(greedy(any_model, ids, KvfsCache(store, name)), expected)
 
 
@@ -230,7 +235,7 @@ def test_other_caches_are_left_alone(llama, prompt):
     assert torch.equal(greedy(llama, ids, DynamicCache()), greedy(llama, ids))
 
 
-# -- changes of the cache -----------------------------------------------------------------------------------------
+# -- changes of the cache --------------------------------------------------------------------------------------
 
 
 def test_rows_can_be_repeated_and_selected(llama, store, name, prompt):
@@ -303,7 +308,7 @@ def test_a_failed_append_to_one_row_is_forgotten(llama, store, name, prompt, mon
     assert torch.equal(greedy(llama, half, cache, num_tokens=10), expected)
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------
 
 
 def test_eager_attention_is_refused(tiny_model, store, name, prompt):
@@ -340,6 +345,7 @@ def test_latent_attention_is_refused(tiny_model, store, name, prompt):
         first_k_dense_replace=2,
         kv_lora_rank=32,
         q_lora_rank=32,
+        head_dim=16,
         qk_rope_head_dim=16,
         qk_nope_head_dim=32,
         v_head_dim=32,
@@ -408,11 +414,10 @@ def test_a_prompt_that_is_stored_already_is_refused(llama, store, name, prompt, 
     ids = prompt(60)
     cache = KvfsCache(store, name)
     greedy(llama, ids, cache, num_tokens=20)
-    options = {"attention_mask": torch.ones_like(ids) if with_mask else None}
-    with pytest.raises(UnsupportedMask, match="stored"):
-        greedy(llama, ids, cache, **options)
-    with pytest.raises(UnsupportedMask, match="stored"):
-        greedy(llama, torch.cat([ids, prompt(19, seed=2)], dim=1), cache, **options)
+    for again in (ids, torch.cat([ids, prompt(19, seed=2)], dim=1)):
+        mask = torch.ones_like(again) if with_mask else None
+        with pytest.raises(UnsupportedMask, match="stored"):
+            greedy(llama, again, cache, attention_mask=mask)
 
 
 def test_another_model_is_refused(llama, tiny_model, store, name, prompt):
@@ -421,7 +426,7 @@ def test_another_model_is_refused(llama, tiny_model, store, name, prompt):
     torch.manual_seed(1)
     other = type(llama)(llama.config).eval()
     other.generation_config = llama.generation_config
-    with pytest.raises(CacheMismatch, match="another|this one"):
+    with pytest.raises(CacheMismatch, match="this one"):
         greedy(other, ids, KvfsCache(store, name))
     with pytest.raises(CacheMismatch):
         greedy(llama, ids, KvfsCache(store, name, dtype="float16"))

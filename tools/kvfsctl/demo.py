@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kvfs_bench.figures import report
 from rich.console import Console
 
 from kvfsctl.demo_document import MODEL_DIR, DemoError, check_prerequisites
 from kvfsctl.demo_processes import Task, phase_runner
 from kvfsctl.demo_report import Outcome
+from kvfsctl.output import fail
 
 # Enough flash for the demo many times over; the file is sparse.
 _DRIVE_BYTES_MIN = 1 << 30
@@ -50,17 +52,17 @@ def demo(
     process ends; a new one opens the drive and continues the same sequence from flash, without prefill. Every
     phase is a process of its own and warms up (compiles its kernels) before anything is timed.
 
-    Exit code: 0 when all tokens are identical to Transformers', 1 when not, 2 when the demo could not run.
+    Exit code: 0 when all tokens are identical to Transformers', 1 when one differs or the demo cannot run.
     """
     try:
         outcome, points = _run(
             context, tokens, more_tokens, dtype.value, worker=worker, drive=drive, model=model, plot_path=plot
         )
     except DemoError as error:
-        typer.echo(f"kvfsctl demo: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(f"demo: {error}")
     _print(outcome, points, plot, json_output)
-    raise typer.Exit(0 if outcome.all_identical else 1)
+    if not outcome.all_identical:
+        fail(f"demo: the tokens differ from those of {outcome.comparison}")
 
 
 def _run(context, tokens, more_tokens, dtype, *, worker, drive, model, plot_path):
@@ -130,7 +132,8 @@ def _print(outcome, points, plot_path, json_output):
     if plot_path:
         demo_plot.plot(points, plot_path)
     if json_output:
-        typer.echo(json.dumps(demo_report.report_json(outcome, demo_plot.point_figures(points)), indent=2))
+        all_figures = [*demo_report.figures(outcome), *demo_plot.point_figures(points)]
+        typer.echo(json.dumps(report("demo", all_figures), indent=2))
         return
     console = Console()
     console.print(demo_report.table(outcome))

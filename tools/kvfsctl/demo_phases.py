@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvfs
 import kvfs.errors
 from kvfsctl.demo_document import DemoError, document_ids, load_model
+from kvfsctl.demo_load import LoadMeter
 from kvfsctl.demo_processes import Task
 from kvfsctl.demo_rivals import FileCache, RoundedCache
 
@@ -42,6 +43,8 @@ class TokenClock(BaseStreamer):
         self._started = None
         self._decode_started = None
         self._last = None
+        self._load = None
+        self.cpus_elsewhere = None
 
     def put(self, value):
         """The prompt first, then each token."""
@@ -53,13 +56,15 @@ class TokenClock(BaseStreamer):
         if len(self.tokens) == 1:
             self.prefill_s = now - self._started
             self._at_first_token()
+            self._load = LoadMeter()
             now = self._decode_started = time.perf_counter()
         self._last = now
         if self._report_progress:
             _say({"progress": len(self.tokens)})
 
     def end(self):
-        """Nothing to do."""
+        """The last token has come."""
+        self.cpus_elsewhere = self._load.cpus_elsewhere()
 
     def tokens_per_second(self):
         """Of the decode steps, that is of all tokens but the first, which the prefill yields."""
@@ -93,6 +98,7 @@ def _result(clock, **more):
         "tokens": clock.tokens,
         "prefill_s": clock.prefill_s,
         "tokens_per_second": clock.tokens_per_second(),
+        "cpus_elsewhere": clock.cpus_elsewhere,
         "peak_rss_bytes": peak_rss_bytes(),
         **more,
     }

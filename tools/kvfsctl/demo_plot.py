@@ -1,6 +1,6 @@
 """Tokens/s and link bytes per token against context length, as a PNG."""
 
-from kvfsctl.demo_report import figure
+from kvfs_bench.figures import Figure
 
 # New tokens per point: enough for a mean, few enough for the context to stay what the axis says.
 NEW_TOKENS_PER_POINT = 32
@@ -51,7 +51,7 @@ def point_figures(points):
     named = []
     for (way, context), result in sorted(points.items()):
         name = f"demo.context_{context}.{way.removesuffix('_generate')}"
-        named.append(figure(f"{name}.tokens_per_second", result["tokens_per_second"], "tokens/s"))
+        named.append(Figure(f"{name}.tokens_per_second", result["tokens_per_second"], "tokens/s"))
         if result.get("link_bytes_per_token") is not None:
-            named.append(figure(f"{name}.link_bytes_per_token", result["link_bytes_per_token"], "bytes"))
+            named.append(Figure(f"{name}.link_bytes_per_token", result["link_bytes_per_token"], "bytes"))
     return named

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvfsctl.demo_document import DemoError
 
-# What a user without a terminal sees of a crash: the end of the traceback.
+# Of a crash that nobody foresaw: the end of its traceback.
 _STDERR_CHARS_SHOWN = 2000
 
 
@@ -69,12 +69,11 @@ def run_phase(task, on_progress=lambda tokens: None):
                 raise
         if "result" in message:
             return message["result"]
+        if "error" in message:
+            raise DemoError(message["error"])
         stderr.seek(0)
-        reason = (
-            message.get("error")
-            or f"ended with code {process.returncode}\n{stderr.read()[-_STDERR_CHARS_SHOWN:]}"
-        )
-        raise DemoError(f"{task.phase}: {reason}")
+        print(stderr.read()[-_STDERR_CHARS_SHOWN:], file=sys.stderr)
+        raise DemoError(f"phase {task.phase} ended with code {process.returncode}, its last words are above")
 
 
 def _last_message(lines, on_progress):

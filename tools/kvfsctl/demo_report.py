@@ -1,14 +1,12 @@
-"""The demo's outcome as figures: the benches' schema, and a table with units."""
+"""The demo's outcome: figures in the benches' schema, and a table with units."""
 
-import os
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
+from kvfs_bench.figures import Figure
 from rich.table import Table
 
-SCHEMA = 1
+# Less than this does not show in tokens/s.
+CPUS_ELSEWHERE_WORTH_A_NOTE = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,38 +78,12 @@ def common_prefix(tokens, reference):
 # -- for machines ----------------------------------------------------------------------------------------------
 
 
-def report_json(outcome, more_figures=()):
-    """The whole report: {"schema", "bench", "machine", "figures"}."""
-    return {
-        "schema": SCHEMA,
-        "bench": "demo",
-        "machine": machine_facts(),
-        "figures": [*figures(outcome), *more_figures],
-    }
-
-
-def figure(name, value, unit, *, rival=None, rival_value=None, ratio=None, limit=None, goal=None):
-    """One figure of the schema; `met` follows from the goal."""
-    met = None if goal is None else value is not None and value >= goal
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "rival": rival,
-        "rival_value": rival_value,
-        "ratio": ratio,
-        "limit": limit,
-        "goal": goal,
-        "met": met,
-    }
-
-
 def figures(outcome):
     """All figures of one run."""
     kvfs, continued, plain, offloading = outcome.kvfs, outcome.continued, outcome.plain, outcome.offloading
     flash = continued["flash"]
     return [
-        figure(
+        Figure(
             "demo.tokens_identical",
             outcome.identical,
             "tokens",
@@ -119,7 +91,7 @@ def figures(outcome):
             rival_value=outcome.new_tokens,
             goal=outcome.new_tokens,
         ),
-        figure(
+        Figure(
             "demo.tokens_identical_after_reopening",
             outcome.identical_after_reopening,
             "tokens",
@@ -127,13 +99,13 @@ def figures(outcome):
             rival_value=outcome.more_tokens,
             goal=outcome.more_tokens,
         ),
-        figure(
+        Figure(
             "demo.tokens_identical_to_plain", outcome.identical_to_plain, "tokens", rival="plain Transformers"
         ),
         _speed("demo.tokens_per_second", kvfs, "in-memory SDPA", plain),
         _speed("demo.tokens_per_second_vs_offloading", kvfs, "offloading", offloading),
         _speed("demo.tokens_per_second_after_reopening", continued, "in-memory SDPA", plain),
-        figure(
+        Figure(
             "demo.link_bytes_per_token",
             kvfs["link_bytes_per_token"],
             "bytes",
@@ -141,23 +113,27 @@ def figures(outcome):
             rival_value=offloading["link_bytes_per_token"],
             ratio=outcome.link_bytes_ratio,
         ),
-        figure("demo.link_bytes_ratio", outcome.link_bytes_ratio, "times fewer", goal=outcome.link_bytes_goal),
-        figure("demo.commands_per_token", kvfs["commands_per_token"], "commands"),
-        figure("demo.flash_bytes_read", kvfs["flash"]["bytes_read"] + flash["bytes_read"], "bytes"),
-        figure("demo.flash_bytes_written", kvfs["flash"]["bytes_written"] + flash["bytes_written"], "bytes"),
-        figure("demo.waf", kvfs["flash"]["waf"], "pages programmed per page written"),
-        figure(
+        Figure("demo.link_bytes_ratio", outcome.link_bytes_ratio, "times fewer", goal=outcome.link_bytes_goal),
+        Figure("demo.commands_per_token", kvfs["commands_per_token"], "commands"),
+        Figure("demo.flash_bytes_read", kvfs["flash"]["bytes_read"] + flash["bytes_read"], "bytes"),
+        Figure("demo.flash_bytes_written", kvfs["flash"]["bytes_written"] + flash["bytes_written"], "bytes"),
+        Figure("demo.waf", kvfs["flash"]["waf"], "pages programmed per page written"),
+        Figure(
             "demo.prefill_seconds",
             kvfs["prefill_s"],
             "s",
             rival="in-memory SDPA",
             rival_value=plain["prefill_s"],
         ),
-        figure(
+        Figure(
             "demo.seconds_to_first_token_after_reopening", continued["open_s"] + continued["prefill_s"], "s"
         ),
         *(
-            figure(f"demo.peak_host_memory.{name}", result["peak_rss_bytes"], "bytes")
+            Figure(f"demo.peak_host_memory.{name}", result["peak_rss_bytes"], "bytes")
+            for name, result in _by_phase(outcome).items()
+        ),
+        *(
+            Figure(f"demo.cpus_elsewhere.{name}", result["cpus_elsewhere"], "CPUs")
             for name, result in _by_phase(outcome).items()
         ),
     ]
@@ -166,7 +142,7 @@ def figures(outcome):
 def _speed(name, kvfs, rival, other):
     value, rival_value = kvfs["tokens_per_second"], other["tokens_per_second"]
     ratio = value / rival_value if value and rival_value else None
-    return figure(name, value, "tokens/s", rival=rival, rival_value=rival_value, ratio=ratio)
+    return Figure(name, value, "tokens/s", rival=rival, rival_value=rival_value, ratio=ratio)
 
 
 def _by_phase(outcome):
@@ -176,28 +152,6 @@ def _by_phase(outcome):
         "in_memory": outcome.plain,
         "offloading": outcome.offloading,
     }
-
-
-def machine_facts():
-    """What the figures depend on."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "numba", "torch", "transformers")},
-    }
-
-
-def _cpu_model():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 # -- for people ------------------------------------------------------------------------------------------------
@@ -231,6 +185,12 @@ def summary(outcome):
         f"Link bytes per token: {outcome.link_bytes_ratio:,.0f} times fewer than offloading "
         f"(goal 0.5 S / (g + 1) = {outcome.link_bytes_goal:,.0f}: {reached})"
     )
+    for name, column in _by_phase(outcome).items():
+        if column["cpus_elsewhere"] > CPUS_ELSEWHERE_WORTH_A_NOTE:
+            yield (
+                f"Note: other processes kept {column['cpus_elsewhere']:.1f} CPUs busy during {name}: "
+                "its tokens/s would be higher on a quiet machine"
+            )
     yield "Each column is a process of its own, warmed up (kernels compiled) before anything was timed."
 
 
@@ -258,7 +218,8 @@ def _prefilled(column, outcome):
 
 _ROWS = {
     "prompt computed": _prefilled,
-    "first token, s": lambda column, _: _number(column.get("open_s", 0) + column["prefill_s"], ".2f"),
+    "open drive, s": lambda column, _: _number(column.get("open_s"), ".2f"),
+    "first token, s": lambda column, _: _number(column["prefill_s"], ".2f"),
     "decode, tokens/s": lambda column, _: _number(column["tokens_per_second"], ".1f"),
     "link, bytes/token": lambda column, _: _bytes(column.get("link_bytes_per_token")),
     "flash read": lambda column, _: _bytes(column.get("flash", {}).get("bytes_read")),

@@ -1,0 +1,242 @@
+"""The store through its public API, on a real embedded drive."""
+
+import numpy as np
+import pytest
+
+import kvfs
+from kvfs.layout import NUMPY_DTYPE
+
+from .conftest import add_model, plain_attention, random_kv, random_queries
+
+
+def fill(sequence, keys, values):
+    for layer in range(sequence.model.num_layers):
+        sequence.append(layer, keys, values)
+
+
+def assert_attends(store, sequence, keys, values, tolerance=1e-5):
+    """Attention over a sequence equals the textbook's over the rounded keys and values."""
+    dtype = sequence.model.geometry.numpy_dtype
+    keys, values = keys.astype(dtype), values.astype(dtype)
+    geometry = sequence.model.geometry
+    queries = random_queries(num_heads=geometry.num_query_heads, head_dim=geometry.head_dim)
+    out, lse = store.attend(0, queries, [sequence])
+    want_out, want_lse = plain_attention(queries[0], keys, values, [(0, len(keys))])
+    np.testing.assert_allclose(out[0], want_out, atol=tolerance)
+    np.testing.assert_allclose(lse[0], want_lse, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("num_tokens", [1, 255, 256, 257, 1000])
+def test_attention_equals_the_textbook(store, dtype, num_tokens):
+    """Numbers: any length around a token group's border, in every storage type."""
+    sequence = store.create_sequence(add_model(store, dtype), "s")
+    keys, values = random_kv(num_tokens)
+    fill(sequence, keys, values)
+    assert_attends(store, sequence, keys, values)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group_size", "head_dim"), [(1, 1, 32), (3, 5, 96), (2, 16, 80), (4, 2, 128), (1, 7, 256)]
+)
+def test_shapes_of_models(store, num_kv_heads, group_size, head_dim):
+    """Models whose head_dim or group size is no power of two."""
+    model = add_model(
+        store, num_kv_heads=num_kv_heads, num_query_heads=num_kv_heads * group_size, head_dim=head_dim
+    )
+    sequence = store.create_sequence(model, "s")
+    keys, values = random_kv(300, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    fill(sequence, keys, values)
+    assert_attends(store, sequence, keys, values)
+
+
+def test_causal_queries_and_ranges(store, model):
+    """Several queries at once: each must see just the tokens it may."""
+    sequence = store.create_sequence(model, "s")
+    keys, values = random_kv(600)
+    fill(sequence, keys, values)
+    keys, values = keys.astype(np.float16), values.astype(np.float16)
+    queries = random_queries(num_queries=5)
+    out, _ = store.attend(1, queries, [sequence])
+    want, _ = plain_attention(queries[0], keys, values, [(0, 600 - 4 + i) for i in range(5)])
+    np.testing.assert_allclose(out[0], want, atol=1e-5)
+    everything, _ = store.attend(1, queries, [sequence], causal=False)
+    want, _ = plain_attention(queries[0], keys, values, [(0, 600)] * 5)
+    np.testing.assert_allclose(everything[0], want, atol=1e-5)
+    ranges = [(0, 600), (10, 20), (250, 260), (511, 513), (40, 40)]
+    windowed, lse = store.attend(1, queries, [sequence], token_ranges=np.array([ranges]))
+    want, want_lse = plain_attention(queries[0], keys, values, ranges)
+    np.testing.assert_allclose(windowed[0], want, atol=1e-5)
+    np.testing.assert_allclose(lse[0], want_lse, atol=1e-5)
+
+
+def test_batch_of_different_lengths(store, model):
+    """A batch: sequences must not see each other, whatever their lengths."""
+    queries = random_queries(num_sequences=3)
+    sequences, wanted = [], []
+    for index, num_tokens in enumerate((3, 700, 256)):
+        sequence = store.create_sequence(model, f"s{index}")
+        keys, values = random_kv(num_tokens, seed=index)
+        fill(sequence, keys, values)
+        sequences.append(sequence)
+        rounded = keys.astype(np.float16), values.astype(np.float16)
+        wanted.append(plain_attention(queries[index], *rounded, [(0, num_tokens)])[0])
+    out, _ = store.attend(0, queries, sequences)
+    np.testing.assert_allclose(out, np.stack(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize("writeback_tokens", [1, 32, 100, None])
+def test_token_by_token_with_any_writeback(path, writeback_tokens):
+    """Delayed writeback: tail and flash together are the whole, whenever pages are spilled."""
+    keys, values = random_kv(300)
+    with kvfs.open(path, cache_bytes="8MiB", writeback_tokens=writeback_tokens) as store:
+        sequence = store.create_sequence(add_model(store), "s")
+        for token in range(300):
+            fill(sequence, keys[token : token + 1], values[token : token + 1])
+            if token in (0, 31, 32, 33, 255, 256, 299):
+                assert_attends(store, sequence, keys[: token + 1], values[: token + 1])
+        sequence.compact()
+        assert_attends(store, sequence, keys, values)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        sequence = store.sequence("s")
+        assert_attends(store, sequence, keys, values)
+        np.testing.assert_array_equal(sequence.read(1)[0], keys.astype(np.float16))
+        assert_attends(store, sequence.fork("t"), keys, values)
+        assert store.check() == []
+
+
+def test_reopening_finds_everything(path):
+    """Restart: models, sequences, K/V of whole groups and of the tail, and token ids."""
+    keys, values = random_kv(777)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        sequence = store.create_sequence(add_model(store), "chat-42")
+        fill(sequence, keys, values)
+        sequence.append_tokens(np.arange(777))
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        sequence = store.sequence("chat-42")
+        assert (sequence.num_tokens, sequence.name, sequence.model.name) == (777, "chat-42", "model-float16")
+        assert sequence.tokens.tolist() == list(range(777))
+        for layer in range(2):
+            found_keys, found_values = sequence.read(layer)
+            np.testing.assert_array_equal(found_keys, keys.astype(np.float16))
+            np.testing.assert_array_equal(found_values, values.astype(np.float16))
+        fill(sequence, keys[:1], values[:1])
+        assert_attends(store, sequence, np.concatenate([keys, keys[:1]]), np.concatenate([values, values[:1]]))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 255, 256, 300, 512, 600])
+def test_truncate_and_grow_again(path, keep):
+    """Truncation (crop of a speculative step): what is kept stays, what follows is the new."""
+    keys, values = random_kv(600)
+    more_keys, more_values = random_kv(300, seed=9)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        sequence = store.create_sequence(add_model(store), "s")
+        fill(sequence, keys, values)
+        sequence.flush()
+        sequence.truncate(keep)
+        fill(sequence, more_keys, more_values)
+        want = np.concatenate([keys[:keep], more_keys]), np.concatenate([values[:keep], more_values])
+        assert_attends(store, sequence, *want)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        assert_attends(store, store.sequence("s"), *want)
+        assert store.check() == []
+
+
+def test_fork_shares_and_diverges(path):
+    """Forks (beams, agents): a child costs almost nothing and neither sees what the other appends."""
+    keys, values = random_kv(600)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        parent = store.create_sequence(add_model(store), "parent")
+        fill(parent, keys, values)
+        parent.flush()
+        free_before = store.counters()["space"]["free_bytes"]
+        child = parent.fork("child")
+        kv_bytes = 600 * parent.model.token_bytes
+        assert free_before - store.counters()["space"]["free_bytes"] < kv_bytes / 2
+        fill(child, keys[:100], values[:100])
+        fill(parent, keys[100:101], values[100:101])
+        longer = np.concatenate([keys, keys[:100]]), np.concatenate([values, values[:100]])
+        assert_attends(store, child, *longer)
+        store.delete_sequence("parent")
+        store.flush()
+        filler = store.create_sequence(parent.model, "filler")  # would overwrite groups freed too early
+        fill(filler, *random_kv(2000, seed=3))
+        assert_attends(store, child, *longer)
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        assert_attends(store, store.sequence("child"), *longer)
+        assert store.check() == []
+
+
+def test_deleting_gives_the_space_back(path):
+    """Space: a drive used for hours by short-lived sequences must not fill up."""
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        model = add_model(store)
+        free = store.counters()["space"]["free_bytes"]
+        keys, values = random_kv(8000)
+        for round_number in range(6):
+            sequence = store.create_sequence(model, f"s{round_number}")
+            fill(sequence, keys, values)
+            sequence.flush()
+            store.delete_sequence(sequence.name)
+        store.flush()
+        assert store.counters()["space"]["free_bytes"] == free
+
+
+def test_torch_and_numpy_agree(store):
+    """Inputs: torch tensors, bfloat16 among them, mean the same as NumPy arrays."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model = add_model(store, "bfloat16")
+    keys, values = random_kv(40)
+    numbers, tensors = store.create_sequence(model, "n"), store.create_sequence(model, "t")
+    fill(numbers, keys, values)
+    fill(tensors, *(torch.from_numpy(array).to(torch.bfloat16) for array in (keys, values)))
+    for have, want in zip(tensors.read(1), numbers.read(1), strict=True):
+        np.testing.assert_array_equal(have, want)
+        assert have.dtype == NUMPY_DTYPE["bfloat16"]
+    queries = torch.randn(1, 1, 8, 64).to(torch.bfloat16)
+    out, _ = store.attend(0, queries, [tensors])
+    same, _ = store.attend(0, queries.float().numpy(), [numbers])
+    np.testing.assert_allclose(out, same, atol=1e-6)
+
+
+def test_nan_is_stored_and_propagates(store, model):
+    """NaN: allowed, kept, and seen in the output instead of being hidden."""
+    sequence = store.create_sequence(model, "s")
+    keys, values = random_kv(300)
+    values[5, 0, 3] = np.nan
+    fill(sequence, keys, values)
+    assert np.isnan(sequence.read(0)[1][5, 0, 3])
+    out, lse = store.attend(0, random_queries(), [sequence])
+    assert np.isnan(out[0, 0, :4, 3]).all()
+    assert not np.isnan(out[0, 0, 4:]).any()
+    assert np.isfinite(lse).all()
+
+
+def test_several_threads(store, model):
+    """Threads: an engine's threads may use one store at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(index):
+        sequence = store.create_sequence(model, f"s{index}")
+        keys, values = random_kv(400, seed=index)
+        for start in range(0, 400, 50):
+            fill(sequence, keys[start : start + 50], values[start : start + 50])
+        assert_attends(store, sequence, keys, values)
+        sequence.flush()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+
+
+def test_link_carries_queries_not_the_cache(store, model):
+    """The point of it all: an attention command moves a few kilobytes, however long the context."""
+    sequence = store.create_sequence(model, "s")
+    fill(sequence, *random_kv(4096))
+    sequence.flush()
+    before = store.counters()["link"]
+    store.attend(0, random_queries(), [sequence])
+    after = store.counters()["link"]
+    moved = sum(after[name] - before[name] for name in ("bytes_to_drive", "bytes_from_drive"))
+    offloaded = 2 * 4096 * 2 * 64 * 2  # K and V of the layer, fp16
+    # the two log pages that counters() reads cross the link as well
+    assert offloaded / (moved - 4096) > 0.5 * 4096 / (4 + 1)

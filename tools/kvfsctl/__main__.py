@@ -1,0 +1,5 @@
+"""`python -m kvfsctl`."""
+
+from kvfsctl.main import run
+
+run()
