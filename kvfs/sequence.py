@@ -34,7 +34,10 @@ class Sequence:
         self._groups_changed_from = len(self._groups)  # positions from here on differ from the catalogue
         self._tokens = store._catalogue.tokens(row.id)
         self._tokens_changed_from = len(self._tokens)
-        self._layers = [LayerTail(self._layout, store._image_pool, row.num_spilled) for _ in range(self._geometry.num_layers)]
+        self._layers = [
+            LayerTail(self._layout, store._image_pool, row.num_spilled)
+            for _ in range(self._geometry.num_layers)
+        ]
         self._dirty = False
         self._deleted = False
         if row.num_tokens > row.num_spilled:

@@ -125,7 +125,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int):
                         count = 0
                         for block_page in range(page, block_stop):
                             low = max(start - page_first_token[block_page], 0)
-                            high = min(stop - page_first_token[block_page], np.int64(page_num_tokens[block_page]))
+                            high = min(
+                                stop - page_first_token[block_page], np.int64(page_num_tokens[block_page])
+                            )
                             row = low
                             key_at = np.int64(key_pages[block_page])
                             value_at = np.int64(value_pages[block_page])

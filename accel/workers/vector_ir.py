@@ -1,299 +1,199 @@
-"""Micro-kernels of the numba worker, emitted as LLVM vector code.
+"""Words for writing LLVM vector code: loads that widen, sums over lanes, exp2, counted loops.
 
-Numba has no vector values, so the inner steps are intrinsics that write LLVM IR: rows of fp16, bf16 or
-fp32 are widened in registers, accumulators stay in registers, and LLVM lowers the vectors to what the
-CPU has (AVX2, AVX-512, NEON). Every size is a literal, so loops over head_dim and heads are unrolled.
-
-Names: `lanes` floats per vector; `heads` query heads worked on together; `stride` the scores' floats
-per token, `heads` rounded up to a power of two, so that lane l of any score vector belongs to head
-l % stride.
+Numba has no vector values, so the inner steps of the numba worker are intrinsics that emit LLVM IR. LLVM
+lowers a vector of any number of lanes to what the CPU has. Addresses are int64, offsets constant bytes.
 """
 
-import math
+from collections.abc import Callable
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 FLOAT16, BFLOAT16, FLOAT32 = range(3)
 ITEM_SIZE = (2, 2, 4)
 
-_F32 = ir.FloatType()
-_I8 = ir.IntType(8)
-_I16 = ir.IntType(16)
-_I32 = ir.IntType(32)
-_I64 = ir.IntType(64)
+F32 = ir.FloatType()
+I8 = ir.IntType(8)
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
 
 
-def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 
 
-def _splat_constant(value: float, lanes: int) -> ir.Constant:
-    return ir.Constant(_vector(_F32, lanes), [value] * lanes)
+def splat_constant(value: float, lanes: int, element: ir.Type = F32) -> ir.Constant:
+    return ir.Constant(vector(element, lanes), [value] * lanes)
 
 
-def _pointer(builder: ir.IRBuilder, address, offset: int, pointee: ir.Type):
-    return builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), pointee.as_pointer())
+def pointer(builder: ir.IRBuilder, address, offset: int, pointee: ir.Type):
+    at = builder.inttoptr(address, I8.as_pointer())
+    if offset:  # an offset from a pointer folds into the address of the instruction that uses it
+        at = builder.gep(at, [ir.Constant(I64, offset)], inbounds=True)
+    return builder.bitcast(at, pointee.as_pointer())
 
 
-def _load(builder: ir.IRBuilder, address, offset: int, lanes: int, align: int = 4):
-    return builder.load(_pointer(builder, address, offset, _vector(_F32, lanes)), align=align)
+def load(builder: ir.IRBuilder, address, offset: int, kind: ir.Type, align: int = 4):
+    return builder.load(pointer(builder, address, offset, kind), align=align)
 
 
-def _store(builder: ir.IRBuilder, value, address, offset: int) -> None:
-    builder.store(value, _pointer(builder, address, offset, value.type), align=4)
+def load_floats(builder: ir.IRBuilder, address, offset: int, lanes: int):
+    return load(builder, address, offset, vector(F32, lanes))
 
 
-def _load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes: int):
+def load_splat(builder: ir.IRBuilder, address, offset: int, lanes: int):
+    """One float32 in all lanes."""
+    undefined = ir.Constant(vector(F32, lanes), ir.Undefined)
+    single = builder.insert_element(undefined, load(builder, address, offset, F32), ir.Constant(I32, 0))
+    return shuffle(builder, single, undefined, [0] * lanes)
+
+
+def store(builder: ir.IRBuilder, value, address, offset: int) -> None:
+    builder.store(value, pointer(builder, address, offset, value.type), align=4)
+
+
+def load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes: int, converts_half: bool):
     """`lanes` stored values as float32."""
     if dtype == FLOAT32:
-        return _load(builder, address, offset, lanes)
+        return load_floats(builder, address, offset, lanes)
+    if dtype == FLOAT16 and converts_half:
+        half = load(builder, address, offset, vector(ir.HalfType(), lanes), align=2)
+        return builder.fpext(half, vector(F32, lanes))
+    raw = load(builder, address, offset, vector(I16, lanes), align=2)
+    bits = builder.zext(raw, vector(I32, lanes))
     if dtype == FLOAT16:
-        half = builder.load(_pointer(builder, address, offset, _vector(ir.HalfType(), lanes)), align=2)
-        return builder.fpext(half, _vector(_F32, lanes))
-    raw = builder.load(_pointer(builder, address, offset, _vector(_I16, lanes)), align=2)
-    wide = builder.zext(raw, _vector(_I32, lanes))
-    shift = ir.Constant(_vector(_I32, lanes), [16] * lanes)
-    return builder.bitcast(builder.shl(wide, shift), _vector(_F32, lanes))
+        return _half_bits_to_float(builder, bits)
+    shifted = builder.shl(bits, splat_constant(16, lanes, I32))
+    return builder.bitcast(shifted, vector(F32, lanes))
 
 
-def _call(builder: ir.IRBuilder, function: str, *arguments):
-    """A call of an overloaded LLVM intrinsic on vectors or floats."""
-    kind = arguments[0].type
-    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-    signature = ir.FunctionType(kind, [argument.type for argument in arguments])
-    declared = cgutils.get_or_insert_function(builder.module, signature, f"llvm.{function}.{suffix}")
-    return builder.call(declared, arguments)
+def _half_bits_to_float(builder: ir.IRBuilder, bits):
+    """float32 from the bits of fp16: exponent and fraction moved into place, the bias by a product.
 
-
-def _fma(builder, a, b, c):
-    return _call(builder, "fma", a, b, c)
-
-
-def _shuffle(builder: ir.IRBuilder, a, b, lanes: list[int]):
-    return builder.shuffle_vector(a, b, ir.Constant(_vector(_I32, len(lanes)), lanes))
-
-
-def _sum_each(builder: ir.IRBuilder, vectors: list, lanes: int):
-    """One vector whose lane i is the sum of vectors[i]; there are `lanes` vectors.
-
-    Pairs are added inside groups of four lanes, which every instruction set shuffles cheaply, then the
-    groups are added up.
+    The product also makes subnormal numbers right; infinity and NaN get their exponent afterwards.
     """
-    for _ in range(2):
-        even, odd = [], []
-        for group in range(0, lanes, 4):
-            even += [group, group + 2, lanes + group, lanes + group + 2]
-            odd += [group + 1, group + 3, lanes + group + 1, lanes + group + 3]
+    lanes = bits.type.count
+
+    def constant(value):
+        return splat_constant(value, lanes, I32)
+
+    magnitude = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
+    sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
+    rebiased = builder.fmul(
+        builder.bitcast(magnitude, vector(F32, lanes)), splat_constant(2.0**112, lanes)
+    )
+    special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13))
+    finite = builder.bitcast(rebiased, bits.type)
+    result = builder.select(special, builder.or_(magnitude, constant(0x7F800000)), finite)
+    return builder.bitcast(builder.or_(result, sign), vector(F32, lanes))
+
+
+def fma(builder: ir.IRBuilder, a, b, c):
+    kind = a.type
+    signature = ir.FunctionType(kind, [kind] * 3)
+    declared = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.v{kind.count}f32")
+    return builder.call(declared, (a, b, c))
+
+
+def maximum(builder: ir.IRBuilder, a, b):
+    """The larger lanes; b's where a is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def shuffle(builder: ir.IRBuilder, a, b, lanes: list[int]):
+    return builder.shuffle_vector(a, b, ir.Constant(vector(I32, len(lanes)), lanes))
+
+
+def sum_each_of_four(builder: ir.IRBuilder, vectors: list):
+    """float32 <4>: lane i is the sum of the lanes of vectors[i].
+
+    Pairs are added inside groups of four lanes, which every instruction set shuffles cheaply; then halves.
+    """
+    lanes = vectors[0].type.count
+    groups = range(0, lanes, 4)
+    even = [group + place for group in groups for place in (0, 2, lanes, lanes + 2)]
+    odd = [place + 1 for place in even]
+    while len(vectors) > 1:
         vectors = [
-            builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+            builder.fadd(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
             for a, b in zip(vectors[::2], vectors[1::2], strict=True)
         ]
-    total = None
-    for group in range(0, lanes, 4):
-        part = None
-        for vector in vectors:
-            piece = _shuffle(builder, vector, vector, list(range(group, group + 4)))
-            part = piece if part is None else _concatenate(builder, part, piece)
-        total = part if total is None else builder.fadd(total, part)
+    total = vectors[0]
+    while total.type.count > 4:
+        half = total.type.count // 2
+        low = shuffle(builder, total, total, list(range(half)))
+        high = shuffle(builder, total, total, list(range(half, 2 * half)))
+        total = builder.fadd(low, high)
     return total
 
 
-def _concatenate(builder: ir.IRBuilder, a, b):
-    """Lanes of `a` followed by the four of `b`."""
-    size = a.type.count
-    if size > 4:  # shufflevector wants operands of one type
-        b = _shuffle(builder, b, b, [lane % 4 for lane in range(size)])
-    return _shuffle(builder, a, b, list(range(size)) + [size + lane for lane in range(4)])
-
-
-def _fold(builder: ir.IRBuilder, vector, stride: int, combine):
-    """Combine the lanes of each head; every lane ends with its head's result."""
-    lanes = vector.type.count
+def fold_lanes(builder: ir.IRBuilder, value, stride: int, combine: Callable):
+    """Combine the lanes that are equal modulo stride; every lane ends with its class's result."""
+    lanes = value.type.count
     shift = lanes // 2
     while shift >= stride:
-        turned = _shuffle(builder, vector, vector, [(lane + shift) % lanes for lane in range(lanes)])
-        vector = combine(vector, turned)
+        turned = shuffle(builder, value, value, [(lane + shift) % lanes for lane in range(lanes)])
+        value = combine(builder, value, turned)
         shift //= 2
-    return vector
+    return value
 
 
-_LOG2_E = 1.4426950408889634
-# ln 2 in two parts: the first has few bits, so that n * _LN2_HIGH is exact for every n that occurs
-_LN2_HIGH = 0.693359375
-_LN2_LOW = -2.12194440e-4
-_EXP_MIN = -87.0  # below, exp is taken as zero: under 1e-37 of the largest weight
+# 2**r for |r| <= 1/2: minimax for the relative error, 7.6e-8 at most before rounding
+_EXP2 = (1.0, 0.69314707, 0.24022107, 0.05550713, 0.009675541, 0.0013276472)
+_ROUNDER = 1.5 * 2**23  # adding it rounds to an integer, which then stands in the low bits
+_EXP2_MIN = -126.0  # below, the result is zero: no subnormal weights
 
 
-def _exp(builder: ir.IRBuilder, x):
-    """exp(x) for x <= 0, relative error below 2e-7; NaN stays NaN.
-
-    x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its Taylor series to r**7, 2**n by exponent arithmetic.
-    """
+def exp2(builder: ir.IRBuilder, x):
+    """2**x for x <= 0; NaN stays NaN."""
     lanes = x.type.count
+    integers = vector(I32, lanes)
 
     def constant(value):
-        return _splat_constant(value, lanes)
+        return splat_constant(value, lanes)
 
-    n = _call(builder, "rint", builder.fmul(x, constant(_LOG2_E)))
-    r = _fma(builder, n, constant(-_LN2_HIGH), x)
-    r = _fma(builder, n, constant(-_LN2_LOW), r)
-    power = constant(1 / math.factorial(7))
-    for degree in range(6, -1, -1):
-        power = _fma(builder, power, r, constant(1 / math.factorial(degree)))
-    exponent = builder.fptosi(n, _vector(_I32, lanes))
-    shift = ir.Constant(_vector(_I32, lanes), [23] * lanes)
-    bits = builder.add(builder.bitcast(power, _vector(_I32, lanes)), builder.shl(exponent, shift))
-    result = builder.bitcast(bits, _vector(_F32, lanes))
-    result = builder.select(builder.fcmp_ordered("<", x, constant(_EXP_MIN)), constant(0.0), result)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
+    shifted = builder.fadd(x, constant(_ROUNDER))
+    r = builder.fsub(x, builder.fsub(shifted, constant(_ROUNDER)))
+    power = constant(_EXP2[-1])
+    for coefficient in reversed(_EXP2[:-1]):
+        power = fma(builder, power, r, constant(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, integers), splat_constant(23, lanes, I32))
+    result = builder.bitcast(builder.add(builder.bitcast(power, integers), exponent), x.type)
+    return builder.select(builder.fcmp_ordered("<", x, constant(_EXP2_MIN)), constant(0.0), result)
 
 
-def _literals(*arguments) -> list[int] | None:
-    if not all(isinstance(argument, types.IntegerLiteral) for argument in arguments):
-        return None
-    return [argument.literal_value for argument in arguments]
+def prefetch(builder: ir.IRBuilder, address, offset: int) -> None:
+    """Ask for the cache line at an address, to be read soon. Any address is allowed."""
+    kind = I8.as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [kind, I32, I32, I32])
+    declared = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
+    flags = (ir.Constant(I32, flag) for flag in (0, 3, 1))  # read, keep in all levels, data
+    builder.call(declared, [pointer(builder, address, offset, I8), *flags])
 
 
-@intrinsic(prefer_literal=True)
-def score_tokens(typingctx, keys, queries, scores, dtype, head_dim, heads, stride, tokens, lanes):
-    """Scores of `tokens` rows at address `keys`: float32 [tokens, stride] at address `scores`.
+def counted_loop(builder: ir.IRBuilder, count, step: int, carried: list, body: Callable) -> list:
+    """Emit `for index in range(0, count, step)`; returns the carried values after it.
 
-    queries: address of float32 [heads, head_dim], already scaled. tokens * stride <= lanes; lanes of the
-    stride beyond `heads` are set to zero.
+    body(index, carried) emits one turn and returns the next carried values; they stay in registers.
     """
-    sizes = _literals(dtype, head_dim, heads, stride, tokens, lanes)
-    if sizes is None:
-        return None
-    dtype_, head_dim_, heads_, stride_, tokens_, lanes_ = sizes
-
-    def codegen(context, builder, signature, arguments):
-        key, query, score = arguments[:3]
-        item = ITEM_SIZE[dtype_]
-        zero = _splat_constant(0.0, lanes_)
-        sums = {(t, h): zero for t in range(tokens_) for h in range(heads_)}
-        for start in range(0, head_dim_, lanes_):
-            rows = [
-                _load_widened(builder, key, (t * head_dim_ + start) * item, dtype_, lanes_)
-                for t in range(tokens_)
-            ]
-            for h in range(heads_):
-                part = _load(builder, query, (h * head_dim_ + start) * 4, lanes_)
-                for t in range(tokens_):
-                    sums[t, h] = _fma(builder, rows[t], part, sums[t, h])
-        vectors = [sums.get((lane // stride_, lane % stride_), zero) for lane in range(lanes_)]
-        result = _sum_each(builder, vectors, lanes_)
-        if tokens_ * stride_ < lanes_:
-            result = _shuffle(builder, result, result, list(range(tokens_ * stride_)))
-        _store(builder, result, score, 0)
-        return context.get_dummy_value()
-
-    return types.void(keys, queries, scores, dtype, head_dim, heads, stride, tokens, lanes), codegen
-
-
-@intrinsic(prefer_literal=True)
-def softmax_block(typingctx, scores, num_vectors, top, total, correction, stride, lanes):
-    """One step of online softmax over `num_vectors` score vectors, which become weights in place.
-
-    top, total, correction: addresses of float32 [lanes]. top becomes the new maximum, correction
-    exp(old top - new top), total is corrected and grows by the weights (lane by lane: the caller adds
-    the lanes of a head).
-    """
-    sizes = _literals(stride, lanes)
-    if sizes is None:
-        return None
-    stride_, lanes_ = sizes
-
-    def codegen(context, builder, signature, arguments):
-        score, count, top_, total_, correction_ = arguments[:5]
-        kind = _vector(_F32, lanes_)
-        step = ir.Constant(_I64, 4 * lanes_)
-
-        def at(index):
-            return builder.add(score, builder.mul(index, step))
-
-        old = _load(builder, top_, 0, lanes_)
-        best = cgutils.alloca_once_value(builder, old)
-        with cgutils.for_range(builder, count) as loop:
-            vector = _load(builder, at(loop.index), 0, lanes_)
-            builder.store(_call(builder, "maxnum", builder.load(best), vector), best)
-        new = _fold(builder, builder.load(best), stride_, lambda a, b: _call(builder, "maxnum", a, b))
-        factor = _exp(builder, builder.fsub(old, new))
-        sums = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * lanes_))
-        with cgutils.for_range(builder, count) as loop:
-            address = at(loop.index)
-            weight = _exp(builder, builder.fsub(_load(builder, address, 0, lanes_), new))
-            _store(builder, weight, address, 0)
-            builder.store(builder.fadd(builder.load(sums), weight), sums)
-        grown = _fma(builder, _load(builder, total_, 0, lanes_), factor, builder.load(sums))
-        _store(builder, grown, total_, 0)
-        _store(builder, new, top_, 0)
-        _store(builder, factor, correction_, 0)
-        return context.get_dummy_value()
-
-    return types.void(scores, num_vectors, top, total, correction, stride, lanes), codegen
-
-
-@intrinsic(prefer_literal=True)
-def add_weighted_rows(
-    typingctx, values, weights, sums, num_tokens, dtype, head_dim, heads, stride, chunks, lanes
-):
-    """sums[h] += weights[t, h] * values[t] over `num_tokens` rows, for `chunks` vectors of head_dim.
-
-    values: address of the first chunk in row 0; weights: float32 [num_tokens, stride]; sums: address of
-    the first chunk in float32 [heads, head_dim]. heads * chunks accumulators stay in registers.
-    """
-    sizes = _literals(dtype, head_dim, heads, stride, chunks, lanes)
-    if sizes is None:
-        return None
-    dtype_, head_dim_, heads_, stride_, chunks_, lanes_ = sizes
-
-    def codegen(context, builder, signature, arguments):
-        value, weight, sum_, count = arguments[:4]
-        item = ITEM_SIZE[dtype_]
-        places = [(h, c) for h in range(heads_) for c in range(chunks_)]
-        accumulators = {
-            (h, c): cgutils.alloca_once_value(
-                builder, _load(builder, sum_, (h * head_dim_ + c * lanes_) * 4, lanes_)
-            )
-            for h, c in places
-        }
-        with cgutils.for_range(builder, count) as loop:
-            row = builder.add(value, builder.mul(loop.index, ir.Constant(_I64, head_dim_ * item)))
-            scale = builder.add(weight, builder.mul(loop.index, ir.Constant(_I64, stride_ * 4)))
-            widened = [
-                _load_widened(builder, row, c * lanes_ * item, dtype_, lanes_) for c in range(chunks_)
-            ]
-            for h in range(heads_):
-                scalar = builder.load(_pointer(builder, scale, 4 * h, _F32), align=4)
-                undefined = ir.Constant(_vector(_F32, lanes_), ir.Undefined)
-                single = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-                splat = _shuffle(builder, single, undefined, [0] * lanes_)
-                for c in range(chunks_):
-                    accumulator = accumulators[h, c]
-                    builder.store(_fma(builder, widened[c], splat, builder.load(accumulator)), accumulator)
-        for h, c in places:
-            _store(builder, builder.load(accumulators[h, c]), sum_, (h * head_dim_ + c * lanes_) * 4)
-        return context.get_dummy_value()
-
-    signature = types.void(
-        values, weights, sums, num_tokens, dtype, head_dim, heads, stride, chunks, lanes
-    )
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address, to be read soon."""
-
-    def codegen(context, builder, signature, arguments):
-        kind = _I8.as_pointer()
-        function = ir.FunctionType(ir.VoidType(), [kind, _I32, _I32, _I32])
-        declared = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
-        pointer = builder.inttoptr(arguments[0], kind)
-        builder.call(declared, [pointer, *(ir.Constant(_I32, flag) for flag in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(address), codegen
+    before = builder.block
+    head = builder.append_basic_block("head")
+    turn = builder.append_basic_block("turn")
+    after = builder.append_basic_block("after")
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    phis = [builder.phi(value.type) for value in carried]
+    builder.cbranch(builder.icmp_signed("<", index, count), turn, after)
+    builder.position_at_end(turn)
+    values = body(index, phis)
+    following = builder.add(index, ir.Constant(I64, step))
+    index.add_incoming(ir.Constant(I64, 0), before)
+    index.add_incoming(following, builder.block)
+    for phi, first, value in zip(phis, carried, values, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return phis

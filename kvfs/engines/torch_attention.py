@@ -2,8 +2,9 @@
 
 import torch
 
-# Scores kept at once, in float32 elements: 32 MiB. Long prefills go through in slices of queries.
-_SCORES_AT_ONCE = 8 << 20
+# Scores kept at once, in float32 elements: 4 MiB, so that the passes over them stay in the CPU's caches. Long
+# prompts go through in slices of queries, each over the tokens that one of its queries sees.
+_SCORES_AT_ONCE = 1 << 21
 
 
 def rounded(tensor, dtype):
@@ -22,26 +23,35 @@ def attend_ranges(queries, keys, values, ranges, scale):
     [num_sequences, num_queries, num_query_heads], natural log; 0 and -inf where nothing is visible.
     """
     num_sequences, num_query_heads, num_queries, head_dim = queries.shape
-    num_kv_heads, num_tokens = keys.shape[1:3]
-    group = num_query_heads // num_kv_heads
+    num_kv_heads = keys.shape[1]
     keys = keys.float().unsqueeze(2).transpose(-1, -2)
     values = values.float().unsqueeze(2)
-    ranges = torch.as_tensor(ranges, device=queries.device)[:, None, None]
-    positions = torch.arange(num_tokens, device=queries.device)
-    out = torch.empty(num_sequences, num_queries, num_query_heads, head_dim, device=queries.device)
-    lse = torch.empty(num_sequences, num_queries, num_query_heads, device=queries.device)
-    step = max(1, _SCORES_AT_ONCE // max(1, num_sequences * num_query_heads * num_tokens))
+    out = torch.zeros(num_sequences, num_queries, num_query_heads, head_dim, device=queries.device)
+    lse = torch.full(out.shape[:3], -torch.inf, device=queries.device)
+    step = max(1, _SCORES_AT_ONCE // max(1, num_sequences * num_query_heads * keys.shape[-1]))
     for begin in range(0, num_queries, step):
         part = slice(begin, begin + step)
-        q = queries[:, :, part].float().unflatten(1, (num_kv_heads, group))
-        start, stop = ranges[:, :, :, part, 0, None], ranges[:, :, :, part, 1, None]
-        scores = (q @ keys).mul_(scale).masked_fill_((positions < start) | (positions >= stop), -torch.inf)
-        part_lse = scores.logsumexp(-1, keepdim=True)
+        first, last = int(ranges[:, part, 0].min()), int(ranges[:, part, 1].max())
+        if first >= last:
+            continue
+        q = queries[:, :, part].float().mul(scale).unflatten(1, (num_kv_heads, -1))
+        scores = q @ keys[..., first:last]
+        scores.masked_fill_(_hidden(ranges[:, part], first, last, queries.device), -torch.inf)
+        top = scores.amax(-1, keepdim=True)
         # A query without visible tokens: exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN.
-        weights = (scores - part_lse.masked_fill(part_lse.isneginf(), 0.0)).exp_()
-        out[:, part] = (weights @ values).flatten(1, 2).transpose(1, 2)
-        lse[:, part] = part_lse.squeeze(-1).flatten(1, 2).transpose(1, 2)
+        weights = scores.sub_(top.masked_fill(top.isneginf(), 0.0)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        part_out = (weights @ values[:, :, :, first:last]).div_(total.clamp_min(torch.finfo(total.dtype).tiny))
+        out[:, part] = part_out.flatten(1, 2).transpose(1, 2)
+        lse[:, part] = (top + total.log()).squeeze(-1).flatten(1, 2).transpose(1, 2)
     return out, lse
+
+
+def _hidden(ranges, first, last, device):
+    """bool [num_sequences, 1, 1, num_queries, last - first]: True where a query does not see a token."""
+    start, stop = torch.as_tensor(ranges, device=device)[:, None, None, :, :, None].unbind(-2)
+    positions = torch.arange(first, last, device=device)
+    return (positions < start) | (positions >= stop)
 
 
 def with_sinks(out, lse, sinks):

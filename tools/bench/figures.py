@@ -87,4 +87,7 @@ def print_report(result: dict) -> None:
             *(_number(figure[name]) for name in ("rival_value", "ratio", "limit", "goal")),
             met,
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or pipe has no width of its own: fold nothing
+    console.print(table)

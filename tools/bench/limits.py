@@ -17,8 +17,8 @@ REPEATS = 7
 @njit(nogil=True, fastmath=True, cache=True)
 def _sum(values):
     total = np.float32(0)
-    for value in values:
-        total += value
+    for index in range(len(values)):
+        total += values[index]
     return total
 
 
@@ -69,7 +69,8 @@ def fio_write_bandwidth(directory: Path, size: int, request_bytes: int = 1 << 20
         path = directory / "kvfs-bench-write.tmp"
         try:
             command = [
-                "fio", "--name=write", f"--filename={path}", "--rw=write", f"--bs={request_bytes}", "--direct=1",
+                "fio", "--name=write", f"--filename={path}", "--rw=write", f"--bs={request_bytes}",
+                "--direct=1",
                 "--ioengine=io_uring", f"--iodepth={depth}", f"--size={size}", "--fallocate=none",
                 "--end_fsync=1", "--output-format=json",
             ]  # fmt: skip
