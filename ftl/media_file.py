@@ -40,6 +40,7 @@ from ftl.provisioning import num_lbas
 from spdk_glue import dma
 
 DATA_ALIGNMENT = 1 << 20
+ORPHANED_LOCK_SECONDS = 5.0
 OOB_IMAGES = 32  # superblocks whose OOB is kept in memory while they are programmed
 
 
@@ -100,10 +101,22 @@ def _geometry(path, header: np.ndarray) -> Geometry:
 
 
 def _lock(descriptor: int, path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DriveBusy(path, _lock_holder(descriptor)) from error
+    """Lock the file for this process, or raise DriveBusy with the holder's pid.
+
+    A killed process keeps its lock for a moment: its io_uring requests, which hold the file, are ended by
+    the kernel after the process is gone. So a lock that no living process holds is waited for.
+    """
+    give_up = time.monotonic() + ORPHANED_LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            holder = _lock_holder(descriptor)
+            alive = holder is not None and Path(f"/proc/{holder}").exists()
+            if alive or time.monotonic() > give_up:
+                raise DriveBusy(path, holder) from error
+        time.sleep(0.01)
 
 
 def _lock_holder(descriptor: int) -> int | None:

@@ -51,9 +51,11 @@ class ImagePool:
         self._capacity_bytes = capacity_bytes
         self._idle: dict[GroupLayout, list[np.ndarray]] = {}
         self._idle_bytes = 0
+        self.used_bytes = 0  # of images that were taken and not given back
 
     def take(self, layout: GroupLayout) -> np.ndarray:
         """An image, uint8 [num_kv_heads, 2, pages_per_head, page_size], page aligned."""
+        self.used_bytes += layout.image_bytes
         idle = self._idle.get(layout)
         if idle:
             self._idle_bytes -= layout.image_bytes
@@ -62,6 +64,7 @@ class ImagePool:
 
     def give_back(self, layout: GroupLayout, image: np.ndarray) -> None:
         """The caller must not use the image any more."""
+        self.used_bytes -= layout.image_bytes
         if self._idle_bytes + layout.image_bytes <= self._capacity_bytes:
             self._idle.setdefault(layout, []).append(image)
             self._idle_bytes += layout.image_bytes

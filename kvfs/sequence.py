@@ -34,14 +34,9 @@ class Sequence:
         self._groups_changed_from = len(self._groups)  # positions from here on differ from the catalogue
         self._tokens = store._catalogue.tokens(row.id)
         self._tokens_changed_from = len(self._tokens)
-        self._layers = [
-            LayerTail(self._layout, store._image_pool, row.num_spilled)
-            for _ in range(self._geometry.num_layers)
-        ]
+        self._layers: list[LayerTail] | None = None  # None: not in memory, all of it is on flash
         self._dirty = False
         self._deleted = False
-        if row.num_tokens > row.num_spilled:
-            self._load_tail_record()
 
     def __repr__(self) -> str:
         return f"<Sequence {self.name!r} of {self.model.name!r}, {self.num_tokens} tokens>"
@@ -57,6 +52,8 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Tokens that every layer has."""
+        if self._layers is None:
+            return self._row.num_tokens
         return min(tail.num_tokens for tail in self._layers)
 
     @property
@@ -66,7 +63,8 @@ class Sequence:
 
     def layer_tokens(self, layer: int) -> int:
         """Tokens that one layer has; layers differ while a model's forward pass runs."""
-        return self._layers[self._check_layer(layer)].num_tokens
+        layer = self._check_layer(layer)
+        return self._row.num_tokens if self._layers is None else self._layers[layer].num_tokens
 
     def _check_layer(self, layer: int) -> int:
         if not isinstance(layer, (int, np.integer)) or not 0 <= layer < self._geometry.num_layers:
@@ -77,6 +75,30 @@ class Sequence:
         self._store._check_open()
         if self._deleted:
             raise InvalidArgument(f"sequence {self.name!r} was deleted")
+
+    def _use(self) -> None:
+        """Check that the sequence can be used, and have its tail in memory."""
+        self._check_usable()
+        if self._layers is None:
+            self._layers = self._new_tails(self._row.num_spilled)
+            if self._row.num_tokens > self._row.num_spilled:
+                self._load_tail_record()
+        self._store._used(self)
+
+    def _new_tails(self, num_tokens: int) -> list[LayerTail]:
+        pool = self._store._image_pool
+        return [LayerTail(self._layout, pool, num_tokens) for _ in range(self._geometry.num_layers)]
+
+    def _unload(self) -> None:
+        """Let go of the tail's memory. What is only there is stored first; durable after the next sync."""
+        if self._layers is not None and self._dirty:
+            self._store_state()
+        self._clear_tails()
+
+    def _clear_tails(self) -> None:
+        for tail in self._layers or ():
+            tail.clear()
+        self._layers = None
 
     # growing
 
@@ -89,7 +111,7 @@ class Sequence:
         Raises InvalidArgument for a wrong layer, shape or dtype; OutOfSpace with nothing appended.
         """
         with self._store._lock:
-            self._check_usable()
+            self._use()
             layer = self._check_layer(layer)
             shape = (None, self._geometry.num_kv_heads, self._geometry.head_dim)
             meaning = "[num_tokens, num_kv_heads, head_dim]"
@@ -160,8 +182,8 @@ class Sequence:
 
     def _complete_oldest_spill(self, layer: int) -> None:
         """Wait for a layer's oldest spill, if there is one. A failed one is tried again by the next append."""
-        tail = self._layers[layer]
-        if not tail.spills:
+        tail = self._layers[layer] if self._layers else None
+        if tail is None or not tail.spills:
             return
         spill = tail.spills.popleft()
         try:
@@ -183,7 +205,7 @@ class Sequence:
     def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored."""
         with self._store._lock:
-            self._check_usable()
+            self._use()
             layer = self._check_layer(layer)
             limit = self._layers[layer].num_tokens
             stop = limit if stop is None else stop
@@ -223,6 +245,7 @@ class Sequence:
         with self._store._lock:
             self._check_usable()
             if self._dirty:
+                self._use()  # token ids may have come while the tail was not in memory
                 self._store_state()
             self._store._sync_if_needed()  # a fork may have stored this sequence's state without a sync
 
@@ -311,11 +334,13 @@ class Sequence:
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens. Raises InvalidArgument if a layer has fewer."""
         with self._store._lock:
-            self._check_usable()
+            self._use()
             if not isinstance(num_tokens, (int, np.integer)) or not 0 <= num_tokens <= self.num_tokens:
                 raise InvalidArgument(f"a sequence of {self.num_tokens} tokens cannot keep {num_tokens!r}")
             self._wait_for_spills()
-            self._layers = [self._cut_layer(layer, num_tokens) for layer in range(self._geometry.num_layers)]
+            layers = [self._cut_layer(layer, num_tokens) for layer in range(self._geometry.num_layers)]
+            self._clear_tails()
+            self._layers = layers
             self._drop_groups(num_tokens // self._geometry.group_tokens)
             self._tokens = self._tokens[:num_tokens]
             self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)
@@ -341,7 +366,7 @@ class Sequence:
     def fork(self, name: str) -> "Sequence":
         """A new sequence with the same tokens. Whole groups are shared, nothing of them is copied."""
         with self._store._lock:
-            self._check_usable()
+            self._use()
             self._store._check_new_name(name)
             if self._dirty:
                 self._store_state()  # gives the shared groups their rows
@@ -353,11 +378,9 @@ class Sequence:
             whole -= whole % self._geometry.group_tokens
             child._groups = self._groups[: whole // self._geometry.group_tokens]
             child._groups_changed_from = 0
-            child._layers = []
-            for layer in range(self._geometry.num_layers):
-                tail = LayerTail(self._layout, self._store._image_pool, whole)
+            child._layers = child._new_tails(whole)
+            for layer, tail in enumerate(child._layers):
                 child._refill(tail, *self._read_layer(layer, whole, num_tokens))
-                child._layers.append(tail)
             child._tokens = self._tokens.copy()
             child._tokens_changed_from = 0
             child._dirty = True
@@ -368,14 +391,16 @@ class Sequence:
     def compact(self) -> None:
         """Have the drive rewrite this sequence's whole groups so that each layer reads in long runs."""
         with self._store._lock:
-            self._check_usable()
+            self._use()
             self._wait_for_spills()
             self._store._compact(self._layout, self._groups, self._placement_id)
 
     def _forget(self) -> None:
         """Give back what only memory knows of this sequence, which is being deleted."""
-        self._wait_for_spills()
+        if self._layers is not None:
+            self._wait_for_spills()
         for group in self._groups:
             if group.id is None:
                 self._store._allocator.give_back(group.base_lba, group.num_lbas)
+        self._clear_tails()
         self._deleted = True

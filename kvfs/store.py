@@ -37,6 +37,7 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC, answer_bytes
 
 DEFAULT_CACHE_BYTES = 256 << 20
+DEFAULT_TAIL_BYTES = 1 << 30
 SPILLING_BYTES = 32 << 20  # on its way to flash at most, before append waits
 MAX_NAME_BYTES = 255  # a sequence will be a folder of the mount
 
@@ -60,15 +61,19 @@ class Model:
 class Store:
     """An open drive. Use as a context manager, or call `close`. Safe to call from several threads."""
 
-    def __init__(self, path: str | os.PathLike, config: DriveConfig, writeback_tokens: int | None):
+    def __init__(
+        self, path: str | os.PathLike, config: DriveConfig, writeback_tokens: int | None, tail_bytes: int
+    ):
         self.path = os.fspath(path)
         self._lock = threading.RLock()
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
         self._spilling: deque[tuple[Sequence, int, int]] = deque()
         self._spilling_bytes = 0
+        self._attended: list[Sequence] = []  # sequences of the attend call under way: their tails must stay
         self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = DEFAULT_GROUP_TOKENS if writeback_tokens is None else writeback_tokens
+        self._tail_bytes = tail_bytes
         if self._writeback_tokens < 1:
             raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
         try:
@@ -235,6 +240,18 @@ class Store:
             raise
         return groups
 
+    def _used(self, sequence: Sequence) -> None:
+        """Note a use; while the tails take more than tail_bytes, those not used longest leave memory."""
+        if sequence.name in self._sequences:
+            self._sequences[sequence.name] = self._sequences.pop(sequence.name)  # newest last
+        if self._image_pool.used_bytes <= self._tail_bytes:
+            return
+        for other in list(self._sequences.values()):
+            if self._image_pool.used_bytes <= self._tail_bytes:
+                break
+            if other is not sequence and other._layers is not None and other not in self._attended:
+                other._unload()
+
     def _note_spill(self, sequence: Sequence, layer: int, num_bytes: int) -> None:
         self._spilling.append((sequence, layer, num_bytes))
         self._spilling_bytes += num_bytes
@@ -276,8 +293,9 @@ class Store:
         """Everything appended to any sequence so far survives a kill or a power cut from here on."""
         with self._lock:
             self._check_open()
-            for sequence in self._sequences.values():
+            for sequence in list(self._sequences.values()):
                 if sequence._dirty:
+                    sequence._use()
                     sequence._store_state()
             self._sync_if_needed()
 
@@ -326,7 +344,9 @@ class Store:
             if queries.shape[1] < 1:
                 raise InvalidArgument("queries hold no query")
             layer = sequences[0]._check_layer(layer)
+            self._attended = sequences
             for sequence in sequences:
+                sequence._use()
                 if sequence._layers[layer].num_tokens == 0:
                     raise EmptySequence(sequence.name, layer)
                 sequence._complete_spills(layer)
@@ -509,17 +529,21 @@ def open(
     num_workers: int | None = None,
     worker: str = "numba",
     writeback_tokens: int | None = None,
+    tail_bytes: int | str = DEFAULT_TAIL_BYTES,
 ) -> Store:
     """Open the drive in a file.
 
     cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
     "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
-    memory before they are written, None for a whole token group.
+    memory before they are written, None for a whole token group; tail_bytes: host memory for such tokens of
+    all sequences, beyond which those not used longest are stored and leave memory (what one call works on
+    stays, however large).
 
     Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument.
     """
     try:
         config = DriveConfig(cache_bytes=parse_size(cache_bytes), num_workers=num_workers, worker=worker)
+        tail_limit = parse_size(tail_bytes)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    return Store(path, config, writeback_tokens)
+    return Store(path, config, writeback_tokens, tail_limit)

@@ -40,9 +40,10 @@ class LayerTail:
         self.images: dict[int, np.ndarray] = {}
         self.spills: deque[Spill] = deque()
 
-    @property
-    def num_bytes(self) -> int:
-        return len(self.images) * self._layout.image_bytes
+    def clear(self) -> None:
+        """Give the images back; the tail is of no use afterwards."""
+        while self.images:
+            self._pool.give_back(self._layout, self.images.popitem()[1])
 
     def pack(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Take in tokens [num_tokens, num_kv_heads, head_dim] that fit in the current group."""

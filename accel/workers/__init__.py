@@ -1,6 +1,11 @@
 """Attention workers: what computes over pages. All take an AttentionBatch; `reference` is the definition.
 
-A worker is a module with `name` and `attend_units(batch, first_unit, last_unit, out, lse)`.
+A worker is a module with `name` and two operations:
+
+- `attend_units(batch, first_unit, last_unit, out, lse)` computes a range of a batch's units;
+- `prepare(dtype, head_dim, group_size) -> float` makes it ready (compiles) and returns the seconds that took.
+
+Both raise ValueError for a dtype or size that no kernel takes.
 """
 
 from dataclasses import dataclass
@@ -8,7 +13,10 @@ from importlib import import_module
 
 import numpy as np
 
-WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}
+WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}  # modules, loaded on use
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIM_MIN, HEAD_DIM_MAX, HEAD_DIM_MULTIPLE = 32, 256, 8
+GROUP_SIZE_MAX = 16
 
 
 def load_worker(name: str):
@@ -16,6 +24,18 @@ def load_worker(name: str):
     if name not in WORKERS:
         raise KeyError(f"no worker named {name!r}: choose one of {', '.join(WORKERS)}")
     return import_module(WORKERS[name])
+
+
+def check_shape(dtype: str, head_dim: int, group_size: int) -> None:
+    """Raises ValueError for what the workers do not take."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if not HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX or head_dim % HEAD_DIM_MULTIPLE:
+        raise ValueError(
+            f"head_dim {head_dim} is no multiple of {HEAD_DIM_MULTIPLE} from {HEAD_DIM_MIN} to {HEAD_DIM_MAX}"
+        )
+    if not 1 <= group_size <= GROUP_SIZE_MAX:
+        raise ValueError(f"group size {group_size} is not in 1 to {GROUP_SIZE_MAX}")
 
 
 @dataclass
@@ -39,7 +59,12 @@ class AttentionBatch:
 
     `attend_units` fills out[first_unit:last_unit] float32 [num_units, num_queries, group_size, head_dim]
     and lse float32 [num_units, num_queries, group_size], natural log, -inf (and out zero) where a query
-    sees nothing of the unit. Disjoint ranges of units may be computed by several threads at once.
+    sees nothing of the unit, or only tokens whose score is -inf. Disjoint ranges of units may be computed
+    by several threads at once.
+
+    Infinities and NaN in K, V or queries go where IEEE arithmetic takes them and no further: a token of NaN
+    or +inf score makes its head's out and lse NaN; a V that is not finite makes its channel infinite or NaN.
+    Tokens that a query does not see have no influence, whatever they hold.
     """
 
     dtype: str

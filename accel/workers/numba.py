@@ -1,230 +1,206 @@
-"""The numba worker: one pass over K and V, several query heads at a time, no GIL.
+"""The numba worker: one pass over K and V for all query heads of a KV head, without the GIL.
 
-Pages are taken in blocks that fit the first-level cache. For each block, query and set of heads: scores
-by `score_tokens`, online softmax by `softmax_block`, weighted sums by `add_weighted_rows`. One function
-is compiled per (dtype, head_dim, heads) on first use and kept in numba's on-disk cache.
+A unit's visible rows are taken in blocks that fit the first-level cache, as lists of row addresses. For
+each block and query: `score_block`, `softmax_block`, `add_block` (see micro_kernels). The scores of a block
+are computed while its rows of V come from memory, the sums while the next block's rows of K do.
+
+One function is compiled per (dtype, head_dim, group_size) on first use, and kept in numba's on-disk cache,
+which also knows the CPU. Source of the online softmax: arXiv:1805.02867.
 """
 
+import logging
+import math
 import threading
+import time
+import zlib
 from functools import cache
+from pathlib import Path
 
-import llvmlite.binding
 import numpy as np
 from numba import njit
 
-from accel.workers import AttentionBatch
-from accel.workers.vector_ir import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    ITEM_SIZE,
-    add_weighted_rows,
-    prefetch,
-    score_tokens,
-    softmax_block,
-)
+from accel.workers import AttentionBatch, check_shape, micro_kernels, vector_ir
+from accel.workers.micro_kernels import add_block, score_block, score_stride, softmax_block
+from accel.workers.target import Target, host_target
+from accel.workers.vector_ir import BFLOAT16, FLOAT16, FLOAT32, ITEM_SIZE
+
+log = logging.getLogger(__name__)
 
 name = "numba"
 
 _DTYPE = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
-HEADS_MAX = 8  # query heads worked on together: their accumulators fill the register file
-BLOCK_TOKENS = 64  # at head_dim 128, fp16: 16 KiB of K, then 16 KiB of V
-VECTOR_REGISTERS = 16  # of AVX2; AVX-512 and NEON have 32
-CACHE_LINE = 64
+BLOCK_BYTES = 12 << 10  # of K, and of V: both and the next K fit a first-level cache of 32 KiB
+BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 16, 96
+PAD = 8  # rows and scores behind a block that whole tiles touch
+_LISTS = 5  # K rows, V rows and positions of a block; two blocks overlap; see _attend
+# numba's cache notices changes of this file only; the emitters' sources enter each function as a constant
+_EMITTERS = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (micro_kernels, vector_ir)))
 _compiling = threading.Lock()
 
 
+def block_tokens(dtype: str, head_dim: int) -> int:
+    """Rows per block: a multiple of 12, which tiles of 3 and of 4 tokens divide."""
+    rows = BLOCK_BYTES // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
+    return min(max(rows, BLOCK_TOKENS_MIN), BLOCK_TOKENS_MAX) // 12 * 12
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _take_rows(
+    key_pages, value_pages, page_first_token, page_num_tokens, page, row, stop_page, start, stop, row_bytes, limit,
+    keys, values, positions,
+):  # fmt: skip
+    """Addresses and positions of the next rows that lie in [start, stop), at most `limit`.
+
+    Returns (page, row) behind them, their number, and the range of their positions. The lists are padded
+    with their last row.
+    """
+    count = 0
+    lowest, highest = np.int64(np.iinfo(np.int64).max), np.int64(-1)
+    while page < stop_page and count < limit:
+        origin = page_first_token[page]
+        first = max(np.int64(row), start - origin)
+        behind = min(np.int64(page_num_tokens[page]), stop - origin)
+        num = min(behind - first, limit - count)
+        if num > 0:
+            key = np.int64(key_pages[page]) + first * row_bytes
+            value = np.int64(value_pages[page]) + first * row_bytes
+            for i in range(num):
+                keys[count + i] = key + i * row_bytes
+                values[count + i] = value + i * row_bytes
+                positions[count + i] = origin + first + i
+            lowest = min(lowest, origin + first)
+            highest = max(highest, origin + first + num - 1)
+            count += num
+        if first + max(num, 0) >= behind:
+            page += 1
+            row = 0
+        else:
+            row = first + num
+    if count:
+        for i in range(count, len(keys)):
+            keys[i] = keys[count - 1]
+            values[i] = values[count - 1]
+    return page, row, count, lowest, highest
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _select_rows(source, start, stop, count, target):
+    """Copy a block's lists, keeping positions in [start, stop); returns how many there are."""
+    kept = 0
+    for i in range(count):
+        if start <= source[2, i] < stop:
+            target[0, kept] = source[0, i]
+            target[1, kept] = source[1, i]
+            kept += 1
+    if kept:
+        for i in range(kept, target.shape[1]):
+            target[0, i] = target[0, kept - 1]
+            target[1, i] = target[1, kept - 1]
+    return kept
+
+
 @cache
-def _lanes(head_dim: int) -> int:
-    """Floats per vector: 16 where the CPU has 512-bit registers and head_dim divides, else 8."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") and head_dim % 16 == 0 else 8
-
-
-def _chunks_together(head_dim: int, heads: int, lanes: int) -> int:
-    """Vectors of head_dim accumulated together, so that accumulators and operands fit the registers."""
-    num_chunks = head_dim // lanes
-    limit = max(1, min(8, (VECTOR_REGISTERS - 2) // heads))
-    return max(chunks for chunks in range(1, limit + 1) if num_chunks % chunks == 0)
-
-
-def heads_together(group_size: int) -> int:
-    """Heads per pass over a block: the whole group, or near-equal parts of at most HEADS_MAX."""
-    num_sets = -(-group_size // HEADS_MAX)
-    return -(-group_size // num_sets)
-
-
-@cache
-def _kernel(dtype: int, head_dim: int, heads: int, lanes: int):
-    stride = 1 << (heads - 1).bit_length()
-    tokens = lanes // stride
-    chunks = _chunks_together(head_dim, heads, lanes)
-    num_chunks = head_dim // lanes
+def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int, converts_half: int):
+    """The compiled function for one Shape. The integers it closes over are its key in numba's cache."""
     row_bytes = head_dim * ITEM_SIZE[dtype]
-    item_bytes = ITEM_SIZE[dtype]
+    width = max(score_stride(heads), lanes)
+    stride = score_stride(heads)
+    state_floats = 3 * width + heads * head_dim
+    emitters = _EMITTERS
+    log2_e = np.float32(math.log2(math.e))
+    ln_2 = math.log(2)
 
-    # Everything above enters the function as a constant; numba's cache is keyed by these integers.
-    @njit(nogil=True, cache=True, boundscheck=False)
+    @njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
     def attend(
-        key_pages,
-        value_pages,
-        page_first_token,
-        page_num_tokens,
-        unit_first_page,
-        unit_item,
-        unit_kv_head,
-        queries,
-        visible_start,
-        visible_stop,
-        first_unit,
-        last_unit,
-        num_heads,
-        scratch,
-        block_tokens,
-        out,
-        lse,
-    ):
-        # queries: scaled, [num_items, num_queries, num_kv_heads, num_sets * heads, head_dim], padded
-        # heads zero. scratch: float32, aligned, holding the state below for all queries and sets.
+        key_pages, value_pages, page_first_token, page_num_tokens, unit_first_page, unit_item, unit_kv_head,
+        queries, visible_start, visible_stop, scale, first_unit, last_unit, rows, scratch, out, lse,
+    ):  # fmt: skip
+        # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
+        # scratch: float32; scores of a block, then per query its scaled heads and its state: top, total and
+        # factor [width], sums [heads, head_dim].
+        emitters  # noqa: B018 - makes it part of the key
         num_queries = queries.shape[1]
-        num_sets = queries.shape[3] // heads
+        list_bytes = 8 * rows.shape[2]
+        limit = rows.shape[2] - PAD
+        rows_at = np.int64(rows.ctypes.data)
         scores_at = np.int64(scratch.ctypes.data)
-        states_at = scores_at + 4 * (block_tokens + tokens) * stride + 4 * lanes
-        state_floats = 3 * lanes + heads * head_dim  # top, total, correction, sums
-        states_offset = (states_at - scores_at) // 4
+        query_floats = heads * head_dim
+        queries_from = (limit + PAD) * stride + 2 * width
+        states_from = queries_from + num_queries * query_floats
         for unit in range(first_unit, last_unit):
             item = unit_item[unit]
-            kv_head = unit_kv_head[unit]
-            for state in range(num_queries * num_sets):
-                base = states_offset + state * state_floats
-                for lane in range(lanes):
-                    scratch[base + lane] = -np.inf
-                for place in range(lanes, state_floats):
-                    scratch[base + place] = 0.0
-            first_page = unit_first_page[unit]
-            stop_page = unit_first_page[unit + 1]
-            page = first_page
-            while page < stop_page:
-                block_stop = page
-                filled = 0
-                while block_stop < stop_page and (
-                    filled == 0 or filled + page_num_tokens[block_stop] <= block_tokens
-                ):
-                    filled += page_num_tokens[block_stop]
-                    block_stop += 1
-                for query in range(num_queries):
-                    start = visible_start[item, query]
-                    stop = visible_stop[item, query]
-                    for head_set in range(num_sets):
-                        query_at = np.int64(
-                            queries[item, query, kv_head, head_set * heads :].ctypes.data
-                        )
-                        base = states_offset + (query * num_sets + head_set) * state_floats
-                        state_at = scores_at + 4 * base
-                        # scores of what this query sees of the block
-                        count = 0
-                        for block_page in range(page, block_stop):
-                            low = max(start - page_first_token[block_page], 0)
-                            high = min(
-                                stop - page_first_token[block_page], np.int64(page_num_tokens[block_page])
-                            )
-                            row = low
-                            key_at = np.int64(key_pages[block_page])
-                            value_at = np.int64(value_pages[block_page])
-                            while row + tokens <= high:
-                                if query == 0 and head_set == 0:
-                                    # V of these tokens comes while their scores are computed
-                                    for line in range(
-                                        row * row_bytes, (row + tokens) * row_bytes, CACHE_LINE
-                                    ):
-                                        prefetch(value_at + line)
-                                score_tokens(
-                                    key_at + row * row_bytes,
-                                    query_at,
-                                    scores_at + 4 * count * stride,
-                                    dtype,
-                                    head_dim,
-                                    heads,
-                                    stride,
-                                    tokens,
-                                    lanes,
-                                )
-                                row += tokens
-                                count += tokens
-                            while row < high:
-                                score_tokens(
-                                    key_at + row * row_bytes,
-                                    query_at,
-                                    scores_at + 4 * count * stride,
-                                    dtype,
-                                    head_dim,
-                                    heads,
-                                    stride,
-                                    1,
-                                    lanes,
-                                )
-                                row += 1
-                                count += 1
-                        if count == 0:
-                            continue
-                        num_vectors = (count * stride + lanes - 1) // lanes
-                        for place in range(count * stride, num_vectors * lanes):
-                            scratch[place] = -np.inf
-                        softmax_block(
-                            scores_at,
-                            num_vectors,
-                            state_at,
-                            state_at + 4 * lanes,
-                            state_at + 8 * lanes,
-                            stride,
-                            lanes,
-                        )
-                        for head in range(heads):
-                            factor = scratch[base + 2 * lanes + head]
-                            if factor != 1.0:
-                                sums = base + 3 * lanes + head * head_dim
-                                for column in range(head_dim):
-                                    scratch[sums + column] *= factor
-                        for chunk in range(0, num_chunks, chunks):
-                            seen = 0
-                            for block_page in range(page, block_stop):
-                                low = max(start - page_first_token[block_page], 0)
-                                high = min(
-                                    stop - page_first_token[block_page], np.int64(page_num_tokens[block_page])
-                                )
-                                if low >= high:
-                                    continue
-                                add_weighted_rows(
-                                    np.int64(value_pages[block_page])
-                                    + low * row_bytes
-                                    + chunk * lanes * item_bytes,
-                                    scores_at + 4 * seen * stride,
-                                    state_at + 12 * lanes + 4 * chunk * lanes,
-                                    high - low,
-                                    dtype,
-                                    head_dim,
-                                    heads,
-                                    stride,
-                                    chunks,
-                                    lanes,
-                                )
-                                seen += high - low
-                page = block_stop
+            first_head = unit_kv_head[unit] * heads
+            start, stop = np.int64(np.iinfo(np.int64).max), np.int64(0)
             for query in range(num_queries):
-                for head in range(num_heads):
-                    head_set = head // heads
-                    member = head - head_set * heads
-                    base = states_offset + (query * num_sets + head_set) * state_floats
+                if visible_start[item, query] < visible_stop[item, query]:
+                    start = min(start, visible_start[item, query])
+                    stop = max(stop, visible_stop[item, query])
+                place = queries_from + query * query_floats
+                for head in range(heads):
+                    for column in range(head_dim):
+                        scratch[place + head * head_dim + column] = (
+                            queries[item, query, first_head + head, column] * scale * log2_e
+                        )
+                place = states_from + query * state_floats
+                scratch[place : place + width] = -np.inf
+                scratch[place + width : place + state_floats] = 0
+            stop_page = unit_first_page[unit + 1]
+            block = 0
+            page, row, count, lowest, highest = _take_rows(
+                key_pages, value_pages, page_first_token, page_num_tokens,
+                unit_first_page[unit], np.int64(0), stop_page, start, stop, row_bytes, limit,
+                rows[0, 0], rows[0, 1], rows[0, 2],
+            )  # fmt: skip
+            while count > 0:
+                page, row, next_count, next_lowest, next_highest = _take_rows(
+                    key_pages, value_pages, page_first_token, page_num_tokens,
+                    page, row, stop_page, start, stop, row_bytes, limit,
+                    rows[1 - block, 0], rows[1 - block, 1], rows[1 - block, 2],
+                )  # fmt: skip
+                block_at = rows_at + 3 * list_bytes * block
+                values_ahead = block_at + list_bytes
+                keys_ahead = rows_at + 3 * list_bytes * (1 - block) if next_count else block_at
+                for query in range(num_queries):
+                    lists_at = block_at
+                    kept = count
+                    low, high = visible_start[item, query], visible_stop[item, query]
+                    if high <= lowest or highest < low:
+                        continue
+                    if lowest < low or high <= highest:
+                        kept = _select_rows(rows[block], low, high, count, rows[2])
+                        if kept == 0:
+                            continue
+                        lists_at = rows_at + 6 * list_bytes
+                    state_at = scores_at + 4 * (states_from + query * state_floats)
+                    score_block(
+                        lists_at, values_ahead, kept, scores_at + 4 * (queries_from + query * query_floats),
+                        scores_at, dtype, head_dim, heads, lanes, accumulators, converts_half,
+                    )  # fmt: skip
+                    softmax_block(
+                        scores_at, kept, state_at, state_at + 4 * width, state_at + 8 * width,
+                        dtype, head_dim, heads, lanes, accumulators, converts_half,
+                    )  # fmt: skip
+                    add_block(
+                        lists_at + list_bytes, keys_ahead, kept, scores_at, state_at + 8 * width,
+                        state_at + 12 * width, dtype, head_dim, heads, lanes, accumulators, converts_half,
+                    )  # fmt: skip
+                    # what is ahead has been asked for: further queries ask for what is there
+                    values_ahead = block_at
+                    keys_ahead = block_at
+                block = 1 - block
+                count, lowest, highest = next_count, next_lowest, next_highest
+            for query in range(num_queries):
+                place = states_from + query * state_floats
+                for head in range(heads):
                     total = np.float32(0.0)
-                    for lane in range(member, lanes, stride):
-                        total += scratch[base + lanes + lane]
-                    sums = base + 3 * lanes + member * head_dim
+                    for lane in range(head, width, stride):
+                        total += scratch[place + width + lane]
+                    sums = place + 3 * width + head * head_dim
                     if total == 0.0:
                         lse[unit, query, head] = -np.inf
-                        for column in range(head_dim):
-                            out[unit, query, head, column] = 0.0
+                        out[unit, query, head, :] = 0.0
                     else:
-                        lse[unit, query, head] = scratch[base + member] + np.log(total)
+                        lse[unit, query, head] = ln_2 * scratch[place + head] + np.log(total)
                         inverse = np.float32(1.0) / total
                         for column in range(head_dim):
                             out[unit, query, head, column] = scratch[sums + column] * inverse
@@ -232,33 +208,39 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int):
     return attend
 
 
-def _padded_queries(batch: AttentionBatch, heads: int) -> np.ndarray:
-    """Scaled queries, float32 [num_items, num_queries, num_kv_heads, num_sets * heads, head_dim]."""
-    num_items, num_queries, num_query_heads, head_dim = batch.queries.shape
-    num_kv_heads = num_query_heads // batch.group_size
-    grouped = batch.queries.reshape(num_items, num_queries, num_kv_heads, batch.group_size, head_dim)
-    padded_heads = -(-batch.group_size // heads) * heads
-    queries = np.zeros((num_items, num_queries, num_kv_heads, padded_heads, head_dim), np.float32)
-    np.multiply(grouped, np.float32(batch.scale), out=queries[:, :, :, : batch.group_size])
-    return queries
+def _kernel_for(dtype: str, head_dim: int, group_size: int, target: Target):
+    with _compiling:  # two threads must not build the same function
+        return _kernel(
+            _DTYPE[dtype], head_dim, group_size, target.lanes, target.accumulators, int(target.converts_half)
+        )
+
+
+def _fitting(target: Target, head_dim: int) -> Target:
+    """The target with vectors that divide head_dim."""
+    if head_dim % target.lanes == 0:
+        return target
+    return Target(8, target.accumulators, target.converts_half)
 
 
 def attend_units(
-    batch: AttentionBatch, first_unit: int, last_unit: int, out: np.ndarray, lse: np.ndarray
+    batch: AttentionBatch,
+    first_unit: int,
+    last_unit: int,
+    out: np.ndarray,
+    lse: np.ndarray,
+    target: Target | None = None,
 ) -> None:
-    """See AttentionBatch. Online softmax, arXiv:1805.02867; all arithmetic in float32."""
-    lanes = _lanes(batch.head_dim)
-    heads = heads_together(batch.group_size)
-    with _compiling:  # two threads must not compile the same kernel
-        kernel = _kernel(_DTYPE[batch.dtype], batch.head_dim, heads, lanes)
-    queries = _padded_queries(batch, heads)
-    stride = 1 << (heads - 1).bit_length()
-    block_tokens = max(BLOCK_TOKENS, int(batch.page_num_tokens.max(initial=0)))
-    num_states = batch.queries.shape[1] * (queries.shape[3] // heads)
-    state_floats = 3 * lanes + heads * batch.head_dim
-    scratch = np.empty(
-        (block_tokens + lanes // stride) * stride + lanes + num_states * state_floats, np.float32
-    )
+    """See AttentionBatch; all arithmetic in float32. target: the machine's own if None (others: for tests)."""
+    check_shape(batch.dtype, batch.head_dim, batch.group_size)
+    target = _fitting(target or host_target(), batch.head_dim)
+    kernel = _kernel_for(batch.dtype, batch.head_dim, batch.group_size, target)
+    num_queries = batch.queries.shape[1]
+    block = block_tokens(batch.dtype, batch.head_dim)
+    stride = score_stride(batch.group_size)
+    width = max(stride, target.lanes)
+    query_floats = batch.group_size * batch.head_dim
+    rows = np.empty((3, 3, block + PAD), np.int64)
+    scratch = np.zeros((block + PAD) * stride + 2 * width + num_queries * (2 * query_floats + 3 * width), np.float32)
     kernel(
         batch.key_pages,
         batch.value_pages,
@@ -267,14 +249,43 @@ def attend_units(
         batch.unit_first_page,
         batch.unit_item,
         batch.unit_kv_head,
-        queries,
+        np.ascontiguousarray(batch.queries),
         batch.visible_start,
         batch.visible_stop,
+        np.float32(batch.scale),
         first_unit,
         last_unit,
-        batch.group_size,
+        rows,
         scratch,
-        block_tokens,
         out,
         lse,
     )
+
+
+def prepare(dtype: str, head_dim: int, group_size: int) -> float:
+    """Compile, or load from the cache, the kernel of a model ahead of its first command.
+
+    Returns the seconds it took. Raises ValueError for a shape that no kernel takes.
+    """
+    started = time.perf_counter()
+    no_unit = AttentionBatch(
+        dtype=dtype,
+        head_dim=head_dim,
+        group_size=group_size,
+        key_pages=np.empty(0, np.uint64),
+        value_pages=np.empty(0, np.uint64),
+        page_first_token=np.empty(0, np.int64),
+        page_num_tokens=np.empty(0, np.int32),
+        unit_first_page=np.zeros(1, np.int64),
+        unit_item=np.empty(0, np.int32),
+        unit_kv_head=np.empty(0, np.int32),
+        queries=np.empty((0, 1, group_size, head_dim), np.float32),
+        visible_start=np.empty((0, 1), np.int64),
+        visible_stop=np.empty((0, 1), np.int64),
+        scale=1.0,
+    )
+    out, lse = np.empty((0, 1, group_size, head_dim), np.float32), np.empty((0, 1, group_size), np.float32)
+    attend_units(no_unit, 0, 0, out, lse)
+    seconds = time.perf_counter() - started
+    log.debug("attention kernel for %s, head_dim %d, group size %d: %.2f s", dtype, head_dim, group_size, seconds)
+    return seconds

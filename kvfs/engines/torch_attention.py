@@ -4,7 +4,7 @@ import torch
 
 # Scores kept at once, in float32 elements: 4 MiB, so that the passes over them stay in the CPU's caches. Long
 # prompts go through in slices of queries, each over the tokens that one of its queries sees.
-_SCORES_AT_ONCE = 1 << 21
+_SCORES_AT_ONCE = 1 << 20
 
 
 def rounded(tensor, dtype):

@@ -240,3 +240,29 @@ def test_link_carries_queries_not_the_cache(store, model):
     offloaded = 2 * 4096 * 2 * 64 * 2  # K and V of the layer, fp16
     # the two log pages that counters() reads cross the link as well
     assert offloaded / (moved - 4096) > 0.5 * 4096 / (4 + 1)
+
+
+def test_tails_stay_within_their_memory(path):
+    """Memory: many sequences with part-filled groups must not hold an image per layer each for ever."""
+    with kvfs.open(path, cache_bytes="8MiB", tail_bytes="1MiB") as store:
+        model = add_model(store)
+        contents = {}
+        for index in range(20):
+            sequence = store.create_sequence(model, f"s{index}")
+            contents[sequence] = random_kv(100 + index, seed=index)
+            fill(sequence, *contents[sequence])
+            sequence.append_tokens(range(100 + index))
+            assert store._image_pool.used_bytes <= (1 << 20) + 2 * model.layout.image_bytes
+        for sequence, (keys, values) in contents.items():
+            assert sequence.num_tokens == len(keys)
+            assert_attends(store, sequence, keys, values)
+            fill(sequence, keys[:1], values[:1])
+        batch = list(contents)
+        out, _ = store.attend(0, random_queries(num_sequences=20), batch)
+        assert np.isfinite(out).all()
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        for index, (keys, values) in enumerate(contents.values()):
+            sequence = store.sequence(f"s{index}")
+            longer = np.concatenate([keys, keys[:1]]), np.concatenate([values, values[:1]])
+            assert_attends(store, sequence, *longer)
+            assert sequence.tokens.tolist() == list(range(100 + index))

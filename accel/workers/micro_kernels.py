@@ -1,0 +1,277 @@
+"""The three inner steps of the numba worker, each one intrinsic: scores, softmax, weighted sums.
+
+They work on a block: a list of row addresses, wherever the rows lie, so that pages of any size and ragged
+ends cost nothing. Products are register-blocked: a tile of tokens x heads (scores) or heads x vectors of
+head_dim (sums) keeps its accumulators in registers while rows are widened on the fly; a tile reloads few
+operands per multiply-add, and what it widens twice lies in the first-level cache. Every size is a literal,
+so LLVM sees straight code.
+
+`stride`: the scores' floats per token, heads rounded up to a power of two: lane l of a vector of scores
+belongs to head l % stride. What the lanes of no head hold is never looked at.
+"""
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from accel.workers import vector_ir as v
+from accel.workers.vector_ir import I64, ITEM_SIZE
+
+CACHE_LINE = 64
+TILE_HEADS = 4  # a row widened once serves this many heads; the scores of one token leave as one vector of 4
+
+
+def score_stride(heads: int) -> int:
+    return 1 << (heads - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes one kernel is compiled for. All intrinsics take them as literals, in this order."""
+
+    dtype: int
+    head_dim: int
+    heads: int
+    lanes: int
+    accumulators: int
+    converts_half: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * ITEM_SIZE[self.dtype]
+
+    @property
+    def stride(self) -> int:
+        return score_stride(self.heads)
+
+    @property
+    def columns(self) -> int:
+        """Vectors of scores per token, at least 1."""
+        return max(1, self.stride // self.lanes)
+
+    def load_row(self, builder, row, chunk: int):
+        """The `chunk`-th vector of a row, widened."""
+        offset = chunk * self.lanes * ITEM_SIZE[self.dtype]
+        return v.load_widened(builder, row, offset, self.dtype, self.lanes, bool(self.converts_half))
+
+
+def near_equal(total: int, limit: int) -> list[tuple[int, int]]:
+    """(first, size) of the fewest parts of at most `limit`, the larger ones first."""
+    num_parts = -(-total // limit)
+    small, num_large = divmod(total, num_parts)
+    sizes = [small + (part < num_large) for part in range(num_parts)]
+    return [(sum(sizes[:part]), size) for part, size in enumerate(sizes)]
+
+
+def tile_tokens(heads: int, accumulators: int) -> int:
+    """Tokens scored together with `heads` heads.
+
+    For one or two heads the tile's scores are stored as whole vectors of 4, hence the multiples of 4.
+    """
+    if heads == 1:
+        return 8
+    limit = accumulators // heads
+    return max(1, min(8, limit // 2 * 2 if heads == 2 else limit))
+
+
+def _lines(shape: Shape, part: int, num_parts: int) -> list[int]:
+    """Offsets of a row's cache lines that pass `part` of `num_parts` asks for: an even share."""
+    offsets = range(0, shape.row_bytes, CACHE_LINE)
+    return [offset for line, offset in enumerate(offsets) if line * num_parts // len(offsets) == part]
+
+
+def _shape(literals) -> Shape | None:
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+        return None
+    return Shape(*(literal.literal_value for literal in literals))
+
+
+def _at(builder: ir.IRBuilder, base, index, size: int):
+    return builder.add(base, builder.mul(index, ir.Constant(I64, size)))
+
+
+@intrinsic(prefer_literal=True)
+def score_block(
+    typingctx, rows, ahead, count, queries, scores,
+    dtype, head_dim, heads, lanes, accumulators, converts_half,
+):  # fmt: skip
+    """scores[t, h] = queries[h] . row t, for the rows at the addresses rows[t], t < count.
+
+    rows, ahead: addresses of int64 [count + 7], readable rows also beyond count; those of `ahead` are
+    prefetched. queries: address of float32 [heads, head_dim]. scores: address of float32 [count + 8, stride].
+    """
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        rows_, ahead_, count_, queries_, scores_ = arguments[:5]
+        tiles = near_equal(shape.heads, TILE_HEADS)
+        for part, (first_head, num_heads) in enumerate(tiles):
+            tokens = tile_tokens(num_heads, shape.accumulators)
+
+            def tile(first, _, part=part, first_head=first_head, num_heads=num_heads, tokens=tokens):
+                row_list = _at(builder, rows_, first, 8)
+                row = [v.load(builder, row_list, 8 * t, I64, align=8) for t in range(tokens)]
+                lines = _lines(shape, part, len(tiles))
+                if lines:
+                    ahead_list = _at(builder, ahead_, first, 8)
+                    for t in range(tokens):
+                        soon = v.load(builder, ahead_list, 8 * t, I64, align=8)
+                        for line in lines:
+                            v.prefetch(builder, soon, line)
+                sums = _tile_products(builder, shape, row, queries_, first_head, num_heads)
+                target = _at(builder, scores_, first, 4 * shape.stride)
+                _store_tile(builder, shape, sums, target, first_head)
+                return []
+
+            v.counted_loop(builder, count_, tokens, [], tile)
+        return context.get_dummy_value()
+
+    return types.void(rows, ahead, count, queries, scores, *sizes), codegen
+
+
+def _tile_products(builder, shape: Shape, row: list, queries, first_head: int, num_heads: int) -> list[list]:
+    """[token][head] vectors whose lanes add up to the score."""
+    zero = v.splat_constant(0.0, shape.lanes)
+    sums = [[zero] * num_heads for _ in row]
+    for chunk in range(shape.head_dim // shape.lanes):
+        widened = [shape.load_row(builder, address, chunk) for address in row]
+        for h in range(num_heads):
+            offset = 4 * ((first_head + h) * shape.head_dim + chunk * shape.lanes)
+            part = v.load_floats(builder, queries, offset, shape.lanes)
+            for t, key in enumerate(widened):
+                sums[t][h] = v.fma(builder, key, part, sums[t][h])
+    return sums
+
+
+def _store_tile(builder, shape: Shape, sums: list[list], target, first_head: int) -> None:
+    zero = v.splat_constant(0.0, shape.lanes)
+    if shape.stride < 4:  # one or two heads: the tile's scores are contiguous
+        flat = [vector for token in sums for vector in token]
+        flat += [zero] * (-len(flat) % 4)
+        for place in range(0, len(flat), 4):
+            v.store(builder, v.sum_each_of_four(builder, flat[place : place + 4]), target, 4 * place)
+        return
+    for t, token in enumerate(sums):
+        # four lanes are written: a later tile of heads overwrites what lies behind this one's
+        four = v.sum_each_of_four(builder, token + [zero] * (4 - len(token)))
+        v.store(builder, four, target, 4 * (t * shape.stride + first_head))
+
+
+@intrinsic(prefer_literal=True)
+def softmax_block(
+    typingctx, scores, count, top, total, factor,
+    dtype, head_dim, heads, lanes, accumulators, converts_half,
+):  # fmt: skip
+    """One step of online softmax, base 2; scores[:count] become weights 2**(score - top) in place.
+
+    scores: address of float32 [count + lanes, stride]. top, total, factor: addresses of float32
+    [max(stride, lanes)]. top becomes the new maximum; factor 2**(old top - new top); total is scaled by it
+    and grows by the weights, lane by lane: a head's lanes are still to be added. Where all scores so far
+    are -inf, weights and factor are zero. Source: arXiv:1805.02867.
+    """
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        scores_, count_, top_, total_, factor_ = arguments[:5]
+        lanes_ = shape.lanes
+        empty = v.splat_constant(float("-inf"), lanes_)
+        zero = v.splat_constant(0.0, lanes_)
+        num_floats = builder.mul(count_, ir.Constant(I64, shape.stride))
+        if shape.stride < lanes_:  # the last vector may be part filled
+            v.store(builder, empty, _at(builder, scores_, num_floats, 4), 0)
+        step = shape.columns * lanes_
+        for column in range(shape.columns):
+            offset = 4 * column * lanes_
+
+            def larger(index, carried, offset=offset):
+                score = v.load_floats(builder, _at(builder, scores_, index, 4), offset, lanes_)
+                return [v.maximum(builder, score, carried[0])]
+
+            old = v.load_floats(builder, top_, offset, lanes_)
+            (new,) = v.counted_loop(builder, num_floats, step, [old], larger)
+            new = v.fold_lanes(builder, new, shape.stride, v.maximum)
+            # subtracting -inf would make NaN of what has no weight
+            base = builder.select(builder.fcmp_ordered("==", new, empty), zero, new)
+
+            def weigh(index, carried, offset=offset, base=base):
+                address = _at(builder, scores_, index, 4)
+                score = v.load_floats(builder, address, offset, lanes_)
+                weight = v.exp2(builder, builder.fsub(score, base))
+                v.store(builder, weight, address, offset)
+                return [builder.fadd(carried[0], weight)]
+
+            (grown,) = v.counted_loop(builder, num_floats, step, [zero], weigh)
+            scaled = v.exp2(builder, builder.fsub(old, base))
+            total = v.fma(builder, v.load_floats(builder, total_, offset, lanes_), scaled, grown)
+            v.store(builder, total, total_, offset)
+            v.store(builder, new, top_, offset)
+            v.store(builder, scaled, factor_, offset)
+        return context.get_dummy_value()
+
+    return types.void(scores, count, top, total, factor, *sizes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_block(
+    typingctx, rows, ahead, count, weights, factor, sums,
+    dtype, head_dim, heads, lanes, accumulators, converts_half,
+):  # fmt: skip
+    """sums[h] = factor[h] * sums[h] + sum over t < count of weights[t, h] * row t.
+
+    rows, ahead: addresses of int64 [count]; the rows of `ahead` are prefetched. weights: address of float32
+    [count, stride]; factor: of float32 [heads]; sums: of float32 [heads, head_dim].
+    """
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        rows_, ahead_, count_, weights_, factor_, sums_ = arguments[:6]
+        lanes_ = shape.lanes
+        num_chunks = shape.head_dim // lanes_
+        tiles = [
+            (range(first_head, first_head + num_heads), range(first_chunk, first_chunk + chunks))
+            for first_head, num_heads in near_equal(shape.heads, TILE_HEADS)
+            for first_chunk, chunks in near_equal(num_chunks, max(1, shape.accumulators // max(num_heads, 2)))
+        ]
+        for part, (tile_heads, tile_chunks) in enumerate(tiles):
+            lines = _lines(shape, part, len(tiles))
+            places = [(h, 4 * (h * shape.head_dim + c * lanes_)) for h in tile_heads for c in tile_chunks]
+
+            def add_row(index, carried, tile_heads=tile_heads, tile_chunks=tile_chunks, lines=lines):
+                row = v.load(builder, _at(builder, rows_, index, 8), 0, I64, align=8)
+                if lines:
+                    soon = v.load(builder, _at(builder, ahead_, index, 8), 0, I64, align=8)
+                    for line in lines:
+                        v.prefetch(builder, soon, line)
+                weight_list = _at(builder, weights_, index, 4 * shape.stride)
+                widened = [shape.load_row(builder, row, chunk) for chunk in tile_chunks]
+                grown = []
+                for place, h in enumerate(tile_heads):
+                    weight = v.load_splat(builder, weight_list, 4 * h, lanes_)
+                    for c, value in enumerate(widened):
+                        grown.append(v.fma(builder, value, weight, carried[place * len(widened) + c]))
+                return grown
+
+            before = [
+                builder.fmul(
+                    v.load_floats(builder, sums_, offset, lanes_), v.load_splat(builder, factor_, 4 * h, lanes_)
+                )
+                for h, offset in places
+            ]
+            after = v.counted_loop(builder, count_, 1, before, add_row)
+            for value, (_, offset) in zip(after, places, strict=True):
+                v.store(builder, value, sums_, offset)
+        return context.get_dummy_value()
+
+    return types.void(rows, ahead, count, weights, factor, sums, *sizes), codegen
+
