@@ -2,14 +2,14 @@
 
 DEALLOCATE pages hold ranges given back, with the version below which they are dead. A MAPPING_SNAPSHOT
 (one page or several) holds every unmapped range and supersedes the log before it, so the log never
-outgrows a superblock or two. A CLOSE page says where the open superblocks end.
+outgrows a superblock or two.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from ftl.layout import DEALLOCATION, LOG_HEADER, LOG_MAGIC, OPEN_SUPERBLOCK, PageKind
+from ftl.layout import DEALLOCATION, LOG_HEADER, LOG_MAGIC, PageKind
 from spdk_glue import dma
 
 
@@ -20,13 +20,13 @@ class LogPage:
     records: np.ndarray
 
 
-def records_per_page(page_size: int, record: np.dtype) -> int:
-    return (page_size - LOG_HEADER.itemsize) // record.itemsize
+def records_per_page(page_size: int) -> int:
+    return (page_size - LOG_HEADER.itemsize) // DEALLOCATION.itemsize
 
 
 def encode(page_size: int, records: np.ndarray, snapshot_sequence_number: int = 0) -> np.ndarray:
     """uint8 [num_pages, page_size]: pages that hold the records, at least one."""
-    per_page = records_per_page(page_size, records.dtype)
+    per_page = records_per_page(page_size)
     num_pages = max(1, -(-len(records) // per_page))
     pages = dma.allocate(num_pages * page_size).reshape(num_pages, page_size)
     for part in range(num_pages):
@@ -44,12 +44,11 @@ def encode(page_size: int, records: np.ndarray, snapshot_sequence_number: int = 
 def decode(kind: PageKind, page: np.ndarray) -> LogPage | None:
     """A metadata page's records, or None if it is not well formed."""
     header = page[: LOG_HEADER.itemsize].view(LOG_HEADER)[0]
-    record = OPEN_SUPERBLOCK if kind == PageKind.CLOSE else DEALLOCATION
     count = int(header["num_records"])
-    if header["magic"] != LOG_MAGIC or count > records_per_page(len(page), record):
+    if header["magic"] != LOG_MAGIC or count > records_per_page(len(page)):
         return None
     start = LOG_HEADER.itemsize
-    return LogPage(kind, header, page[start : start + count * record.itemsize].view(record))
+    return LogPage(kind, header, page[start : start + count * DEALLOCATION.itemsize].view(DEALLOCATION))
 
 
 def newest_snapshot(pages: list[LogPage]) -> tuple[int, list[LogPage]]:

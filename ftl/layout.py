@@ -22,7 +22,6 @@ class PageKind(IntEnum):
     DATA = 1
     DEALLOCATE = 2  # ranges deallocated; with none, a mark that carries a durable_program_number
     MAPPING_SNAPSHOT = 3  # every unmapped range: what the log said before is superseded
-    CLOSE = 4  # nothing was programmed after it: the drive was closed cleanly
 
 
 PAGE_OOB = np.dtype(
@@ -47,8 +46,7 @@ assert PAGE_OOB.itemsize == 64
 
 LOG_MAGIC = 0x474C564B  # "KVLG"
 
-# Start of the payload of every metadata page; `num_records` DEALLOCATION records (or, on a CLOSE page,
-# OPEN_SUPERBLOCK records) follow.
+# Start of the payload of every metadata page; `num_records` DEALLOCATION records follow.
 LOG_HEADER = np.dtype(
     [
         ("magic", "<u4"),
@@ -63,9 +61,6 @@ assert LOG_HEADER.itemsize == 64
 
 # Versions of these LBAs below sequence_number are dead.
 DEALLOCATION = np.dtype([("lba", "<u8"), ("num_lbas", "<u8"), ("sequence_number", "<u8")])
-
-# At a clean close: superblocks that may be programmed further from next_page on.
-OPEN_SUPERBLOCK = np.dtype([("superblock", "<u8"), ("next_page", "<u4"), ("stream", "<u4")])
 
 DRIVE_MAGIC = 0x4456_5246_5356_4B00 | 0x31  # "1KVSFRVD" read as a little-endian u8
 

@@ -1,7 +1,7 @@
 """Flash media: four verbs over arrays of physical pages, and the NAND rules that all media enforce.
 
-Rules: a page is programmed once between erases, the pages of an erase block in order, and no bad block
-is programmed or erased.
+Rules: a page is programmed once between erases, the pages of an erase block in ascending order (some may be
+skipped), and no bad block is programmed or erased.
 """
 
 from dataclasses import asdict, dataclass
@@ -61,16 +61,15 @@ class FlashMedia(Protocol):
 
 
 @njit(cache=True)
-def _check_order(next_page, pages, num_planes, pages_per_superblock, advance):
+def _check_order(next_page, pages, num_planes, pages_per_superblock):
     """First offending position, or -1. next_page: int32 [num_erase_blocks]."""
     for position in range(len(pages)):
         superblock, index = divmod(pages[position], pages_per_superblock)
         page_in_block, plane = divmod(index, num_planes)
         block = superblock * num_planes + plane
-        if next_page[block] != page_in_block:
+        if page_in_block < next_page[block]:
             return position
-        if advance:
-            next_page[block] += 1
+        next_page[block] = page_in_block + 1
     return -1
 
 
@@ -81,12 +80,15 @@ class NandRules:
         self._geometry = geometry
         self._next_page = np.zeros(geometry.num_erase_blocks, np.int32)
 
+    def check_range(self, pages: np.ndarray) -> None:
+        if len(pages) and (pages.min() < 0 or pages.max() >= self._geometry.num_pages):
+            raise NandRuleViolation("page outside the flash", int(pages.max()))
+
     def program(self, pages: np.ndarray) -> None:
         """Note a program. Raises NandRuleViolation, with the pages before the offending one noted."""
+        self.check_range(pages)
         geometry = self._geometry
-        if len(pages) and (pages.min() < 0 or pages.max() >= geometry.num_pages):
-            raise NandRuleViolation("page outside the flash", int(pages.max()))
-        bad = _check_order(self._next_page, pages, geometry.num_planes, geometry.pages_per_superblock, True)
+        bad = _check_order(self._next_page, pages, geometry.num_planes, geometry.pages_per_superblock)
         if bad >= 0:
             raise NandRuleViolation("pages are programmed in order, once per erase", int(pages[bad]))
 

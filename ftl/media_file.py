@@ -251,6 +251,7 @@ class FileMedia:
     def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
         if self.read_only:
             raise ReadOnlyMedia("program")
+        self._rules.check_range(pages)
         superblocks = pages // self.geometry.pages_per_superblock
         if self._bad[superblocks].any():
             raise NandRuleViolation("bad block", int(pages[self._bad[superblocks].argmax()]))

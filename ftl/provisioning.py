@@ -2,7 +2,8 @@
 
 Free space is what keeps collection cheap and possible at all. Besides 7% of over-provisioning a drive keeps
 back whole superblocks: one that may be open and nearly empty for each stream of the caller, for collection
-and for metadata, and two that stay free so that collection and the metadata log can always open the next.
+and for metadata, and three that stay free so that collection and the metadata log can always open the
+next, even after a crash in the middle of both.
 Then closed superblocks always hold at least the 7% as garbage, so collection always gains.
 """
 
@@ -11,9 +12,10 @@ from ftl.geometry import Geometry
 OVER_PROVISIONING = 0.07
 STREAMS_MAX = 8
 # Open superblocks of collection and metadata, and GC_RESERVE.
-INTERNAL_SUPERBLOCKS = 4
-# Superblocks the caller's streams leave free: one for collection to copy into, one for the metadata log.
-GC_RESERVE = 2
+INTERNAL_SUPERBLOCKS = 5
+# Superblocks the caller's streams leave free: for collection to copy into, for the metadata log,
+# and one lost to a crash.
+GC_RESERVE = 3
 
 
 def num_streams(geometry: Geometry) -> int:

@@ -32,17 +32,19 @@ VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
 
 @dataclass
 class Recovered:
-    """What a scan found out. fill: pages in each superblock up to the last programmed one."""
+    """What a scan found out.
+
+    fill: int64 [num_superblocks], pages up to the last programmed one
+    last_stream: stream of that page, where it is not all of the superblock's, by superblock
+    """
 
     fill: np.ndarray
+    last_stream: dict[int, int] = field(default_factory=dict)
     log_superblocks: list[int] = field(default_factory=list)
     next_sequence_number: int = 1
     next_program_number: int = 1
     session: int = 1
-    clean: bool = True
-    open_superblocks: np.ndarray | None = None
     torn_pages: int = 0
-    payload_crc32c: np.ndarray | None = None
 
 
 def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> Recovered:
@@ -60,6 +62,7 @@ def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> 
     payload_crc32c[pages] = records["payload_crc32c"]
 
     data = records["kind"] == PageKind.DATA
+    log_kind = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
     data &= records["lba"] < len(mapping._entries)
     versions = mapping.start_recovery()
     mapping.recover_pages(
@@ -68,7 +71,7 @@ def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> 
         records["sequence_number"][data].astype(np.uint64),
         pages[data],
     )
-    log_pages = _read_log(media, records[~data], pages[~data], found)
+    log_pages = _read_log(media, records[log_kind], pages[log_kind])
     _apply_log(mapping, versions, log_pages)
     mapping.finish_recovery()
     return found
@@ -90,6 +93,8 @@ def _scan(media: FlashMedia, found: Recovered) -> tuple[np.ndarray, np.ndarray]:
         all_pages.append(superblock * per_superblock + programmed[holds])
         if (records["kind"][holds] != PageKind.DATA).any():
             found.log_superblocks.append(superblock)
+        elif holds.any() and found.fill[superblock] < per_superblock:
+            found.last_stream[superblock] = int(records["stream"][holds][-1])
     if not all_records:
         return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
@@ -121,9 +126,8 @@ def _without_torn(media: FlashMedia, records, pages, found: Recovered) -> np.nda
     return good
 
 
-def _read_log(media: FlashMedia, records, pages, found: Recovered) -> list[LogPage]:
-    """The metadata pages in the order they were programmed; notes a clean close in `found`."""
-    found.clean = False
+def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
+    """The metadata pages in the order they were programmed."""
     if not len(pages):
         return []
     page_size = media.geometry.page_size
@@ -141,10 +145,6 @@ def _read_log(media: FlashMedia, records, pages, found: Recovered) -> list[LogPa
             log.error("page %d of the deallocation log is malformed", pages[order[position]])
             continue
         decoded.append(page)
-        last = int(record["program_number"]) == found.next_program_number - 1
-        if page.kind == PageKind.CLOSE and last and not found.torn_pages:
-            found.clean = True
-            found.open_superblocks = page.records.copy()
     return decoded
 
 

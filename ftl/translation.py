@@ -21,7 +21,7 @@ from ftl import deallocation_log
 from ftl.direct_io.api import zero_pages
 from ftl.errors import CorruptPage, LbaOutOfRange, MediaClosed, OutOfFlash, ReadOnlyMedia
 from ftl.garbage_collection import choose_victim
-from ftl.layout import DEALLOCATION, LBA_NONE, OOB_MAGIC, OPEN_SUPERBLOCK, PAGE_OOB, PageKind
+from ftl.layout import DEALLOCATION, LBA_NONE, OOB_MAGIC, PAGE_OOB, PageKind
 from ftl.mapping import PAGE_NONE, Mapping
 from ftl.media import FlashMedia
 from ftl.provisioning import GC_RESERVE, num_lbas, num_streams
@@ -109,45 +109,33 @@ class FlashTranslationLayer:
             if not is_log:
                 ftl._superblocks.move(superblock, State.FULL)
         ftl._log_superblocks = sorted(found.log_superblocks, key=lambda superblock: ftl._log_age(superblock))
-        if found.clean and found.open_superblocks is not None:
-            ftl._resume(found.open_superblocks)
-        elif not media.read_only and found.next_program_number > 1:
-            media.sync()  # what survived the cut must not be lost by the next one
-            # a log superblock cut in mid-write is not written further: the next record starts a new one
-            ftl._next_index[ftl._log_superblocks] = ftl._per_superblock
+        ftl._resume(found.last_stream)
+        if not media.read_only and found.next_program_number > 1:
+            media.sync()  # what survived a cut must not be lost by the next one
         return ftl
 
     def _log_age(self, superblock: int) -> int:
         records = self.media.read_oob(superblock)
         return int(records["program_number"].max())
 
-    def _resume(self, records: np.ndarray) -> None:
-        """Go on programming the superblocks that were open at a clean close."""
-        for superblock, next_page, stream in records.tolist():
-            as_left = self._next_index[superblock] == next_page < self._per_superblock
-            if as_left and self._superblocks.states[superblock] == State.FULL and stream not in self._open:
+    def _resume(self, last_stream: dict[int, int]) -> None:
+        """Go on programming what was open: a restart, or a crash of many, must not use up superblocks."""
+        for superblock, stream in last_stream.items():
+            known = stream == GC_STREAM or stream < self.num_streams
+            if known and stream not in self._open and self._superblocks.states[superblock] == State.FULL:
                 self._superblocks.states[superblock] = State.OPEN
                 self._open[stream] = superblock
 
     def close(self) -> None:
-        """Flush, and mark the close so that the next opening resumes open superblocks."""
+        """Flush and end; every later call raises MediaClosed."""
         with self._lock:
             if self._closed:
                 return
             try:
                 if self._changed and not self.media.read_only:
                     self.flush()
-                    self._write_close_record()
             finally:
                 self._closed = True
-
-    def _write_close_record(self) -> None:
-        records = np.zeros(len(self._open), OPEN_SUPERBLOCK)
-        for record, (stream, superblock) in zip(records, self._open.items(), strict=True):
-            record["superblock"], record["stream"] = superblock, stream
-            record["next_page"] = self._next_index[superblock]
-        self._program_log(PageKind.CLOSE, deallocation_log.encode(self.page_size, records))
-        self.media.sync()
 
     def _check_usable(self, change: str | None = None) -> None:
         if self._closed:

@@ -93,6 +93,33 @@ def _at(builder: ir.IRBuilder, base, index, size: int):
 
 
 @intrinsic(prefer_literal=True)
+def fill_rows(typingctx, target, first, step, count):
+    """int64 target[i] = first + i * step for i < count, and up to 7 places more."""
+
+    def codegen(context, builder, signature, arguments):
+        target_, first_, step_, count_ = arguments
+        undefined = ir.Constant(v.vector(I64, 4), ir.Undefined)
+
+        def splat(value):
+            single = builder.insert_element(undefined, value, ir.Constant(v.I32, 0))
+            return v.shuffle(builder, single, undefined, [0] * 4)
+
+        ramp = builder.mul(splat(step_), ir.Constant(v.vector(I64, 4), [0, 1, 2, 3]))
+        four = splat(builder.shl(step_, ir.Constant(I64, 2)))
+
+        def fill(index, carried):
+            following = builder.add(carried[0], four)
+            v.store(builder, carried[0], _at(builder, target_, index, 8), 0)
+            v.store(builder, following, _at(builder, target_, index, 8), 32)
+            return [builder.add(following, four)]
+
+        v.counted_loop(builder, count_, 8, [builder.add(splat(first_), ramp)], fill)
+        return context.get_dummy_value()
+
+    return types.void(target, first, step, count), codegen
+
+
+@intrinsic(prefer_literal=True)
 def score_block(
     typingctx, rows, ahead, count, queries, scores,
     dtype, head_dim, heads, lanes, accumulators, converts_half,
@@ -116,14 +143,10 @@ def score_block(
             def tile(first, _, part=part, first_head=first_head, num_heads=num_heads, tokens=tokens):
                 row_list = _at(builder, rows_, first, 8)
                 row = [v.load(builder, row_list, 8 * t, I64, align=8) for t in range(tokens)]
+                ahead_list = _at(builder, ahead_, first, 8)
                 lines = _lines(shape, part, len(tiles))
-                if lines:
-                    ahead_list = _at(builder, ahead_, first, 8)
-                    for t in range(tokens):
-                        soon = v.load(builder, ahead_list, 8 * t, I64, align=8)
-                        for line in lines:
-                            v.prefetch(builder, soon, line)
-                sums = _tile_products(builder, shape, row, queries_, first_head, num_heads)
+                soon = [(t, line) for t in range(tokens) for line in lines]
+                sums = _tile_products(builder, shape, row, queries_, first_head, num_heads, ahead_list, soon)
                 target = _at(builder, scores_, first, 4 * shape.stride)
                 _store_tile(builder, shape, sums, target, first_head)
                 return []
@@ -134,11 +157,18 @@ def score_block(
     return types.void(rows, ahead, count, queries, scores, *sizes), codegen
 
 
-def _tile_products(builder, shape: Shape, row: list, queries, first_head: int, num_heads: int) -> list[list]:
-    """[token][head] vectors whose lanes add up to the score."""
+def _tile_products(builder, shape: Shape, row, queries, first_head: int, num_heads: int, ahead, soon):
+    """[token][head] vectors whose lanes add up to the score.
+
+    soon: (token, line) pairs to prefetch from the rows of `ahead`, evenly between the products: more at
+    once than the CPU can have under way would hold up the loads behind them.
+    """
     zero = v.splat_constant(0.0, shape.lanes)
     sums = [[zero] * num_heads for _ in row]
-    for chunk in range(shape.head_dim // shape.lanes):
+    num_chunks = shape.head_dim // shape.lanes
+    for chunk in range(num_chunks):
+        for t, line in soon[chunk * len(soon) // num_chunks : (chunk + 1) * len(soon) // num_chunks]:
+            v.prefetch(builder, v.load(builder, ahead, 8 * t, I64, align=8), line)
         widened = [shape.load_row(builder, address, chunk) for address in row]
         for h in range(num_heads):
             offset = 4 * ((first_head + h) * shape.head_dim + chunk * shape.lanes)
@@ -219,6 +249,36 @@ def softmax_block(
     return types.void(scores, count, top, total, factor, *sizes), codegen
 
 
+class _AheadShare:
+    """The lines of the next rows that one of `add_block`'s passes prefetches, one at a time.
+
+    With fewer passes than lines per row a pass asks for several lines of every row; with more, for one
+    line of some rows, one in every `rows_per_turn` rows that it adds.
+    """
+
+    def __init__(self, builder, shape: Shape, part: int, num_parts: int, ahead, count):
+        self._builder = builder
+        self._ahead = ahead
+        num_lines = -(-shape.row_bytes // CACHE_LINE)
+        self._lines = _lines(shape, part, num_parts)
+        self.rows_per_turn = 1
+        self._first_row = ir.Constant(I64, 0)
+        if num_parts > num_lines:
+            line = part * num_lines // num_parts
+            sharing = [other for other in range(num_parts) if other * num_lines // num_parts == line]
+            self._lines = [line * CACHE_LINE]
+            self.rows_per_turn = len(sharing)
+        self.num_turns = builder.udiv(count, ir.Constant(I64, self.rows_per_turn))
+        if num_parts > num_lines:
+            self._first_row = builder.mul(self.num_turns, ir.Constant(I64, sharing.index(part)))
+
+    def prefetch(self, turn) -> None:
+        row = self._builder.add(self._first_row, turn)
+        soon = v.load(self._builder, _at(self._builder, self._ahead, row, 8), 0, I64, align=8)
+        for line in self._lines:
+            v.prefetch(self._builder, soon, line)
+
+
 @intrinsic(prefer_literal=True)
 def add_block(
     typingctx, rows, ahead, count, weights, factor, sums,
@@ -244,15 +304,11 @@ def add_block(
             for first_chunk, chunks in near_equal(num_chunks, max(1, shape.accumulators // max(num_heads, 2)))
         ]
         for part, (tile_heads, tile_chunks) in enumerate(tiles):
-            lines = _lines(shape, part, len(tiles))
+            ahead_share = _AheadShare(builder, shape, part, len(tiles), ahead_, count_)
             places = [(h, 4 * (h * shape.head_dim + c * lanes_)) for h in tile_heads for c in tile_chunks]
 
-            def add_row(index, carried, tile_heads=tile_heads, tile_chunks=tile_chunks, lines=lines):
+            def add_row(index, carried, tile_heads=tile_heads, tile_chunks=tile_chunks):
                 row = v.load(builder, _at(builder, rows_, index, 8), 0, I64, align=8)
-                if lines:
-                    soon = v.load(builder, _at(builder, ahead_, index, 8), 0, I64, align=8)
-                    for line in lines:
-                        v.prefetch(builder, soon, line)
                 weight_list = _at(builder, weights_, index, 4 * shape.stride)
                 widened = [shape.load_row(builder, row, chunk) for chunk in tile_chunks]
                 grown = []
@@ -262,14 +318,24 @@ def add_block(
                         grown.append(v.fma(builder, value, weight, carried[place * len(widened) + c]))
                 return grown
 
-            before = [
+            def add_rows(turn, carried, ahead_share=ahead_share, add_row=add_row):
+                ahead_share.prefetch(turn)
+                first = builder.mul(turn, ir.Constant(I64, ahead_share.rows_per_turn))
+                for t in range(ahead_share.rows_per_turn):
+                    carried = add_row(builder.add(first, ir.Constant(I64, t)), carried)
+                return carried
+
+            carried = [
                 builder.fmul(
                     v.load_floats(builder, sums_, offset, lanes_), v.load_splat(builder, factor_, 4 * h, lanes_)
                 )
                 for h, offset in places
             ]
-            after = v.counted_loop(builder, count_, 1, before, add_row)
-            for value, (_, offset) in zip(after, places, strict=True):
+            carried = v.counted_loop(builder, ahead_share.num_turns, 1, carried, add_rows)
+            done = builder.mul(ahead_share.num_turns, ir.Constant(I64, ahead_share.rows_per_turn))
+            if ahead_share.rows_per_turn > 1:
+                carried = v.counted_loop(builder, count_, 1, carried, add_row, first=done)
+            for value, (_, offset) in zip(carried, places, strict=True):
                 v.store(builder, value, sums_, offset)
         return context.get_dummy_value()
 

@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 
 from accel.workers import AttentionBatch, check_shape, micro_kernels, vector_ir
-from accel.workers.micro_kernels import add_block, score_block, score_stride, softmax_block
+from accel.workers.micro_kernels import add_block, fill_rows, score_block, score_stride, softmax_block
 from accel.workers.target import Target, host_target
 from accel.workers.vector_ir import BFLOAT16, FLOAT16, FLOAT32, ITEM_SIZE
 
@@ -32,7 +32,6 @@ _DTYPE = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
 BLOCK_BYTES = 12 << 10  # of K, and of V: both and the next K fit a first-level cache of 32 KiB
 BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 16, 96
 PAD = 8  # rows and scores behind a block that whole tiles touch
-_LISTS = 5  # K rows, V rows and positions of a block; two blocks overlap; see _attend
 # numba's cache notices changes of this file only; the emitters' sources enter each function as a constant
 _EMITTERS = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (micro_kernels, vector_ir)))
 _compiling = threading.Lock()
@@ -47,15 +46,16 @@ def block_tokens(dtype: str, head_dim: int) -> int:
 @njit(nogil=True, cache=True, boundscheck=False)
 def _take_rows(
     key_pages, value_pages, page_first_token, page_num_tokens, page, row, stop_page, start, stop, row_bytes, limit,
-    keys, values, positions,
+    lists_at, list_bytes,
 ):  # fmt: skip
-    """Addresses and positions of the next rows that lie in [start, stop), at most `limit`.
+    """Lists the next rows that lie in [start, stop), at most `limit`: addresses of K and V, positions.
 
-    Returns (page, row) behind them, their number, and the range of their positions. The lists are padded
-    with their last row.
+    lists_at: address of int64 [3, limit + PAD]; what is behind the rows names the last one again.
+    Returns (page, row) behind them, their number, and the range of their positions.
     """
     count = 0
     lowest, highest = np.int64(np.iinfo(np.int64).max), np.int64(-1)
+    key = value = np.int64(0)
     while page < stop_page and count < limit:
         origin = page_first_token[page]
         first = max(np.int64(row), start - origin)
@@ -64,22 +64,22 @@ def _take_rows(
         if num > 0:
             key = np.int64(key_pages[page]) + first * row_bytes
             value = np.int64(value_pages[page]) + first * row_bytes
-            for i in range(num):
-                keys[count + i] = key + i * row_bytes
-                values[count + i] = value + i * row_bytes
-                positions[count + i] = origin + first + i
+            target = lists_at + 8 * count
+            fill_rows(target, key, row_bytes, num)
+            fill_rows(target + list_bytes, value, row_bytes, num)
+            fill_rows(target + 2 * list_bytes, origin + first, np.int64(1), num)
             lowest = min(lowest, origin + first)
             highest = max(highest, origin + first + num - 1)
+            key += (num - 1) * row_bytes
+            value += (num - 1) * row_bytes
             count += num
         if first + max(num, 0) >= behind:
             page += 1
-            row = 0
+            row = np.int64(0)
         else:
             row = first + num
-    if count:
-        for i in range(count, len(keys)):
-            keys[i] = keys[count - 1]
-            values[i] = values[count - 1]
+    fill_rows(lists_at + 8 * count, key, np.int64(0), np.int64(PAD))
+    fill_rows(lists_at + list_bytes + 8 * count, value, np.int64(0), np.int64(PAD))
     return page, row, count, lowest, highest
 
 
@@ -148,14 +148,14 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
             block = 0
             page, row, count, lowest, highest = _take_rows(
                 key_pages, value_pages, page_first_token, page_num_tokens,
-                unit_first_page[unit], np.int64(0), stop_page, start, stop, row_bytes, limit,
-                rows[0, 0], rows[0, 1], rows[0, 2],
+                unit_first_page[unit], np.int64(0), stop_page, start, stop, np.int64(row_bytes), limit,
+                rows_at, list_bytes,
             )  # fmt: skip
             while count > 0:
                 page, row, next_count, next_lowest, next_highest = _take_rows(
                     key_pages, value_pages, page_first_token, page_num_tokens,
-                    page, row, stop_page, start, stop, row_bytes, limit,
-                    rows[1 - block, 0], rows[1 - block, 1], rows[1 - block, 2],
+                    page, row, stop_page, start, stop, np.int64(row_bytes), limit,
+                    rows_at + 3 * list_bytes * (1 - block), list_bytes,
                 )  # fmt: skip
                 block_at = rows_at + 3 * list_bytes * block
                 values_ahead = block_at + list_bytes

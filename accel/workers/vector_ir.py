@@ -172,8 +172,8 @@ def prefetch(builder: ir.IRBuilder, address, offset: int) -> None:
     builder.call(declared, [pointer(builder, address, offset, I8), *flags])
 
 
-def counted_loop(builder: ir.IRBuilder, count, step: int, carried: list, body: Callable) -> list:
-    """Emit `for index in range(0, count, step)`; returns the carried values after it.
+def counted_loop(builder: ir.IRBuilder, count, step: int, carried: list, body: Callable, first=None) -> list:
+    """Emit `for index in range(first or 0, count, step)`; returns the carried values after it.
 
     body(index, carried) emits one turn and returns the next carried values; they stay in registers.
     """
@@ -189,10 +189,10 @@ def counted_loop(builder: ir.IRBuilder, count, step: int, carried: list, body: C
     builder.position_at_end(turn)
     values = body(index, phis)
     following = builder.add(index, ir.Constant(I64, step))
-    index.add_incoming(ir.Constant(I64, 0), before)
+    index.add_incoming(ir.Constant(I64, 0) if first is None else first, before)
     index.add_incoming(following, builder.block)
-    for phi, first, value in zip(phis, carried, values, strict=True):
-        phi.add_incoming(first, before)
+    for phi, start, value in zip(phis, carried, values, strict=True):
+        phi.add_incoming(start, before)
         phi.add_incoming(value, builder.block)
     builder.branch(head)
     builder.position_at_end(after)

@@ -1,18 +1,13 @@
-"""Fixtures of the engine tests: stores that spill early, and tiny models with random weights."""
+"""Fixtures of the engine tests: stores that spill early, and tiny models with random weights.
+
+torch and transformers are imported where they are used: without them the test modules skip themselves.
+"""
 
 import itertools
 
 import pytest
 
-pytest.importorskip("torch", reason="engine tests need torch: pip install torch transformers")
-pytest.importorskip("transformers", reason="engine tests need transformers: pip install torch transformers")
-
-import torch
-import transformers
-
 import kvfs
-
-transformers.logging.set_verbosity_error()
 
 VOCABULARY = 97
 
@@ -43,6 +38,10 @@ def name():
 
 def tiny(family, **changes):
     """A model of the family (a prefix such as "Llama") with random weights, ready for generate()."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
     text_config = getattr(transformers, f"{family}TextConfig", None)
     config_class = text_config or getattr(transformers, f"{family}Config")
     settings = {
@@ -83,6 +82,7 @@ def tiny_model():
 @pytest.fixture
 def prompt():
     """prompt(num_tokens, num_rows=1, seed=0): random ids without the pad token."""
+    import torch
 
     def make(num_tokens, num_rows=1, seed=0):
         generator = torch.Generator().manual_seed(seed)

@@ -67,9 +67,9 @@ def demo(
 
 def _run(context, tokens, more_tokens, dtype, *, worker, drive, model, plot_path):
     """All phases, one after the other; returns (Outcome, points of the plot)."""
-    check_prerequisites(model)
     if drive is not None and drive.exists():
         raise DemoError(f"{drive} exists already: choose another path for --drive, or remove it")
+    check_prerequisites(model)
     with tempfile.TemporaryDirectory(prefix="kvfs-demo-") as directory, phase_runner() as run:
 
         def task(phase, new_tokens, context_tokens=context, drive_path=None):

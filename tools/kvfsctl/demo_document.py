@@ -15,12 +15,12 @@ class DemoError(Exception):
 
 def check_prerequisites(model_dir):
     """Raise DemoError, saying what to do, when a library or the model is missing."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f"{' and '.join(missing)} not installed: pip install torch transformers")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (Path(model_dir) / name).is_file():
             raise DemoError(f"no model in {model_dir}: {name} is missing")
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f"{' and '.join(missing)} not installed: pip install torch transformers")
 
 
 def load_model(model_dir):

@@ -5,10 +5,9 @@ import io
 
 import pytest
 from kvfs_bench.figures import report
-from rich.console import Console
-
 from kvfsctl import demo_plot
 from kvfsctl.demo_report import Outcome, common_prefix, figures, summary, table
+from rich.console import Console
 
 FIGURE_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "limit", "goal", "met"}
 

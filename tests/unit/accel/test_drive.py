@@ -1,0 +1,380 @@
+"""An embedded drive through its NVMe commands: right answers, and a status for whatever is wrong."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from accel.drive import Drive, DriveConfig
+from ftl.geometry import Geometry
+from spdk_glue import command, dma
+from spdk_glue.command import IoOpcode
+from spdk_glue.namespace import Namespace
+from spdk_glue.status import NvmeStatusError, QueueFull, Status, decode
+from spdk_glue.vendor_command import (
+    ATTENTION_HEADER,
+    ATTENTION_ITEM,
+    ATTENTION_MAGIC,
+    GROUP_EXTENT,
+    answer_bytes,
+)
+
+GEOMETRY = Geometry(pages_per_erase_block=32, num_superblocks=48)
+HEADS, GROUP, HEAD_DIM, GROUP_TOKENS = 2, 4, 64, 256
+LAYER_LBAS = HEADS * 2 * 8  # 8 pages of 32 rows per head and tensor
+
+
+@pytest.fixture
+def drive(tmp_path):
+    Drive.format(tmp_path / "drive", GEOMETRY)
+    drive = Drive.open(tmp_path / "drive", DriveConfig(cache_bytes=8 << 20, num_workers=2))
+    yield drive
+    drive.close()
+
+
+@pytest.fixture
+def namespace(drive):
+    return Namespace(drive.transport)
+
+
+def blocks(count, seed=0):
+    data = dma.allocate(count * 4096)
+    data[:] = np.random.default_rng(seed).integers(0, 256, data.size, np.uint8)
+    return data
+
+
+def groups(namespace, num_groups, base=64, seed=0):
+    """One-layer token groups on the drive; keys and values float16 [tokens, HEADS, HEAD_DIM]."""
+    random = np.random.default_rng(seed)
+    shape = (num_groups, HEADS, 2, GROUP_TOKENS, HEAD_DIM)
+    image = random.standard_normal(shape, np.float32).astype(np.float16)
+    data = dma.allocate(image.nbytes)
+    data[:] = image.reshape(-1).view(np.uint8)
+    namespace.write(base, data, placement_id=2)
+    rows = image.transpose(2, 0, 3, 1, 4).reshape(2, num_groups * GROUP_TOKENS, HEADS, HEAD_DIM)
+    return rows[0], rows[1]
+
+
+def descriptor(num_groups, base=64, queries=None, **changes):
+    header, item = np.zeros(1, ATTENTION_HEADER), np.zeros(1, ATTENTION_ITEM)
+    extent = np.zeros(1, GROUP_EXTENT)
+    if queries is None:
+        queries = np.random.default_rng(1).standard_normal((1, 1, HEADS * GROUP, HEAD_DIM), np.float32)
+    fields = {
+        "magic": ATTENTION_MAGIC,
+        "version": 1,
+        "num_items": 1,
+        "num_extents": 1,
+        "queries_offset": header.nbytes + item.nbytes + extent.nbytes,
+        "group_tokens": GROUP_TOKENS,
+        "num_layers": 1,
+        "num_kv_heads": HEADS,
+        "group_size": GROUP,
+        "head_dim": HEAD_DIM,
+        "num_queries": 1,
+        "query_dtype": 2,
+        "scale": HEAD_DIM**-0.5,
+        "item_num_extents": 1,
+        "item_num_tokens": num_groups * GROUP_TOKENS,
+        "item_token_stop": num_groups * GROUP_TOKENS,
+        "extent_base_lba": base,
+        "extent_num_groups": num_groups,
+        **changes,
+    }
+    for name, value in fields.items():
+        kind, _, field = name.partition("_")
+        record = {"item": item, "extent": extent}.get(kind) if field else None
+        if record is None or field not in record.dtype.names:
+            header[name] = value
+        else:
+            record[field] = value
+    return np.concatenate(
+        [part.view(np.uint8).reshape(-1) for part in (header, item, extent, queries)]
+    ), queries
+
+
+ANSWER = answer_bytes(1, 1, HEADS * GROUP, HEAD_DIM)
+
+
+def plain(queries, keys, values):
+    out = np.empty(queries.shape)
+    for head in range(queries.shape[2]):
+        scores = keys[:, head // GROUP].astype(np.float64) @ queries[0, 0, head] * HEAD_DIM**-0.5
+        weights = np.exp(scores - scores.max())
+        out[0, 0, head] = weights @ values[:, head // GROUP].astype(np.float64) / weights.sum()
+    return out
+
+
+def out_of(answer):
+    return answer[32:].view(np.float32)[: HEADS * GROUP * HEAD_DIM].reshape(1, 1, HEADS * GROUP, HEAD_DIM)
+
+
+def test_blocks(namespace):
+    """Read, Write, Deallocate: data come back, given-back blocks are zeros."""
+    data = blocks(300)
+    namespace.write(10, data, placement_id=3)
+    np.testing.assert_array_equal(namespace.read(10, 300), data)
+    namespace.deallocate([(20, 5), (300, 10)])
+    want = data.copy().reshape(300, 4096)
+    want[10:15] = 0
+    want[290:300] = 0
+    np.testing.assert_array_equal(namespace.read(10, 300), want.reshape(-1))
+    odd = np.zeros(4096 * 2 + 1, np.uint8)[1:]  # memory that no device could reach
+    odd[:] = data[: 4096 * 2]
+    namespace.write(500, odd)
+    np.testing.assert_array_equal(namespace.read(500, 2), odd)
+    namespace.flush()
+
+
+def status_of(call) -> int:
+    with pytest.raises(NvmeStatusError) as caught:
+        call()
+    return caught.value.status
+
+
+def test_blocks_out_of_range(namespace):
+    """Bad ranges: a status, and the neighbours in the same batch succeed."""
+    last = namespace.num_lbas
+    assert status_of(lambda: namespace.read(last, 1)) == Status.LBA_OUT_OF_RANGE
+    assert status_of(lambda: namespace.write(last - 1, blocks(2))) == Status.LBA_OUT_OF_RANGE
+    assert status_of(lambda: namespace.deallocate([(last - 1, 2)])) == Status.LBA_OUT_OF_RANGE
+    assert status_of(lambda: namespace.deallocate([(1 << 63, 1)])) == Status.LBA_OUT_OF_RANGE
+    with pytest.raises(ValueError):
+        namespace.write(0, np.zeros(100, np.uint8))
+    good = blocks(1)
+    assert status_of(lambda: namespace.write_scattered([(5, good), (last, good)])) == Status.LBA_OUT_OF_RANGE
+    np.testing.assert_array_equal(namespace.read(5, 1), good)
+
+
+def test_raw_commands(drive):
+    """What no host of ours sends: unknown and bidirectional opcodes, wrong namespaces, missing data."""
+    queue_pair = drive.transport.create_queue_pair(depth=4)
+
+    def run(entry, data):
+        return decode(int(queue_pair.execute(entry, [data])["status"][0]))
+
+    entry = command.flush()
+    for opcode, status in ((0x7C, Status.INVALID_OPCODE), (0x83, Status.INVALID_OPCODE)):
+        entry["opcode"] = opcode
+        assert run(entry, blocks(1)) == status
+    wrong = command.read(0, 1)
+    wrong["nsid"] = 7
+    assert run(wrong, blocks(1)) == Status.INVALID_NAMESPACE
+    assert run(command.read(0, 1), None) == Status.DATA_TRANSFER_ERROR
+    assert run(command.read(0, 2), blocks(1)) == Status.SGL_LENGTH_INVALID
+    assert run(command.deallocate(3), np.zeros(16, np.uint8)) == Status.SGL_LENGTH_INVALID
+    with pytest.raises(QueueFull):
+        queue_pair.submit(np.concatenate([command.flush()] * 5), [None] * 5)
+    cids = queue_pair.submit(np.concatenate([command.flush()] * 4), [None] * 4)
+    assert len(set(cids)) == 4
+    assert not queue_pair.wait(cids)["status"].any()
+    bad_log = command.get_log_page(0xEE, 512)
+    completion = drive.transport.admin.execute(bad_log, [np.zeros(512, np.uint8)])
+    assert decode(int(completion["status"][0])) == Status.INVALID_LOG_PAGE
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 90])
+def test_attention(namespace, num_groups):
+    """Numbers: small commands on the caller's thread and large ones through a cache smaller than the data."""
+    keys, values = groups(namespace, num_groups)
+    for _ in range(2):  # cold, then with what the cache kept
+        data, queries = descriptor(num_groups)
+        answer = namespace.attend(data, ANSWER)
+        np.testing.assert_allclose(out_of(answer), plain(queries, keys, values), atol=1e-5)
+
+
+def test_attention_from_several_threads(drive, namespace):
+    """Concurrency: commands share cache, readers and workers, and must not mix."""
+    keys, values = groups(namespace, 60)
+    failures = []
+
+    def work(seed):
+        queries = np.random.default_rng(seed).standard_normal((1, 1, HEADS * GROUP, HEAD_DIM), np.float32)
+        want = plain(queries, keys, values)
+        for _ in range(4):
+            answer = namespace.attend(descriptor(60, queries=queries)[0], ANSWER)
+            if not np.allclose(out_of(answer), want, atol=1e-5):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):  # meanwhile the flash is overwritten and collected
+        namespace.write(3000, blocks(256, seed=number), placement_id=number % 3)
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert drive.ftl.counters.superblocks_erased > 0
+
+
+BAD_FIELDS = [
+    {"magic": 1},
+    {"version": 9},
+    {"flags": 2},
+    {"dtype": 9},
+    {"query_dtype": 9},
+    {"num_items": 0},
+    {"num_items": 2},
+    {"num_items": 1 << 31},
+    {"num_extents": 1 << 30},
+    {"num_queries": 0},
+    {"num_queries": 60000},
+    {"num_kv_heads": 0},
+    {"num_kv_heads": 60000},
+    {"group_size": 0},
+    {"group_size": 17},
+    {"head_dim": 24},
+    {"head_dim": 100},
+    {"head_dim": 264},
+    {"layer": 1},
+    {"num_layers": 0},
+    {"num_layers": 65535},
+    {"group_tokens": 0},
+    {"group_tokens": 100},
+    {"group_tokens": 1 << 31},
+    {"scale": np.nan},
+    {"scale": np.inf},
+    {"reserved": b"\1"},
+    {"reserved0": 1},
+    {"queries_offset": 0},
+    {"queries_offset": 113},
+    {"queries_offset": 1 << 31},
+    {"item_first_extent": 1},
+    {"item_num_extents": 2},
+    {"item_num_extents": 0},
+    {"item_num_tokens": 1 << 31},
+    {"item_causal": 2},
+    {"extent_base_lba": 1 << 62},
+    {"extent_base_lba": 1 << 40},
+    {"extent_num_groups": 0},
+    {"extent_num_groups": 1 << 31},
+]
+
+
+@pytest.mark.parametrize("changes", BAD_FIELDS, ids=str)
+def test_bad_descriptors(namespace, changes):
+    """Every field: a bad one is a status that names it, and the drive goes on."""
+    groups(namespace, 2)
+    assert status_of(lambda: namespace.attend(descriptor(2, **changes)[0], ANSWER)) == Status.INVALID_DESCRIPTOR
+    namespace.attend(descriptor(2)[0], ANSWER)
+
+
+def test_random_descriptors(drive, namespace):
+    """Fuzz: whatever bytes arrive, a status or an answer, never a crash or an internal error."""
+    groups(namespace, 2)
+    random = np.random.default_rng(7)
+    good, _ = descriptor(2)
+    allowed = {Status.INVALID_DESCRIPTOR, Status.DEALLOCATED_BLOCK, Status.SGL_LENGTH_INVALID}
+    for _ in range(3000):
+        data = good.copy()
+        for position in random.integers(0, 112, random.integers(1, 4)):
+            data[position] = random.integers(0, 256)
+        data = data[: random.integers(0, len(data) + 1)] if random.random() < 0.1 else data
+        if not len(data):
+            continue
+        try:
+            namespace.attend(data, ANSWER)
+        except NvmeStatusError as error:
+            # a small, valid change of shape has an answer of another size
+            assert error.status in allowed | {Status.DATA_TRANSFER_ERROR}, str(error)
+            if error.status == Status.SGL_LENGTH_INVALID:
+                namespace.attention_cancel(namespace._next_ticket)
+    assert drive.attention_unit._tickets == {}
+    namespace.attend(descriptor(2)[0], ANSWER)
+
+
+def test_tickets(namespace):
+    """Tickets: unknown, in use, cancelled, fetched into too small a buffer."""
+    groups(namespace, 2)
+    data, _ = descriptor(2)
+    assert status_of(lambda: namespace.attention_fetch(99999, ANSWER)) == Status.UNKNOWN_TICKET
+    assert status_of(lambda: namespace.attention_cancel(99999)) == Status.UNKNOWN_TICKET
+    ticket = namespace.attention_submit(data)
+    namespace._next_ticket -= 1
+    assert status_of(lambda: namespace.attention_submit(data)) == Status.TICKET_IN_USE
+    assert status_of(lambda: namespace.attention_fetch(ticket, 100)) == Status.SGL_LENGTH_INVALID
+    namespace.attention_fetch(ticket, ANSWER)
+    assert status_of(lambda: namespace.attention_fetch(ticket, ANSWER)) == Status.UNKNOWN_TICKET
+    namespace.attention_cancel(namespace.attention_submit(data))
+    tickets = []
+    with pytest.raises(NvmeStatusError) as caught:
+        while True:
+            tickets.append(namespace.attention_submit(data))
+    assert caught.value.status == Status.TOO_MANY_TICKETS
+    for ticket in tickets:
+        namespace.attention_fetch(ticket, ANSWER)
+
+
+def test_pages_never_written(namespace):
+    """Attention over blocks that hold nothing: an error with the block, not attention over zeros."""
+    groups(namespace, 2)
+    namespace.deallocate([(64 + LAYER_LBAS + 3, 1)])
+    with pytest.raises(NvmeStatusError) as caught:
+        namespace.attend(descriptor(2)[0], ANSWER)
+    assert (caught.value.status, caught.value.lba) == (Status.DEALLOCATED_BLOCK, 64 + LAYER_LBAS + 3)
+
+
+@pytest.mark.parametrize("num_groups", [2, 90])
+def test_corrupt_page(drive, namespace, num_groups, tmp_path):
+    """Bit rot under an attention command: an error with the block; nothing stays pinned or stuck."""
+    keys, _ = groups(namespace, num_groups)
+    lba = 64 + num_groups // 2 * LAYER_LBAS + 5
+    page = int(drive.ftl.resolve(np.array([lba]))[0])
+    with (tmp_path / "drive").open("r+b") as file:
+        file.seek(drive.ftl.media._data_start + page * 4096 + 77)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 8]))
+    for _ in range(3):
+        with pytest.raises(NvmeStatusError) as caught:
+            namespace.attend(descriptor(num_groups)[0], ANSWER)
+        assert (caught.value.status, caught.value.lba) == (Status.UNRECOVERED_READ_ERROR, lba)
+    assert not drive.cache._slots[:, 1].any()
+    fresh_keys, _ = groups(namespace, num_groups)
+    answer = namespace.attend(descriptor(num_groups)[0], ANSWER)
+    np.testing.assert_array_equal(fresh_keys, keys)
+    assert np.isfinite(out_of(answer)).all()
+
+
+def test_seal_groups(namespace):
+    """Compaction: pages move, content does not; bad requests are refused."""
+    from spdk_glue.vendor_command import COMPACT, SEAL_HEADER, SEAL_MAGIC
+
+    keys, values = groups(namespace, 2)
+
+    def payload(**changes):
+        header, extent = np.zeros(1, SEAL_HEADER), np.zeros(1, GROUP_EXTENT)
+        fields = {"magic": SEAL_MAGIC, "version": 1, "derive": COMPACT, "num_extents": 1, "num_layers": 1}
+        for name, value in {**fields, "layer_lbas": LAYER_LBAS, **changes}.items():
+            header[name] = value
+        extent["base_lba"], extent["num_groups"] = 64, 2
+        return np.concatenate([header.view(np.uint8), extent.view(np.uint8)])
+
+    namespace.seal_groups(payload())
+    data, queries = descriptor(2)
+    np.testing.assert_allclose(out_of(namespace.attend(data, ANSWER)), plain(queries, keys, values), atol=1e-5)
+    for changes in (
+        {"magic": 0},
+        {"derive": 2},
+        {"num_extents": 9},
+        {"num_layers": 0},
+        {"layer_lbas": 1 << 31},
+        {"reserved": b"\1"},
+    ):
+        assert status_of(lambda c=changes: namespace.seal_groups(payload(**c))) == Status.INVALID_DESCRIPTOR
+
+
+def test_log_pages(namespace):
+    """What the drive says of itself, and of its last error."""
+    from spdk_glue.identify import ATTENTION_COUNTERS_LOG, FLASH_HEALTH_LOG, SMART_LOG, LogPage
+
+    groups(namespace, 2)
+    namespace.attend(descriptor(2)[0], ANSWER)
+    health = namespace.log_page(LogPage.FLASH_HEALTH, FLASH_HEALTH_LOG)[0]
+    assert health["host_pages_written"] == 2 * LAYER_LBAS
+    assert health["wear_histogram"].sum() == GEOMETRY.num_superblocks
+    counters = namespace.log_page(LogPage.ATTENTION_COUNTERS, ATTENTION_COUNTERS_LOG)[0]
+    assert (counters["commands"], counters["pages_from_flash"]) == (1, 2 * LAYER_LBAS)
+    assert namespace.log_page(LogPage.SMART, SMART_LOG)[0]["data_units_written"] >= 1
+    assert namespace.attention["worker"] == b"numba"
+    assert IoOpcode.ATTENTION_SUBMIT & 3 == 1
