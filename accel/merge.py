@@ -11,11 +11,16 @@ class ShapeMismatch(ValueError):
 @njit(nogil=True, cache=True)
 def _merge_pairs(out_a, lse_a, out_b, lse_b, out, lse):
     for row in range(len(lse)):
-        top = max(lse_a[row], lse_b[row])
-        if top == -np.inf:
-            lse[row] = -np.inf
-            out[row, :] = 0
+        # an empty part leaves the other as it is, NaN included
+        if lse_b[row] == -np.inf:
+            lse[row] = lse_a[row]
+            out[row, :] = out_a[row, :]
             continue
+        if lse_a[row] == -np.inf:
+            lse[row] = lse_b[row]
+            out[row, :] = out_b[row, :]
+            continue
+        top = max(lse_a[row], lse_b[row])
         weight_a = np.exp(lse_a[row] - top)
         weight_b = np.exp(lse_b[row] - top)
         total = weight_a + weight_b
@@ -23,7 +28,6 @@ def _merge_pairs(out_a, lse_a, out_b, lse_b, out, lse):
         weight_a /= total
         weight_b /= total
         for column in range(out.shape[1]):
-            # an empty part's out is zero, so its NaN-free product is too
             out[row, column] = weight_a * out_a[row, column] + weight_b * out_b[row, column]
 
 
@@ -96,11 +100,19 @@ def merge_units(
     """Combine all units of the same item and KV head.
 
     out: float32 [num_units, num_queries, group_size, head_dim]; lse: float32 [num_units, num_queries,
-    group_size]; unit_item, unit_kv_head: int32 [num_units].
+    group_size], natural log; unit_item, unit_kv_head: int32 [num_units]. Does not hold the GIL.
     Returns out float32 [num_items, num_queries, num_query_heads, head_dim] and lse float32 [num_items,
-    num_queries, num_query_heads]; zero and -inf where no unit saw a token.
+    num_queries, num_query_heads]; zero and -inf where no unit saw a token. A unit whose lse is NaN makes
+    its heads NaN. Raises ShapeMismatch.
     """
-    _, num_queries, group_size, head_dim = out.shape
+    num_units, num_queries, group_size, head_dim = out.shape
+    if lse.shape != out.shape[:-1] or not num_units == len(unit_item) == len(unit_kv_head):
+        raise ShapeMismatch(
+            f"out {out.shape}, lse {lse.shape}, {len(unit_item)} items, {len(unit_kv_head)} KV heads of units"
+        )
+    for units, limit in ((unit_item, num_items), (unit_kv_head, num_kv_heads)):
+        if num_units and not 0 <= units.min() <= units.max() < limit:
+            raise ShapeMismatch(f"a unit's item or KV head is outside 0 to {limit - 1}")
     shape = (num_items, num_queries, num_kv_heads * group_size)
     merged, merged_lse = np.empty((*shape, head_dim), np.float32), np.empty(shape, np.float32)
     _merge_units(out, lse, unit_item, unit_kv_head, merged, merged_lse)

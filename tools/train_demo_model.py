@@ -19,9 +19,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from kvfsctl.demo_document import HELD_OUT_MODULES
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvfsctl.demo_document import HELD_OUT_MODULES
 
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"

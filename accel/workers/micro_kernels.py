@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from accel.workers import vector_ir as v
-from accel.workers.vector_ir import I64, ITEM_SIZE
+from accel.workers.vector_ir import BFLOAT16, I64, ITEM_SIZE
 
 CACHE_LINE = 64
 TILE_HEADS = 4  # a row widened once serves this many heads; the scores of one token leave as one vector of 4
@@ -25,6 +25,16 @@ TILE_HEADS = 4  # a row widened once serves this many heads; the scores of one t
 
 def score_stride(heads: int) -> int:
     return 1 << (heads - 1).bit_length()
+
+
+def load_pairs(dtype: int, head_dim: int, lanes: int) -> bool:
+    """Whether vectors hold every other channel: 2c of the even ones of 2 * lanes channels, 2c + 1 of the odd.
+
+    bfloat16 is the high half of float32. In a vector of 32-bit words the odd channels lie in place and the
+    even ones are one shift away, where widening in order costs a shuffle and a shift on the ports that
+    multiply-adds need.
+    """
+    return dtype == BFLOAT16 and head_dim % (2 * lanes) == 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,15 @@ class Shape:
         """Vectors of scores per token, at least 1."""
         return max(1, self.stride // self.lanes)
 
+    @property
+    def loads_pairs(self) -> bool:
+        return load_pairs(self.dtype, self.head_dim, self.lanes)
+
     def load_row(self, builder, row, chunk: int):
-        """The `chunk`-th vector of a row, widened."""
+        """The `chunk`-th vector of a row, widened; see load_pairs for its channels."""
+        if self.loads_pairs:
+            pairs = v.load(builder, row, chunk // 2 * 4 * self.lanes, v.vector(v.I32, self.lanes))
+            return v.widen_half_of_pairs(builder, pairs, high=bool(chunk % 2))
         offset = chunk * self.lanes * ITEM_SIZE[self.dtype]
         return v.load_widened(builder, row, offset, self.dtype, self.lanes, bool(self.converts_half))
 
@@ -166,10 +183,12 @@ def _tile_products(builder, shape: Shape, row, queries, first_head: int, num_hea
     zero = v.splat_constant(0.0, shape.lanes)
     sums = [[zero] * num_heads for _ in row]
     num_chunks = shape.head_dim // shape.lanes
+    # kept loaded, the pairs of even and odd channels would push sums out of the registers
+    odd_row = [v.forget(builder, address) for address in row] if shape.loads_pairs else row
     for chunk in range(num_chunks):
         for t, line in soon[chunk * len(soon) // num_chunks : (chunk + 1) * len(soon) // num_chunks]:
             v.prefetch(builder, v.load(builder, ahead, 8 * t, I64, align=8), line)
-        widened = [shape.load_row(builder, address, chunk) for address in row]
+        widened = [shape.load_row(builder, address, chunk) for address in (odd_row if chunk % 2 else row)]
         for h in range(num_heads):
             offset = 4 * ((first_head + h) * shape.head_dim + chunk * shape.lanes)
             part = v.load_floats(builder, queries, offset, shape.lanes)
@@ -340,4 +359,3 @@ def add_block(
         return context.get_dummy_value()
 
     return types.void(rows, ahead, count, weights, factor, sums, *sizes), codegen
-

@@ -20,7 +20,14 @@ import numpy as np
 from numba import njit
 
 from accel.workers import AttentionBatch, check_shape, micro_kernels, vector_ir
-from accel.workers.micro_kernels import add_block, fill_rows, score_block, score_stride, softmax_block
+from accel.workers.micro_kernels import (
+    add_block,
+    fill_rows,
+    load_pairs,
+    score_block,
+    score_stride,
+    softmax_block,
+)
 from accel.workers.target import Target, host_target
 from accel.workers.vector_ir import BFLOAT16, FLOAT16, FLOAT32, ITEM_SIZE
 
@@ -29,24 +36,29 @@ log = logging.getLogger(__name__)
 name = "numba"
 
 _DTYPE = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
-BLOCK_BYTES = 12 << 10  # of K, and of V: both and the next K fit a first-level cache of 32 KiB
-BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 16, 96
+# Bytes of K in a block, and as many of V: both, the next K, queries and sums fit a first-level cache of 32
+# KiB. Few heads do little with a row, and gain from smaller steps between K and V. (tools/bench/kernel.py)
+BLOCK_BYTES, BLOCK_BYTES_FEW_HEADS = 9 << 10, 6 << 10
+FEW_HEADS = 2
+BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 12, 96
+LANES_MAX = 16
 PAD = 8  # rows and scores behind a block that whole tiles touch
 # numba's cache notices changes of this file only; the emitters' sources enter each function as a constant
 _EMITTERS = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (micro_kernels, vector_ir)))
 _compiling = threading.Lock()
 
 
-def block_tokens(dtype: str, head_dim: int) -> int:
-    """Rows per block: a multiple of 12, which tiles of 3 and of 4 tokens divide."""
-    rows = BLOCK_BYTES // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
+def block_tokens(dtype: str, head_dim: int, group_size: int) -> int:
+    """Rows per block: a multiple of 12, which tiles of 3, 4 and 6 tokens divide."""
+    size = BLOCK_BYTES_FEW_HEADS if group_size <= FEW_HEADS else BLOCK_BYTES
+    rows = size // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
     return min(max(rows, BLOCK_TOKENS_MIN), BLOCK_TOKENS_MAX) // 12 * 12
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _take_rows(
-    key_pages, value_pages, page_first_token, page_num_tokens, page, row, stop_page, start, stop, row_bytes, limit,
-    lists_at, list_bytes,
+    key_pages, value_pages, page_first_token, page_num_tokens,
+    page, row, stop_page, start, stop, row_bytes, limit, lists_at, list_bytes,
 ):  # fmt: skip
     """Lists the next rows that lie in [start, stop), at most `limit`: addresses of K and V, positions.
 
@@ -84,6 +96,17 @@ def _take_rows(
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def _seen_by_any(visible_start, visible_stop, item):
+    """The range that holds all ranges of an item's queries; empty if they are."""
+    start, stop = np.int64(np.iinfo(np.int64).max), np.int64(0)
+    for query in range(visible_start.shape[1]):
+        if visible_start[item, query] < visible_stop[item, query]:
+            start = min(start, visible_start[item, query])
+            stop = max(stop, visible_stop[item, query])
+    return start, stop
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def _select_rows(source, start, stop, count, target):
     """Copy a block's lists, keeping positions in [start, stop); returns how many there are."""
     kept = 0
@@ -99,6 +122,18 @@ def _select_rows(source, start, stop, count, target):
     return kept
 
 
+@njit(nogil=True, cache=True, boundscheck=False)
+def _channel(column, pair, lanes):
+    """The channel of K and V that stands at `column` of queries and sums; see load_pairs.
+
+    pair: 2 * lanes or 1.
+    """
+    if pair == 1:
+        return column
+    place = column % pair
+    return column - place + (2 * place if place < lanes else 2 * (place - lanes) + 1)
+
+
 @cache
 def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int, converts_half: int):
     """The compiled function for one Shape. The integers it closes over are its key in numba's cache."""
@@ -107,6 +142,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
     stride = score_stride(heads)
     state_floats = 3 * width + heads * head_dim
     emitters = _EMITTERS
+    pair = 2 * lanes if load_pairs(dtype, head_dim, lanes) else 1
     log2_e = np.float32(math.log2(math.e))
     ln_2 = math.log(2)
 
@@ -127,40 +163,48 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         query_floats = heads * head_dim
         queries_from = (limit + PAD) * stride + 2 * width
         states_from = queries_from + num_queries * query_floats
-        for unit in range(first_unit, last_unit):
-            item = unit_item[unit]
-            first_head = unit_kv_head[unit] * heads
-            start, stop = np.int64(np.iinfo(np.int64).max), np.int64(0)
-            for query in range(num_queries):
-                if visible_start[item, query] < visible_stop[item, query]:
-                    start = min(start, visible_start[item, query])
-                    stop = max(stop, visible_stop[item, query])
-                place = queries_from + query * query_floats
-                for head in range(heads):
-                    for column in range(head_dim):
-                        scratch[place + head * head_dim + column] = (
-                            queries[item, query, first_head + head, column] * scale * log2_e
-                        )
-                place = states_from + query * state_floats
-                scratch[place : place + width] = -np.inf
-                scratch[place + width : place + state_floats] = 0
-            stop_page = unit_first_page[unit + 1]
-            block = 0
-            page, row, count, lowest, highest = _take_rows(
-                key_pages, value_pages, page_first_token, page_num_tokens,
-                unit_first_page[unit], np.int64(0), stop_page, start, stop, np.int64(row_bytes), limit,
-                rows_at, list_bytes,
-            )  # fmt: skip
-            while count > 0:
-                page, row, next_count, next_lowest, next_highest = _take_rows(
-                    key_pages, value_pages, page_first_token, page_num_tokens,
-                    page, row, stop_page, start, stop, np.int64(row_bytes), limit,
-                    rows_at + 3 * list_bytes * (1 - block), list_bytes,
-                )  # fmt: skip
+        page, row, count, lowest, highest = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
+        block = np.int64(0)
+        start, stop = np.int64(0), np.int64(0)
+        for unit in range(first_unit - 1, last_unit):
+            if unit >= first_unit:
+                item = unit_item[unit]
+                first_head = unit_kv_head[unit] * heads
+                for query in range(num_queries):
+                    place = queries_from + query * query_floats
+                    for head in range(heads):
+                        for column in range(head_dim):
+                            scratch[place + head * head_dim + column] = (
+                                queries[item, query, first_head + head, _channel(column, pair, lanes)]
+                                * scale
+                                * log2_e
+                            )
+                    place = states_from + query * state_floats
+                    scratch[place : place + width] = -np.inf
+                    scratch[place + width : place + state_floats] = 0
+            ended = False
+            while not ended:
+                # the block after this one: of this unit, else of the next
+                next_at = rows_at + 3 * list_bytes * (1 - block)
+                next_count = np.int64(0)
+                if count > 0:
+                    page, row, next_count, next_lowest, next_highest = _take_rows(
+                        key_pages, value_pages, page_first_token, page_num_tokens,
+                        page, row, unit_first_page[unit + 1], start, stop, np.int64(row_bytes), limit,
+                        next_at, list_bytes,
+                    )  # fmt: skip
+                ended = next_count == 0
+                if ended and unit + 1 < last_unit:
+                    start, stop = _seen_by_any(visible_start, visible_stop, unit_item[unit + 1])
+                    page, row, next_count, next_lowest, next_highest = _take_rows(
+                        key_pages, value_pages, page_first_token, page_num_tokens,
+                        unit_first_page[unit + 1], np.int64(0), unit_first_page[unit + 2], start, stop,
+                        np.int64(row_bytes), limit, next_at, list_bytes,
+                    )  # fmt: skip
                 block_at = rows_at + 3 * list_bytes * block
                 values_ahead = block_at + list_bytes
-                keys_ahead = rows_at + 3 * list_bytes * (1 - block) if next_count else block_at
-                for query in range(num_queries):
+                keys_ahead = next_at if next_count else block_at
+                for query in range(num_queries if count else 0):
                     lists_at = block_at
                     kept = count
                     low, high = visible_start[item, query], visible_stop[item, query]
@@ -189,6 +233,8 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                     keys_ahead = block_at
                 block = 1 - block
                 count, lowest, highest = next_count, next_lowest, next_highest
+            if unit < first_unit:
+                continue
             for query in range(num_queries):
                 place = states_from + query * state_floats
                 for head in range(heads):
@@ -203,16 +249,11 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                         lse[unit, query, head] = ln_2 * scratch[place + head] + np.log(total)
                         inverse = np.float32(1.0) / total
                         for column in range(head_dim):
-                            out[unit, query, head, column] = scratch[sums + column] * inverse
+                            out[unit, query, head, _channel(column, pair, lanes)] = (
+                                scratch[sums + column] * inverse
+                            )
 
     return attend
-
-
-def _kernel_for(dtype: str, head_dim: int, group_size: int, target: Target):
-    with _compiling:  # two threads must not build the same function
-        return _kernel(
-            _DTYPE[dtype], head_dim, group_size, target.lanes, target.accumulators, int(target.converts_half)
-        )
 
 
 def _fitting(target: Target, head_dim: int) -> Target:
@@ -220,6 +261,14 @@ def _fitting(target: Target, head_dim: int) -> Target:
     if head_dim % target.lanes == 0:
         return target
     return Target(8, target.accumulators, target.converts_half)
+
+
+def kernel(dtype: str, head_dim: int, group_size: int, target: Target | None = None):
+    """The compiled function for a model's shape, compiled or loaded on its first call."""
+    fitting = _fitting(target or host_target(), head_dim)
+    shape = (fitting.lanes, fitting.accumulators, int(fitting.converts_half))
+    with _compiling:  # two threads must not build the same function
+        return _kernel(_DTYPE[dtype], head_dim, group_size, *shape)
 
 
 def attend_units(
@@ -232,16 +281,15 @@ def attend_units(
 ) -> None:
     """See AttentionBatch; all arithmetic in float32. target: the machine's own if None (others: for tests)."""
     check_shape(batch.dtype, batch.head_dim, batch.group_size)
-    target = _fitting(target or host_target(), batch.head_dim)
-    kernel = _kernel_for(batch.dtype, batch.head_dim, batch.group_size, target)
+    attend = kernel(batch.dtype, batch.head_dim, batch.group_size, target)
     num_queries = batch.queries.shape[1]
-    block = block_tokens(batch.dtype, batch.head_dim)
+    block = block_tokens(batch.dtype, batch.head_dim, batch.group_size)
     stride = score_stride(batch.group_size)
-    width = max(stride, target.lanes)
-    query_floats = batch.group_size * batch.head_dim
+    width = max(stride, LANES_MAX)
     rows = np.empty((3, 3, block + PAD), np.int64)
-    scratch = np.zeros((block + PAD) * stride + 2 * width + num_queries * (2 * query_floats + 3 * width), np.float32)
-    kernel(
+    query_floats = 2 * batch.group_size * batch.head_dim + 3 * width
+    scratch = np.zeros((block + PAD) * stride + 2 * width + num_queries * query_floats, np.float32)
+    attend(
         batch.key_pages,
         batch.value_pages,
         batch.page_first_token,
@@ -287,5 +335,5 @@ def prepare(dtype: str, head_dim: int, group_size: int) -> float:
     out, lse = np.empty((0, 1, group_size, head_dim), np.float32), np.empty((0, 1, group_size), np.float32)
     attend_units(no_unit, 0, 0, out, lse)
     seconds = time.perf_counter() - started
-    log.debug("attention kernel for %s, head_dim %d, group size %d: %.2f s", dtype, head_dim, group_size, seconds)
+    log.debug("kernel for %s, head_dim %d, group size %d: %.2f s", dtype, head_dim, group_size, seconds)
     return seconds

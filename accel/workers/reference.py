@@ -5,7 +5,7 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from accel.workers import AttentionBatch
+from accel.workers import AttentionBatch, check_shape
 
 name = "reference"
 
@@ -16,41 +16,52 @@ _DTYPES = {
 }
 
 
-def _rows(batch: AttentionBatch, address: np.uint64, num_tokens: np.int32) -> np.ndarray:
-    """float64 [num_tokens, head_dim]: a page's rows."""
+def _rows(batch: AttentionBatch, addresses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """float64 [sum of counts, head_dim]: the rows in use of some pages."""
     dtype = _DTYPES[batch.dtype]
-    size = int(num_tokens) * batch.head_dim * dtype.itemsize
-    raw = np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype=dtype)
-    return raw.reshape(int(num_tokens), batch.head_dim).astype(np.float64)
+    pages = [np.empty((0, batch.head_dim))]
+    for address, count in zip(addresses.tolist(), counts.tolist(), strict=True):
+        raw = (ctypes.c_char * (count * batch.head_dim * dtype.itemsize)).from_address(address)
+        pages.append(np.frombuffer(raw, dtype=dtype).reshape(count, batch.head_dim).astype(np.float64))
+    return np.concatenate(pages)
+
+
+def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float):
+    """(out [heads, head_dim], lse [heads]) of queries [heads, head_dim] over all rows of keys and values."""
+    if len(keys) == 0:
+        return 0, -np.inf
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # infinities and NaN go where they go
+        scores = scale * queries @ keys.T
+        top = scores.max(axis=1, keepdims=True)
+        top[np.isneginf(top)] = 0  # tokens of score -inf weigh nothing, also where there are no others
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=1, keepdims=True)
+        out = np.where(total == 0, 0, weights @ values / total)
+        return out, (top + np.log(total))[:, 0]
 
 
 def attend_units(
     batch: AttentionBatch, first_unit: int, last_unit: int, out: np.ndarray, lse: np.ndarray
 ) -> None:
     """See AttentionBatch. Source: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867."""
+    check_shape(batch.dtype, batch.head_dim, batch.group_size)
     for unit in range(first_unit, last_unit):
-        pages = range(batch.unit_first_page[unit], batch.unit_first_page[unit + 1])
-        counts = [batch.page_num_tokens[page] for page in pages]
-        keys = np.concatenate([_rows(batch, batch.key_pages[p], n) for p, n in zip(pages, counts, strict=True)])
-        values = np.concatenate(
-            [_rows(batch, batch.value_pages[p], n) for p, n in zip(pages, counts, strict=True)]
-        )
-        positions = np.concatenate(
-            [batch.page_first_token[p] + np.arange(n) for p, n in zip(pages, counts, strict=True)]
-        )
+        pages = slice(batch.unit_first_page[unit], batch.unit_first_page[unit + 1])
+        counts = batch.page_num_tokens[pages]
+        keys = _rows(batch, batch.key_pages[pages], counts)
+        values = _rows(batch, batch.value_pages[pages], counts)
+        first_rows = np.cumsum(counts) - counts
+        positions = np.repeat(batch.page_first_token[pages] - first_rows, counts) + np.arange(len(keys))
         item = batch.unit_item[unit]
         first_head = batch.unit_kv_head[unit] * batch.group_size
         for query in range(batch.queries.shape[1]):
-            start, stop = batch.visible_start[item, query], batch.visible_stop[item, query]
-            seen = (positions >= start) & (positions < stop)
-            if not seen.any():
-                out[unit, query], lse[unit, query] = 0, -np.inf
-                continue
+            seen = positions >= batch.visible_start[item, query]
+            seen &= positions < batch.visible_stop[item, query]
             heads = batch.queries[item, query, first_head : first_head + batch.group_size].astype(np.float64)
-            with np.errstate(invalid="ignore", over="ignore"):  # stored infinities and NaN go where they go
-                scores = batch.scale * heads @ keys[seen].T
-                top = scores.max(axis=1, keepdims=True)
-                weights = np.exp(scores - top)
-                total = weights.sum(axis=1, keepdims=True)
-                out[unit, query] = (weights / total) @ values[seen]
-                lse[unit, query] = (top + np.log(total))[:, 0]
+            out[unit, query], lse[unit, query] = _attend(heads, keys[seen], values[seen], batch.scale)
+
+
+def prepare(dtype: str, head_dim: int, group_size: int) -> float:
+    """Nothing to compile: 0 seconds. Raises ValueError as the other workers do."""
+    check_shape(dtype, head_dim, group_size)
+    return 0.0

@@ -49,6 +49,12 @@ def load_splat(builder: ir.IRBuilder, address, offset: int, lanes: int):
     return shuffle(builder, single, undefined, [0] * lanes)
 
 
+def forget(builder: ir.IRBuilder, address):
+    """The same address, unknown to LLVM as such: what is loaded through both is loaded twice."""
+    assembly = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0", side_effect=False)
+    return builder.call(assembly, [address])
+
+
 def store(builder: ir.IRBuilder, value, address, offset: int) -> None:
     builder.store(value, pointer(builder, address, offset, value.type), align=4)
 
@@ -68,6 +74,16 @@ def load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes:
     return builder.bitcast(shifted, vector(F32, lanes))
 
 
+def widen_half_of_pairs(builder: ir.IRBuilder, pairs, high: bool):
+    """float32 from the first or the second (`high`) bfloat16 of each 32-bit word."""
+    lanes = pairs.type.count
+    if high:
+        bits = builder.and_(pairs, splat_constant(0xFFFF0000, lanes, I32))
+    else:
+        bits = builder.shl(pairs, splat_constant(16, lanes, I32))
+    return builder.bitcast(bits, vector(F32, lanes))
+
+
 def _half_bits_to_float(builder: ir.IRBuilder, bits):
     """float32 from the bits of fp16: exponent and fraction moved into place, the bias by a product.
 
@@ -80,9 +96,7 @@ def _half_bits_to_float(builder: ir.IRBuilder, bits):
 
     magnitude = builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13))
     sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
-    rebiased = builder.fmul(
-        builder.bitcast(magnitude, vector(F32, lanes)), splat_constant(2.0**112, lanes)
-    )
+    rebiased = builder.fmul(builder.bitcast(magnitude, vector(F32, lanes)), splat_constant(2.0**112, lanes))
     special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13))
     finite = builder.bitcast(rebiased, bits.type)
     result = builder.select(special, builder.or_(magnitude, constant(0x7F800000)), finite)

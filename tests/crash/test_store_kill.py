@@ -41,6 +41,7 @@ WRITER = textwrap.dedent(
                 sequence.flush()
                 print("flushed", keep, flush=True)
             start, count = sequence.num_tokens, int(random.integers(1, 400))
+            print("flushing", start + count, flush=True)  # a fork may make it durable before the flush does
             for layer in range(2):
                 sequence.append(layer, rows(start, count), rows(start, count) + layer)
             if random.random() < 0.5:
@@ -48,7 +49,6 @@ WRITER = textwrap.dedent(
                 fork = sequence.fork(scratch)
                 fork.append(0, rows(0, 100), rows(0, 100))
                 store.delete_sequence(scratch)
-            print("flushing", start + count, flush=True)
             sequence.flush()
             print("flushed", start + count, flush=True)
     """

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from kvfs_bench import limits
-from kvfs_bench.figures import Figure
 
 import kvfs
+from kvfs_bench import limits
+from kvfs_bench.figures import Figure
 
 LAYER = 0
 NUM_KV_HEADS = 8

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kvfs_bench.figures import report
 from rich.console import Console
 
+from kvfs_bench.figures import report
 from kvfsctl.demo_document import MODEL_DIR, DemoError, check_prerequisites
 from kvfsctl.demo_processes import Task, phase_runner
 from kvfsctl.demo_report import Outcome

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from kvfs_bench.figures import Figure
 from rich.table import Table
+
+from kvfs_bench.figures import Figure
 
 # Less than this does not show in tokens/s.
 CPUS_ELSEWHERE_WORTH_A_NOTE = 0.2

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from kvfsctl import demo as demo_module
 from kvfsctl import demo_document
 from kvfsctl.demo import demo
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import dataclasses
 import io
 
 import pytest
+from rich.console import Console
+
 from kvfs_bench.figures import report
 from kvfsctl import demo_plot
 from kvfsctl.demo_report import Outcome, common_prefix, figures, summary, table
-from rich.console import Console
 
 FIGURE_KEYS = {"name", "value", "unit", "rival", "rival_value", "ratio", "limit", "goal", "met"}
 

@@ -6,6 +6,7 @@ pytest.importorskip("torch", reason="the demo needs torch: pip install torch tra
 pytest.importorskip("transformers", reason="the demo needs transformers: pip install torch transformers")
 
 import torch
+
 from kvfsctl.demo_document import HELD_OUT_MODULES, MODEL_DIR, DemoError, document_ids, load_model
 from kvfsctl.demo_rivals import FileCache, RoundedCache
 
