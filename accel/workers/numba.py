@@ -49,7 +49,7 @@ _compiling = threading.Lock()
 
 
 def block_tokens(dtype: str, head_dim: int, group_size: int) -> int:
-    """Rows per block: a multiple of 12, which tiles of 3, 4 and 6 tokens divide."""
+    """Rows per block: a multiple of 12, which AVX2's tiles of 3, 4 and 6 tokens divide."""
     size = BLOCK_BYTES_FEW_HEADS if group_size <= FEW_HEADS else BLOCK_BYTES
     rows = size // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
     return min(max(rows, BLOCK_TOKENS_MIN), BLOCK_TOKENS_MAX) // 12 * 12
