@@ -1,9 +1,9 @@
 """The attention unit: tickets in, partial attention of flash pages out.
 
-A command's pages are read in windows of a few megabytes. Reader threads bring the missing pages of one
-window into the DRAM cache while worker threads compute the previous ones; neither holds the GIL in its
-heavy part. Partial results of all units are merged by lse at the end. What is small and waits for no
-flash runs at once on the submitting thread: a hand-over between threads would cost more than the work.
+A command's pages are pinned in the DRAM cache in spans. What of a span is missing there is read in windows of
+a few megabytes: reader threads bring one window into the cache while worker threads compute the previous
+ones; neither holds the GIL in its heavy part. Partial results of all units are merged by lse at the end.
+What is small runs at once on the submitting thread: a hand-over would cost more than the work.
 
 Locking: a ticket is touched by its own threads only until it is done; the table of tickets has a lock.
 While a command runs it holds an FTL read guard, so nothing it resolved can be erased under it.
@@ -21,6 +21,7 @@ from accel import descriptor
 from accel.merge import merge_units
 from accel.page_cache import PageCache
 from accel.page_plan import PagePlan, plan_pages
+from accel.worker_pool import WorkerPool
 from accel.workers import AttentionBatch
 from ftl.errors import CorruptPage, FlashError
 from spdk_glue.status import CommandFailed, Status
@@ -28,8 +29,10 @@ from spdk_glue.vendor_command import ANSWER_HEADER
 
 log = logging.getLogger(__name__)
 
-WINDOW_BYTES = 8 << 20  # some milliseconds of flash: long against a thread hand-over
-WINDOWS_IN_FLIGHT = 6
+# Pinned at once, if the cache has them: what planning costs is paid before computing starts.
+SPAN_BYTES = 64 << 20
+SPANS_PINNED = 3
+WINDOW_BYTES = 8 << 20  # read at once: some milliseconds of flash, long against a thread hand-over
 NUM_READERS = 2  # so that requests are queued while the other checks checksums
 INLINE_BYTES = 4 << 20  # below this a command is computed by the submitting thread
 MAX_TICKETS = 256
@@ -68,14 +71,15 @@ class Ticket:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Units [first, stop) of a plan with the physical pages of their K, then of their V."""
+@dataclass
+class Span:
+    """Units [first_unit, stop_unit) of a plan with the physical pages of their K, then of their V."""
 
     first_unit: int
     stop_unit: int
     pages: np.ndarray
     lbas: np.ndarray
+    addresses: np.ndarray | None = None  # in the cache, while pinned
 
 
 class AttentionUnit:
@@ -86,12 +90,14 @@ class AttentionUnit:
         self._cache = cache
         self._worker = worker
         self.num_workers = num_workers
-        self._window_pages = max(1, min(WINDOW_BYTES, cache.capacity_bytes // 4) // ftl.page_size)
+        largest = cache.capacity_bytes // (SPANS_PINNED + 1)  # other commands need room as well
+        self._span_pages = max(1, min(SPAN_BYTES, largest) // ftl.page_size)
+        self._window_pages = min(self._span_pages, WINDOW_BYTES // ftl.page_size)
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
         self._commands = ThreadPoolExecutor(2, thread_name_prefix="kvfs-attention")
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kvfs-reader")
-        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="kvfs-worker")
+        self._workers = WorkerPool(num_workers)
         self.counters = AttentionCounters()
         ftl.on_erase(cache.drop)
 
@@ -207,85 +213,97 @@ class AttentionUnit:
         )
 
     def _attend_inline(self, ticket, plan, batch, out, lse) -> None:
-        for window in self._windows(plan):
-            pages, missing = self._pin(window, plan, batch)
+        for span in self._spans(plan):
+            missing = self._pin(span, plan, batch)
             try:
-                self._load(ticket, window, pages, missing)
-                self._compute(ticket, batch, window.first_unit, window.stop_unit, out, lse)
+                if len(missing):
+                    self._load(ticket, span, missing)
+                self._compute(ticket, batch, span.first_unit, span.stop_unit, out, lse)
             finally:
-                self._cache.release(pages)
+                self._cache.release(span.pages)
+            self._note_pages(ticket, span, missing)
 
     def _attend_streaming(self, ticket, plan, batch, out, lse) -> None:
-        room = threading.Semaphore(WINDOWS_IN_FLIGHT)
+        room = threading.Semaphore(SPANS_PINNED)
         finished: list[Future] = []
         try:
-            for window in self._windows(plan):
+            for span in self._spans(plan):
                 if ticket.cancelled or ticket.failure is not None:
                     break
                 room.acquire()
-                pages, missing = self._pin(window, plan, batch)
-                done: Future = Future()
-                finished.append(done)
-                step = _WindowStep(self, ticket, batch, out, lse, window, pages, room, done)
+                missing = self._pin(span, plan, batch)
+                self._note_pages(ticket, span, missing)
+                step = _SpanStep(self, ticket, batch, out, lse, span, room)
+                finished.append(step.done)
                 if len(missing):
-                    self._readers.submit(step.load_and_compute, missing)
+                    step.load(self._windows(plan, span, missing))
                 else:
-                    step.compute()
+                    step.compute(span.first_unit, span.stop_unit)
         finally:
             for done in finished:
                 done.result()  # never leave while a thread still touches our arrays
         if ticket.failure is not None:
             raise ticket.failure
 
-    def _windows(self, plan: PagePlan):
-        """Cut a plan's units into runs of about a window of pages, resolved to physical pages."""
+    def _spans(self, plan: PagePlan):
+        """Cut a plan's units into runs of at most SPAN_BYTES of pages, resolved to physical pages."""
         first = 0
         while first < plan.num_units:
-            limit = plan.unit_first_page[first] + self._window_pages // 2  # K and V each
-            stop = int(np.searchsorted(plan.unit_first_page, limit, side="right")) - 1
-            stop = min(max(stop, first + 1), plan.num_units)
-            span = slice(plan.unit_first_page[first], plan.unit_first_page[stop])
-            lbas = np.concatenate([plan.key_lbas[span], plan.value_lbas[span]])
-            pages = self._ftl.resolve(lbas)
-            if len(pages) and pages.min() < 0:
-                lba = int(lbas[np.argmin(pages)])
+            stop = self._cut(plan, first, plan.num_units, self._span_pages)
+            pages = slice(plan.unit_first_page[first], plan.unit_first_page[stop])
+            lbas = np.concatenate([plan.key_lbas[pages], plan.value_lbas[pages]])
+            resolved = self._ftl.resolve(lbas)
+            if len(resolved) and resolved.min() < 0:
+                lba = int(lbas[np.argmin(resolved)])
                 raise CommandFailed(Status.DEALLOCATED_BLOCK, lba=lba, detail="page never written")
-            yield Window(first, stop, pages, lbas)
+            yield Span(first, stop, resolved, lbas)
             first = stop
 
-    def _pin(self, window: Window, plan: PagePlan, batch: AttentionBatch):
-        addresses, missing = self._cache.acquire(window.pages)
-        span = slice(plan.unit_first_page[window.first_unit], plan.unit_first_page[window.stop_unit])
-        half = len(addresses) // 2
-        batch.key_pages[span] = addresses[:half]
-        batch.value_pages[span] = addresses[half:]
-        if len(missing):
-            # physical order, so that neighbours become one large request; a page pinned twice is read once
-            order = np.unique(window.pages[missing], return_index=True)[1]
-            missing = missing[order]
-            return window.pages, (missing, addresses[missing])
-        return window.pages, ()
+    @staticmethod
+    def _cut(plan: PagePlan, first_unit: int, last_unit: int, max_pages: int) -> int:
+        """Where a run of units from first_unit on ends that has at most max_pages, K and V, or one unit."""
+        limit = plan.unit_first_page[first_unit] + max_pages // 2
+        stop = int(np.searchsorted(plan.unit_first_page, limit, side="right")) - 1
+        return min(max(stop, first_unit + 1), last_unit)
 
-    def _load(self, ticket: Ticket, window: Window, pages: np.ndarray, missing) -> None:
-        """Read a window's missing pages, check them, publish them in the cache."""
-        num_missing = 0
-        if len(missing):
-            positions, addresses = missing
-            wanted = pages[positions]
-            try:
-                self._ftl.read_physical(wanted, window.lbas[positions], addresses)
-            except CorruptPage as error:
-                raise CommandFailed(
-                    Status.UNRECOVERED_READ_ERROR, lba=error.lba, detail="page checksum"
-                ) from error
-            except FlashError as error:
-                log.error("attention read failed: %s", error)
-                raise CommandFailed(Status.UNRECOVERED_READ_ERROR, detail="media read") from error
-            self._cache.mark_valid(wanted)
-            num_missing = len(wanted)
-        with ticket.lock:
-            ticket.pages_from_flash += num_missing
-            ticket.pages_from_cache += len(pages) - num_missing
+    def _windows(self, plan: PagePlan, span: Span, missing: np.ndarray):
+        """(first unit, stop unit, positions of missing pages) of each part of a span to be read at once."""
+        base, half = plan.unit_first_page[span.first_unit], len(span.pages) // 2
+        position = missing % half
+        first = span.first_unit
+        while first < span.stop_unit:
+            stop = self._cut(plan, first, span.stop_unit, self._window_pages)
+            low, high = plan.unit_first_page[first] - base, plan.unit_first_page[stop] - base
+            yield first, stop, missing[(low <= position) & (position < high)]
+            first = stop
+
+    def _pin(self, span: Span, plan: PagePlan, batch: AttentionBatch) -> np.ndarray:
+        """Pin a span's pages, tell the batch their addresses: positions of those to be read."""
+        span.addresses, missing = self._cache.acquire(span.pages)
+        pages = slice(plan.unit_first_page[span.first_unit], plan.unit_first_page[span.stop_unit])
+        half = len(span.pages) // 2
+        batch.key_pages[pages] = span.addresses[:half]
+        batch.value_pages[pages] = span.addresses[half:]
+        return missing
+
+    @staticmethod
+    def _note_pages(ticket: Ticket, span: Span, missing: np.ndarray) -> None:
+        ticket.pages_from_flash += len(missing)
+        ticket.pages_from_cache += len(span.pages) - len(missing)
+
+    def _load(self, ticket: Ticket, span: Span, missing: np.ndarray) -> None:
+        """Read missing pages, check them, publish them in the cache."""
+        # physical order, so that neighbours become one large request; a page named twice is read once
+        pages, order = np.unique(span.pages[missing], return_index=True)
+        positions = missing[order]
+        try:
+            self._ftl.read_physical(pages, span.lbas[positions], span.addresses[positions])
+        except CorruptPage as error:
+            raise CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=error.lba, detail="page checksum") from error
+        except FlashError as error:
+            log.error("attention read failed: %s", error)
+            raise CommandFailed(Status.UNRECOVERED_READ_ERROR, detail="media read") from error
+        self._cache.mark_valid(pages)
 
     def _compute(self, ticket: Ticket, batch, first_unit: int, stop_unit: int, out, lse) -> None:
         started = time.perf_counter_ns()
@@ -296,64 +314,62 @@ class AttentionUnit:
     def close(self) -> None:
         self._commands.shutdown(wait=True)
         self._readers.shutdown(wait=True)
-        self._workers.shutdown(wait=True)
+        self._workers.close()
 
 
-class _WindowStep:
-    """One window on its way through readers and workers; releases its pages when all parts are done."""
+class _SpanStep:
+    """One span on its way through readers and workers; unpins its pages when its last part is done."""
 
-    def __init__(self, unit: AttentionUnit, ticket, batch, out, lse, window, pages, room, done):
+    def __init__(self, unit: AttentionUnit, ticket, batch, out, lse, span: Span, room: threading.Semaphore):
+        self.done: Future = Future()
         self._unit = unit
         self._ticket = ticket
         self._batch = batch
         self._out = out
         self._lse = lse
-        self._window = window
-        self._pages = pages
+        self._span = span
         self._room = room
-        self._done = done
-        num_units = window.stop_unit - window.first_unit
-        self._parts = min(unit.num_workers, num_units)
-        self._parts_left = self._parts
+        self._units_left = span.stop_unit - span.first_unit
 
-    def load_and_compute(self, missing) -> None:
+    def load(self, windows) -> None:
+        """Have the windows read, each computed once it is there."""
+        for first_unit, stop_unit, missing in windows:
+            if len(missing):
+                self._unit._readers.submit(self._load_window, first_unit, stop_unit, missing)
+            else:
+                self.compute(first_unit, stop_unit)
+
+    def _load_window(self, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
         try:
-            self._unit._load(self._ticket, self._window, self._pages, missing)
+            if not self._given_up:
+                self._unit._load(self._ticket, self._span, missing)
         except CommandFailed as failure:
             self._ticket.failure = failure
-            self._finish()
         except Exception as error:
-            self._finish(error)
-        else:
-            self.compute(counted=True)
+            self._give_up("reader", error)
+        self.compute(first_unit, stop_unit)
 
-    def compute(self, counted: bool = False) -> None:
-        if not counted:
-            self._unit._load(self._ticket, self._window, self._pages, ())
-        bounds = np.linspace(self._window.first_unit, self._window.stop_unit, self._parts + 1).astype(int)
-        for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            self._unit._workers.submit(self._part, first, stop)
+    def compute(self, first_unit: int, stop_unit: int) -> None:
+        self._unit._workers.submit(self._compute_units, first_unit, stop_unit)
 
-    def _part(self, first: int, stop: int) -> None:
-        error = None
+    def _compute_units(self, first_unit: int, stop_unit: int) -> None:
         try:
-            if not self._ticket.cancelled:
-                self._unit._compute(self._ticket, self._batch, first, stop, self._out, self._lse)
-        except Exception as caught:
-            error = caught
+            if not self._given_up:
+                self._unit._compute(self._ticket, self._batch, first_unit, stop_unit, self._out, self._lse)
+        except Exception as error:
+            self._give_up("worker", error)
         with self._ticket.lock:
-            self._parts_left -= 1
-            last = self._parts_left == 0
-        if error is not None:
-            self._ticket.failure = CommandFailed(Status.INTERNAL_ERROR, detail="worker failed")
-            log.error("attention worker failed", exc_info=error)
+            self._units_left -= stop_unit - first_unit
+            last = self._units_left == 0
         if last:
-            self._finish()
+            self._unit._cache.release(self._span.pages)
+            self._room.release()
+            self.done.set_result(None)
 
-    def _finish(self, error: Exception | None = None) -> None:
-        self._unit._cache.release(self._pages)
-        self._room.release()
-        if error is not None:
-            self._done.set_exception(error)
-        else:
-            self._done.set_result(None)
+    @property
+    def _given_up(self) -> bool:
+        return self._ticket.cancelled or self._ticket.failure is not None
+
+    def _give_up(self, who: str, error: Exception) -> None:
+        self._ticket.failure = CommandFailed(Status.INTERNAL_ERROR, detail=f"{who} failed")
+        log.error("attention %s failed", who, exc_info=error)

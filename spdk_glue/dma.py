@@ -21,7 +21,8 @@ def allocate(size_bytes: int) -> np.ndarray:
     """
     if size_bytes <= 0:
         raise ValueError(f"a DMA buffer needs at least one byte, not {size_bytes}")
-    mapping = mmap.mmap(-1, size_bytes)
+    # private: Linux gives shared anonymous memory no huge pages unless told to system-wide
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size_bytes >= HUGE_PAGE:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, dtype=np.uint8)

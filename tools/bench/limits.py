@@ -1,6 +1,7 @@
 """What the machine allows: memory bandwidth, and the disk's through fio or through direct writes."""
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -23,13 +24,22 @@ def _sum(values):
 
 
 def run_threads(function, count: int) -> float:
-    """Seconds until `count` threads have run function(thread number)."""
-    threads = [threading.Thread(target=function, args=(number,)) for number in range(count)]
-    start = time.perf_counter()
+    """Seconds in which `count` threads, each on a CPU of its own, run function(thread number)."""
+    cpus = sorted(os.sched_getaffinity(0))
+    ready, done = threading.Barrier(count + 1), threading.Barrier(count + 1)
+
+    def run(number: int) -> None:
+        os.sched_setaffinity(0, {cpus[number % len(cpus)]})
+        ready.wait()
+        function(number)
+        done.wait()
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    ready.wait()
+    start = time.perf_counter()
+    done.wait()
     return time.perf_counter() - start
 
 
