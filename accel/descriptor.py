@@ -3,9 +3,11 @@
 A descriptor comes from outside the drive, so whatever it holds must end in a status code.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import (
@@ -94,27 +96,17 @@ def widen(raw: np.ndarray, dtype: KvDtype) -> np.ndarray:
 def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     """Check a descriptor's bytes. Raises CommandFailed(INVALID_DESCRIPTOR) naming the field at fault."""
     _demand(data.nbytes >= ATTENTION_HEADER.itemsize, "shorter than its header")
-    header = data[: ATTENTION_HEADER.itemsize].view(ATTENTION_HEADER)[0]
+    fields = data[: ATTENTION_HEADER.itemsize].view(ATTENTION_HEADER)[0].item()
+    header = dict(zip(ATTENTION_HEADER.names, fields, strict=True))
     _demand(header["magic"] == ATTENTION_MAGIC, "magic")
     _demand(header["version"] == ATTENTION_VERSION, "version")
-    _demand(int(header["flags"]) | EXPLICIT_RANGES == EXPLICIT_RANGES, "flags")
+    _demand(header["flags"] | EXPLICIT_RANGES == EXPLICIT_RANGES, "flags")
     _demand(header["dtype"] in DTYPE_NAME, "dtype")
     _demand(header["query_dtype"] in DTYPE_NAME, "query_dtype")
     dtype, query_dtype = KvDtype(header["dtype"]), KvDtype(header["query_dtype"])
-    num_items, num_extents, num_queries, num_kv_heads, group_size, head_dim, num_layers, layer, group_tokens = (
-        int(header[name])
-        for name in (
-            "num_items",
-            "num_extents",
-            "num_queries",
-            "num_kv_heads",
-            "group_size",
-            "head_dim",
-            "num_layers",
-            "layer",
-            "group_tokens",
-        )
-    )
+    num_items, num_extents, num_queries = header["num_items"], header["num_extents"], header["num_queries"]
+    num_kv_heads, group_size, head_dim = header["num_kv_heads"], header["group_size"], header["head_dim"]
+    num_layers, layer, group_tokens = header["num_layers"], header["layer"], header["group_tokens"]
     _demand(1 <= num_items <= MAX_ITEMS, "num_items")
     _demand(1 <= num_queries <= MAX_QUERIES, "num_queries")
     _demand(num_kv_heads >= 1, "num_kv_heads")
@@ -122,16 +114,16 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX and head_dim % HEAD_DIM_STEP == 0, "head_dim")
     _demand(layer < num_layers, "layer")
     _demand(1 <= group_tokens <= MAX_GROUP_TOKENS and group_tokens & (group_tokens - 1) == 0, "group_tokens")
-    _demand(bool(np.isfinite(header["scale"])), "scale")
-    _demand(not any(header["reserved"].tobytes()) and header["reserved0"] == 0, "reserved")
+    _demand(math.isfinite(header["scale"]), "scale")
+    _demand(not any(header["reserved"]) and header["reserved0"] == 0, "reserved")
 
     offset = ATTENTION_HEADER.itemsize
     ranges_count = num_items * num_queries if header["flags"] & EXPLICIT_RANGES else 0
     tables = num_items * ATTENTION_ITEM.itemsize + num_extents * GROUP_EXTENT.itemsize
     tables += ranges_count * TOKEN_RANGE.itemsize
     query_shape = (num_items, num_queries, num_kv_heads * group_size, head_dim)
-    query_bytes = int(np.prod(query_shape)) * ITEM_SIZE[query_dtype]
-    start = int(header["queries_offset"])
+    query_bytes = math.prod(query_shape) * ITEM_SIZE[query_dtype]
+    start = header["queries_offset"]
     _demand(start % 4 == 0 and offset + tables <= start, "queries_offset")
     _demand(start + query_bytes <= data.nbytes, "shorter than its tables and queries")
 
@@ -149,8 +141,11 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     per_head = pages_per_head(page_size, head_dim, dtype, group_tokens)
     layer_lbas = num_kv_heads * 2 * per_head
     group_lbas = num_layers * layer_lbas
-    _check_extents(items, extents, group_tokens, group_lbas, num_lbas)
-    visible_start, visible_stop = _visibility(items, ranges, num_queries)
+    item_words, range_words = items.view(np.uint32), ranges.view(np.uint32)
+    fault = _fault(item_words, extents.view(np.uint64), group_tokens, group_lbas, num_lbas)
+    _demand(fault == NO_FAULT, _FAULTS[fault])
+    visible_start, visible_stop = (np.empty((num_items, num_queries), np.int64) for _ in range(2))
+    _visibility(item_words, range_words, visible_start, visible_stop)
     # a copy for the same reason as the tables
     queries = widen(data[start : start + query_bytes].copy(), query_dtype).reshape(query_shape)
     return AttentionWork(
@@ -159,7 +154,7 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
         group_size=group_size,
         head_dim=head_dim,
         dtype=dtype,
-        scale=float(header["scale"]),
+        scale=header["scale"],
         group_tokens=group_tokens,
         group_lbas=group_lbas,
         layer_lbas=layer_lbas,
@@ -173,37 +168,66 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     )
 
 
-def _check_extents(items, extents, group_tokens: int, group_lbas: int, num_lbas: int) -> None:
-    base, groups = extents["base_lba"], extents["num_groups"].astype(np.uint64)
-    _demand(bool((groups >= 1).all()), "extent num_groups")
-    _demand(bool((base < num_lbas).all()), "extent base_lba")
-    # base < num_lbas holds, so the right side cannot wrap
-    _demand(
-        bool((groups <= (np.uint64(num_lbas) - base) // np.uint64(group_lbas)).all()), "extent beyond the drive"
-    )
-    first, count = items["first_extent"].astype(np.int64), items["num_extents"].astype(np.int64)
-    _demand(bool((first + count <= len(extents)).all()), "item extents")
-    held = np.concatenate([[0], np.cumsum(extents["num_groups"], dtype=np.int64)])
-    last_group = items["first_group"] + held[first + count] - held[first]
-    _demand(
-        bool((items["num_tokens"] <= last_group * group_tokens).all()), "item num_tokens beyond its extents"
-    )
-    _demand(bool((items["causal"] <= 1).all()), "item causal")
+# Records as words, which numba takes at less cost than records: the columns of ATTENTION_ITEM.
+_FIRST_EXTENT, _NUM_EXTENTS, _FIRST_GROUP, _NUM_TOKENS, _TOKEN_START, _TOKEN_STOP, _WINDOW, _CAUSAL = range(8)
+_ITEM_WORDS = len(ATTENTION_ITEM)
+
+NO_FAULT = 0
+_FAULTS = (
+    "",
+    "extent num_groups",
+    "extent base_lba",
+    "extent beyond the drive",
+    "item extents",
+    "item num_tokens beyond its extents",
+    "item causal",
+)
 
 
-def _visibility(items, ranges, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visible positions of every query: int64 [num_items, num_queries] start and stop."""
-    limit = items["num_tokens"].astype(np.int64)[:, None]
-    if len(ranges):
-        ranges = ranges.reshape(len(items), num_queries)
-        start, stop = ranges["start"].astype(np.int64), ranges["stop"].astype(np.int64)
-    else:
-        behind = np.arange(num_queries - 1, -1, -1, dtype=np.int64)
-        stop = (
-            items["token_stop"].astype(np.int64)[:, None] - items["causal"].astype(np.int64)[:, None] * behind
-        )
-        start = np.broadcast_to(items["token_start"].astype(np.int64)[:, None], stop.shape)
-    window = items["window"].astype(np.int64)[:, None]
-    start = np.where(window > 0, np.maximum(start, stop - window), start)
-    # a group before the first extent's was not named, so it is not there to be read
-    return np.maximum(start, 0), np.minimum(stop, limit)
+@njit(cache=True)
+def _fault(items, extents, group_tokens, group_lbas, num_lbas):
+    """Which of _FAULTS the tables have. items: uint32, _ITEM_WORDS each; extents: uint64, two each."""
+    num_extents = len(extents) // 2
+    for extent in range(num_extents):
+        base, num_groups = extents[2 * extent], np.int64(extents[2 * extent + 1] & np.uint64(0xFFFFFFFF))
+        if num_groups < 1:
+            return 1
+        if base >= np.uint64(num_lbas):
+            return 2
+        if num_groups > (num_lbas - np.int64(base)) // group_lbas:
+            return 3
+    for first in range(0, len(items), _ITEM_WORDS):
+        item = items[first : first + _ITEM_WORDS]
+        first_extent = np.int64(item[_FIRST_EXTENT])
+        stop_extent = first_extent + np.int64(item[_NUM_EXTENTS])
+        if stop_extent > num_extents:
+            return 4
+        last_group = np.int64(item[_FIRST_GROUP])
+        for extent in range(first_extent, stop_extent):
+            last_group += np.int64(extents[2 * extent + 1] & np.uint64(0xFFFFFFFF))
+        if np.int64(item[_NUM_TOKENS]) > last_group * group_tokens:
+            return 5
+        if item[_CAUSAL] > 1:
+            return 6
+    return NO_FAULT
+
+
+@njit(cache=True)
+def _visibility(items, ranges, starts, stops):
+    """Fill the visible positions of every query. ranges: uint32, two per item and query, or empty."""
+    num_items, num_queries = starts.shape
+    for index in range(num_items):
+        item = items[index * _ITEM_WORDS : (index + 1) * _ITEM_WORDS]
+        window, limit = np.int64(item[_WINDOW]), np.int64(item[_NUM_TOKENS])
+        for query in range(num_queries):
+            if len(ranges):
+                place = 2 * (index * num_queries + query)
+                start, stop = np.int64(ranges[place]), np.int64(ranges[place + 1])
+            else:
+                start, stop = np.int64(item[_TOKEN_START]), np.int64(item[_TOKEN_STOP])
+                if item[_CAUSAL]:
+                    stop -= num_queries - 1 - query
+            if window > 0:
+                start = max(start, stop - window)
+            starts[index, query] = start
+            stops[index, query] = min(stop, limit)

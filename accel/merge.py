@@ -56,7 +56,11 @@ def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[np.ndarray, np.ndarray]:
 
 @njit(nogil=True, cache=True)
 def _merge_units(unit_out, unit_lse, unit_item, unit_kv_head, out, lse):
+    """False, with nothing merged, where a unit's item or head does not exist."""
     num_units, num_queries, group_size, head_dim = unit_out.shape
+    for unit in range(num_units):
+        if not (0 <= unit_item[unit] < out.shape[0] and 0 <= unit_kv_head[unit] * group_size < out.shape[2]):
+            return False
     lse[:] = -np.inf
     for unit in range(num_units):
         for query in range(num_queries):
@@ -87,6 +91,7 @@ def _merge_units(unit_out, unit_lse, unit_item, unit_kv_head, out, lse):
                     lse[item, query, head] += np.log(total[item, query, head])
                     for column in range(head_dim):
                         out[item, query, head, column] *= inverse
+    return True
 
 
 def merge_units(
@@ -110,10 +115,8 @@ def merge_units(
         raise ShapeMismatch(
             f"out {out.shape}, lse {lse.shape}, {len(unit_item)} items, {len(unit_kv_head)} KV heads of units"
         )
-    for units, limit in ((unit_item, num_items), (unit_kv_head, num_kv_heads)):
-        if num_units and not 0 <= units.min() <= units.max() < limit:
-            raise ShapeMismatch(f"a unit's item or KV head is outside 0 to {limit - 1}")
     shape = (num_items, num_queries, num_kv_heads * group_size)
     merged, merged_lse = np.empty((*shape, head_dim), np.float32), np.empty(shape, np.float32)
-    _merge_units(out, lse, unit_item, unit_kv_head, merged, merged_lse)
+    if not _merge_units(out, lse, unit_item, unit_kv_head, merged, merged_lse):
+        raise ShapeMismatch(f"a unit's item or KV head is outside {num_items} items and {num_kv_heads} heads")
     return merged, merged_lse

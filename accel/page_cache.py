@@ -77,24 +77,26 @@ def _take_slot(slots, queue, line_slot):
 
 
 @njit(nogil=True, cache=True)
-def _release(slots, line_slot, line_pages, pages):
+def _release(slots, line_slot, line_shift, pages):
     for page in pages:
-        slots[line_slot[page // line_pages] - 1, _PINS] -= 1
+        slots[line_slot[page >> line_shift] - 1, _PINS] -= 1
 
 
 @njit(nogil=True, cache=True)
-def _acquire(slots, queue, line_slot, line_pages, page_size, arena, pages, addresses, missing):
+def _acquire(slots, queue, line_slot, line_shift, page_size, arena, pages, addresses, missing):
     """Pin every page; number of missing ones (their positions in `missing`), or NONE if slots ran out."""
     num_missing = 0
+    last_line, slot = np.int64(NONE), np.int64(NONE)
     for position in range(len(pages)):
         page = pages[position]
-        line = page // line_pages
-        bit = page - line * line_pages
-        slot = line_slot[line] - 1
+        line = page >> line_shift
+        bit = page - (line << line_shift)
+        if line != last_line:  # neighbours mostly share a line
+            last_line, slot = line, np.int64(line_slot[line]) - 1
         if slot == NONE:
-            slot = _take_slot(slots, queue, line_slot)
+            slot = np.int64(_take_slot(slots, queue, line_slot))
             if slot == NONE:
-                _release(slots, line_slot, line_pages, pages[:position])
+                _release(slots, line_slot, line_shift, pages[:position])
                 return NONE
             slots[slot, _LINE] = line
             slots[slot, _VISITED] = 0
@@ -103,7 +105,7 @@ def _acquire(slots, queue, line_slot, line_pages, page_size, arena, pages, addre
             _push_head(slots, queue, slot)
             line_slot[line] = slot + 1
         slots[slot, _PINS] += 1
-        addresses[position] = arena + np.uint64((slot * line_pages + bit) * page_size)
+        addresses[position] = arena + np.uint64(((slot << line_shift) + bit) * page_size)
         if slots[slot, _VALID] >> bit & 1:
             slots[slot, _VISITED] = 1
         else:
@@ -113,10 +115,10 @@ def _acquire(slots, queue, line_slot, line_pages, page_size, arena, pages, addre
 
 
 @njit(nogil=True, cache=True)
-def _mark_valid(slots, line_slot, line_pages, pages):
+def _mark_valid(slots, line_slot, line_shift, pages):
     for page in pages:
-        line = page // line_pages
-        slots[line_slot[line] - 1, _VALID] |= np.int64(1) << (page - line * line_pages)
+        line = page >> line_shift
+        slots[line_slot[line] - 1, _VALID] |= np.int64(1) << (page - (line << line_shift))
 
 
 @njit(nogil=True, cache=True)
@@ -135,7 +137,8 @@ class PageCache:
 
     def __init__(self, capacity_bytes: int, page_size: int, num_pages: int):
         """num_pages: physical pages of the drive (the index takes 4 bytes per line of them)."""
-        self.line_pages = max(1, LINE_BYTES // page_size)
+        self._line_shift = max(0, (LINE_BYTES // page_size).bit_length() - 1)
+        self.line_pages = 1 << self._line_shift
         line_bytes = self.line_pages * page_size
         num_slots = max(1, capacity_bytes // line_bytes)
         self.capacity_bytes = num_slots * line_bytes
@@ -165,7 +168,7 @@ class PageCache:
                     self._slots,
                     self._queue,
                     self._line_slot,
-                    self.line_pages,
+                    self._line_shift,
                     self.page_size,
                     self._arena_address,
                     pages,
@@ -183,11 +186,11 @@ class PageCache:
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""
         with self._changed:
-            _mark_valid(self._slots, self._line_slot, self.line_pages, pages)
+            _mark_valid(self._slots, self._line_slot, self._line_shift, pages)
 
     def release(self, pages: np.ndarray) -> None:
         with self._changed:
-            _release(self._slots, self._line_slot, self.line_pages, pages)
+            _release(self._slots, self._line_slot, self._line_shift, pages)
             self._changed.notify_all()
 
     def drop(self, first_page: int, num_pages: int) -> None:

@@ -1,4 +1,4 @@
-"""From token ranges to pages: which flash pages an attention command reads, in which units.
+"""From token ranges to pages: which pages an attention reads, on flash or in a host's tail, in which units.
 
 A unit is one (item, KV head) over a run of token groups: the piece of work a kernel call takes. Units
 are ordered by item, then run, then head, which is the order in which spilled pages lie on the flash.
@@ -16,7 +16,7 @@ UNIT_TOKENS = 2048  # long enough to amortise a kernel call, short enough to spl
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Pages of all units, concatenated; the logical addresses are those of K and of V.
+    """Pages of all units, concatenated: the logical addresses of K and of V (page numbers in a host's memory).
 
     key_lbas, value_lbas, page_first_token: int64 [num_pages]; page_num_tokens: int32 [num_pages]
     unit_first_page: int64 [num_units + 1]; unit_item, unit_kv_head: int32 [num_units]
@@ -118,41 +118,84 @@ def _plan(
     return num_units, num_pages
 
 
-def plan_pages(work: AttentionWork, max_unit_pages: int) -> PagePlan:
-    """The pages that the queries of `work` see. max_unit_pages bounds K plus V pages of a unit."""
-    start = work.visible_start.min(axis=1)
-    stop = work.visible_stop.max(axis=1)
-    # what no extent names cannot be read; descriptor.parse holds num_tokens to the extents' end
-    start = np.maximum(start, work.items["first_group"].astype(np.int64) * work.group_tokens)
-    unit_groups = max(1, min(UNIT_TOKENS // work.group_tokens, max_unit_pages // (2 * work.pages_per_head)))
+def _plan_arrays(num_units: int, num_pages: int) -> tuple[np.ndarray, ...]:
+    """PagePlan's fields, to be filled."""
+    return (
+        np.empty(num_pages, np.int64),
+        np.empty(num_pages, np.int64),
+        np.empty(num_pages, np.int64),
+        np.empty(num_pages, np.int32),
+        np.empty(num_units + 1, np.int64),
+        np.empty(num_units, np.int32),
+        np.empty(num_units, np.int32),
+    )
+
+
+_NO_ARRAYS = _plan_arrays(0, 0)  # for counting
+
+
+def plan_units(
+    token_start: np.ndarray,
+    token_stop: np.ndarray,
+    first_extent: np.ndarray,
+    first_group: np.ndarray,
+    extents_base: np.ndarray,
+    extents_groups: np.ndarray,
+    *,
+    group_pages: int,
+    layer_offset: int,
+    num_kv_heads: int,
+    pages_per_head: int,
+    tokens_per_page: int,
+    group_tokens: int,
+    max_unit_pages: int,
+) -> PagePlan:
+    """The pages that hold tokens [token_start, token_stop) of each item, as units.
+
+    Item i's groups from first_group[i] on lie in extents from first_extent[i] on: extents_groups[e] groups of
+    group_pages each from page extents_base[e]. All arrays int64. max_unit_pages bounds K plus V pages of a
+    unit.
+    """
+    unit_groups = max(1, min(UNIT_TOKENS // group_tokens, max_unit_pages // (2 * pages_per_head)))
     arguments = (
-        work.items["first_extent"].astype(np.int64),
-        work.items["first_group"].astype(np.int64),
-        start,
-        stop,
-        work.extents["base_lba"].astype(np.int64),
-        work.extents["num_groups"].astype(np.int64),
-        work.group_lbas,
-        work.layer * work.layer_lbas,
-        work.num_kv_heads,
-        work.pages_per_head,
-        work.tokens_per_page,
-        work.group_tokens,
+        first_extent,
+        first_group,
+        token_start,
+        token_stop,
+        extents_base,
+        extents_groups,
+        group_pages,
+        layer_offset,
+        num_kv_heads,
+        pages_per_head,
+        tokens_per_page,
+        group_tokens,
         unit_groups,
     )
 
-    def arrays(num_units: int, num_pages: int) -> tuple[np.ndarray, ...]:
-        return (
-            np.empty(num_pages, np.int64),
-            np.empty(num_pages, np.int64),
-            np.empty(num_pages, np.int64),
-            np.empty(num_pages, np.int32),
-            np.empty(num_units + 1, np.int64),
-            np.empty(num_units, np.int32),
-            np.empty(num_units, np.int32),
-        )
-
-    num_units, num_pages = _plan(False, *arguments, *arrays(0, 0))
-    filled = arrays(num_units, num_pages)
+    num_units, num_pages = _plan(False, *arguments, *_NO_ARRAYS)
+    filled = _plan_arrays(num_units, num_pages)
     _plan(True, *arguments, *filled)
     return PagePlan(*filled)
+
+
+def plan_pages(work: AttentionWork, max_unit_pages: int) -> PagePlan:
+    """The pages that the queries of `work` see, by logical address."""
+    # what no extent names cannot be read; descriptor.parse holds num_tokens to the extents' end
+    first_group = work.items["first_group"].astype(np.int64)
+    start = np.maximum(work.visible_start.min(axis=1), first_group * work.group_tokens)
+    return plan_units(
+        start,
+        work.visible_stop.max(axis=1),
+        work.items["first_extent"].astype(np.int64),
+        first_group,
+        work.extents["base_lba"].astype(np.int64),
+        work.extents["num_groups"].astype(np.int64),
+        group_pages=work.group_lbas,
+        layer_offset=work.layer * work.layer_lbas,
+        num_kv_heads=work.num_kv_heads,
+        pages_per_head=work.pages_per_head,
+        tokens_per_page=work.tokens_per_page,
+        group_tokens=work.group_tokens,
+        max_unit_pages=max_unit_pages,
+    )

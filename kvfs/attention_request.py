@@ -27,15 +27,15 @@ class DrivePart:
     num_tokens: int
 
 
-def _extents(groups: list[GroupRow], first_group: int, stop_group: int) -> list[tuple[int, int]]:
-    """(base LBA, number of groups) of neighbouring groups joined."""
+def _extents(groups: list[GroupRow], first_group: int, stop_group: int) -> list[tuple[int, int, int]]:
+    """GROUP_EXTENT records (base LBA, number of groups, 0) of neighbouring groups joined."""
     extents: list[list[int]] = []
     for group in groups[first_group:stop_group]:
         if extents and extents[-1][0] + extents[-1][1] * group.num_lbas == group.base_lba:
             extents[-1][1] += 1
         else:
             extents.append([group.base_lba, 1])
-    return [(base, count) for base, count in extents]
+    return [(base, count, 0) for base, count in extents]
 
 
 def build_descriptor(
@@ -54,54 +54,57 @@ def build_descriptor(
     starts, stops: int64 [num_items, num_queries], visible positions; past num_tokens they are cut
     """
     geometry = layout.geometry
+    group_tokens = geometry.group_tokens
     num_items, num_queries = starts.shape
     limits = np.array([part.num_tokens for part in parts], np.int64)[:, None]
     starts, stops = np.minimum(starts, limits), np.clip(stops, 0, limits)
-    items = np.zeros(num_items, ATTENTION_ITEM)
-    extents: list[tuple[int, int]] = []
-    for index, part in enumerate(parts):
-        first_group = int(starts[index].min()) // geometry.group_tokens
-        stop_group = -(-int(stops[index].max()) // geometry.group_tokens)
+    items = []
+    extents: list[tuple[int, int, int]] = []
+    for part, first_token, stop_token, start, stop in zip(
+        parts,
+        starts.min(axis=1).tolist(),
+        stops.max(axis=1).tolist(),
+        starts[:, -1].tolist(),
+        stops[:, -1].tolist(),
+        strict=True,
+    ):
+        first_group, stop_group = first_token // group_tokens, -(-stop_token // group_tokens)
         wanted = _extents(part.groups, first_group, stop_group)
-        items[index]["first_extent"] = len(extents)
-        items[index]["num_extents"] = len(wanted)
-        items[index]["first_group"] = first_group
-        items[index]["num_tokens"] = min(part.num_tokens, max(stop_group, first_group) * geometry.group_tokens)
+        num_tokens = min(part.num_tokens, max(stop_group, first_group) * group_tokens)
+        items.append((len(extents), len(wanted), first_group, num_tokens, start, stop, 0, 0))
         extents.extend(wanted)
-    items["token_start"], items["token_stop"] = starts[:, -1], stops[:, -1]
     ranges = np.empty(0, TOKEN_RANGE)
-    same = bool((starts == starts[:, -1:]).all() and (stops == stops[:, -1:]).all())
+    same = num_queries == 1 or bool((starts == starts[:, -1:]).all() and (stops == stops[:, -1:]).all())
     if not same:
         ranges = np.empty(num_items * num_queries, TOKEN_RANGE)
         ranges["start"], ranges["stop"] = starts.reshape(-1), stops.reshape(-1)
-
+    tables = (np.array(items, ATTENTION_ITEM), np.array(extents, GROUP_EXTENT), ranges)
+    queries_offset = ATTENTION_HEADER.itemsize + sum(table.nbytes for table in tables)
     header = np.zeros(1, ATTENTION_HEADER)
     record = header[0]
-    record["magic"] = ATTENTION_MAGIC
-    record["version"] = ATTENTION_VERSION
-    record["flags"] = 0 if same else EXPLICIT_RANGES
-    record["num_items"] = num_items
-    record["num_extents"] = len(extents)
-    record["group_tokens"] = geometry.group_tokens
-    record["num_layers"] = geometry.num_layers
-    record["layer"] = layer
-    record["num_kv_heads"] = geometry.num_kv_heads
-    record["group_size"] = geometry.gqa_group_size
-    record["head_dim"] = geometry.head_dim
-    record["num_queries"] = num_queries
-    record["dtype"] = DTYPE_OF_NAME[geometry.dtype]
-    record["query_dtype"] = DTYPE_OF_NAME[query_dtype]
-    record["scale"] = scale
-    table = np.zeros(len(extents), GROUP_EXTENT)
-    if extents:
-        table["base_lba"], table["num_groups"] = np.array(extents, np.uint64).T
-    queries_offset = header.nbytes + items.nbytes + table.nbytes + ranges.nbytes
-    record["queries_offset"] = queries_offset
-
+    for name, value in {
+        "magic": ATTENTION_MAGIC,
+        "version": ATTENTION_VERSION,
+        "flags": 0 if same else EXPLICIT_RANGES,
+        "num_items": num_items,
+        "num_extents": len(extents),
+        "queries_offset": queries_offset,
+        "group_tokens": group_tokens,
+        "num_layers": geometry.num_layers,
+        "layer": layer,
+        "num_kv_heads": geometry.num_kv_heads,
+        "group_size": geometry.gqa_group_size,
+        "head_dim": geometry.head_dim,
+        "num_queries": num_queries,
+        "dtype": DTYPE_OF_NAME[geometry.dtype],
+        "query_dtype": DTYPE_OF_NAME[query_dtype],
+        "scale": scale,
+    }.items():
+        record[name] = value
     # alignment of the parts inside: every record is a multiple of 8 bytes long
     descriptor = np.empty(queries_offset + queries.nbytes, np.uint8)
     offset = 0
-    for part in (header, items, table, ranges, queries.reshape(-1)):
+    for part in (header, *tables, queries.reshape(-1)):
         descriptor[offset : offset + part.nbytes] = part.view(np.uint8)
         offset += part.nbytes
     return descriptor

@@ -43,8 +43,8 @@ def _unpack(rows, image, first_row, per_page, row_words):
 class ImagePool:
     """Images that are not in use, kept because touching fresh memory costs more than filling it.
 
-    An image comes back with its old rows. They are never written to flash: only whole pages are, and
-    slack is never anything but zero.
+    Fresh ones are cut from pieces of a huge page or more. An image comes back with its old rows. They are
+    never written to flash: only whole pages are, and slack is never anything but zero.
     """
 
     def __init__(self, capacity_bytes: int):
@@ -54,13 +54,15 @@ class ImagePool:
         self.used_bytes = 0  # of images that were taken and not given back
 
     def take(self, layout: GroupLayout) -> np.ndarray:
-        """An image, uint8 [num_kv_heads, 2, pages_per_head, page_size], page aligned."""
+        """An image, uint8 [num_kv_heads, 2, pages_per_head, page_size], aligned to its pages."""
         self.used_bytes += layout.image_bytes
-        idle = self._idle.get(layout)
-        if idle:
-            self._idle_bytes -= layout.image_bytes
-            return idle.pop()
-        return dma.allocate(layout.image_bytes).reshape(layout.image_shape)
+        idle = self._idle.setdefault(layout, [])
+        if not idle:
+            num_images = max(1, dma.HUGE_PAGE // layout.image_bytes)
+            idle.extend(dma.allocate(num_images * layout.image_bytes).reshape(num_images, *layout.image_shape))
+            self._idle_bytes += num_images * layout.image_bytes
+        self._idle_bytes -= layout.image_bytes
+        return idle.pop()
 
     def give_back(self, layout: GroupLayout, image: np.ndarray) -> None:
         """The caller must not use the image any more."""

@@ -17,6 +17,7 @@ import numpy as np
 from kvfs import group_image
 from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
+from spdk_glue import dma
 from spdk_glue.namespace import Pending
 
 
@@ -85,6 +86,13 @@ class LayerTail:
             for head in range(num_heads)
             for kind in (0, 1)
         ]
+
+    def image_addresses(self) -> tuple[int, list[int]]:
+        """(group position, address of its image and of those behind it) of the first token not on flash."""
+        group_tokens = self._layout.geometry.group_tokens
+        first = self.num_spilled // group_tokens
+        stop = -(-self.num_tokens // group_tokens) if self.num_tokens > self.num_spilled else first
+        return first, [dma.address_of(self.images[position]) for position in range(first, stop)]
 
     def completed(self, spill: Spill) -> None:
         """A spill has reached the flash: its tokens are the drive's, whole groups leave memory."""

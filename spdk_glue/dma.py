@@ -14,18 +14,23 @@ HUGE_PAGE = 2 << 20
 
 
 def allocate(size_bytes: int) -> np.ndarray:
-    """A zeroed, 4 KiB aligned uint8 array of `size_bytes` backed by its own mapping.
+    """A zeroed uint8 array of `size_bytes` backed by its own mapping, aligned to 4 KiB.
 
-    Freed when the last view of it goes. Buffers of a huge page or more ask for huge pages, which makes
-    pinning them for direct I/O and walking them in a kernel cheaper.
+    Freed when the last view of it goes. Buffers of a huge page or more are aligned to one and ask for them,
+    which makes pinning them for direct I/O and walking them in a kernel cheaper.
     """
     if size_bytes <= 0:
         raise ValueError(f"a DMA buffer needs at least one byte, not {size_bytes}")
-    # private: Linux gives shared anonymous memory no huge pages unless told to system-wide
-    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size_bytes >= HUGE_PAGE:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapping, dtype=np.uint8)
+    is_large = size_bytes >= HUGE_PAGE
+    # private: Linux gives shared anonymous memory no huge pages unless it is told to system-wide
+    mapping = mmap.mmap(
+        -1, size_bytes + (HUGE_PAGE if is_large else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    if not is_large:
+        return np.frombuffer(mapping, np.uint8)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    start = -address_of(np.frombuffer(mapping, np.uint8, 1)) % HUGE_PAGE  # what lies outside is never touched
+    return np.frombuffer(mapping, np.uint8, size_bytes, start)
 
 
 def address_of(array: np.ndarray) -> int:

@@ -91,7 +91,7 @@ def _warm(directory: Path, num_tokens: int) -> Iterator[Figure]:
     kv_bytes = keys.nbytes + values.nbytes
     path = directory / "warm.kvfs"
     kvfs.format(path, max(64 << 20, 4 * kv_bytes))
-    with kvfs.open(path, cache_bytes=2 * kv_bytes + (16 << 20)) as store:
+    with kvfs.open(path) as store:  # the default cache holds a sequence several times
         for group_size in GROUP_SIZES:
             sequence = store.create_sequence(_add_model(store, group_size), f"warm-{group_size}")
             sequence.append(LAYER, keys, values)
