@@ -25,7 +25,7 @@ from accel.merge import merge_units
 from accel.page_cache import PageCache
 from accel.page_plan import plan_pages
 from accel.worker_pool import WorkerPool
-from accel.workers import AttentionBatch
+from accel.workers import AttentionBatch, UnitRange
 from ftl.errors import CorruptPage, FlashError
 from spdk_glue.status import CommandFailed, Status
 
@@ -192,7 +192,7 @@ class AttentionJob:
         try:
             if len(span.missing):
                 self._load(span, span.missing)
-            self._compute(span.first_unit, span.stop_unit)
+            self._compute(UnitRange(span.first_unit, span.stop_unit))
         finally:
             self._unpin(span)
 
@@ -230,10 +230,15 @@ class AttentionJob:
         self._engine.cache.mark_valid(pages)
 
     def _submit_units(self, span: Span, first_unit: int, stop_unit: int) -> None:
-        def compute(first_unit: int, stop_unit: int) -> None:
+        def compute(units: UnitRange) -> None:
             with self._stop_on_error("computing"):
                 if not self._stopped:
-                    self._compute(first_unit, stop_unit)
+                    self._compute(units)
+            if self._stopped:
+                for _ in units:  # nobody else shall
+                    pass
+
+        def ended() -> None:
             with self._lock:
                 span.units_left -= stop_unit - first_unit
                 is_last = span.units_left == 0
@@ -241,11 +246,11 @@ class AttentionJob:
                 self._unpin(span)
                 self._end_part()
 
-        self._engine.workers.submit(compute, first_unit, stop_unit)
+        self._engine.workers.submit(UnitRange(first_unit, stop_unit), compute, ended)
 
-    def _compute(self, first_unit: int, stop_unit: int) -> None:
+    def _compute(self, units: UnitRange) -> None:
         started = perf_counter_ns()
-        self._engine.worker.attend_units(self._batch, first_unit, stop_unit, self._unit_out, self._unit_lse)
+        self._engine.worker.attend_units(self._batch, units, self._unit_out, self._unit_lse)
         with self._lock:
             self.kernel_ns += perf_counter_ns() - started
 

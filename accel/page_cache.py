@@ -77,26 +77,39 @@ def _take_slot(slots, queue, line_slot):
 
 
 @njit(nogil=True, cache=True)
+def _run_in_line(pages, first, line_shift):
+    """Where the run of consecutive pages of one line ends that starts at position `first`."""
+    page = pages[first]
+    stop = min(len(pages), first + (((page >> line_shift) + 1) << line_shift) - page)
+    position = first + 1
+    while position < stop and pages[position] == page + (position - first):
+        position += 1
+    return position
+
+
+@njit(nogil=True, cache=True)
 def _release(slots, line_slot, line_shift, pages):
-    for page in pages:
-        slots[line_slot[page >> line_shift] - 1, _PINS] -= 1
+    first = 0
+    while first < len(pages):
+        stop = _run_in_line(pages, first, line_shift)
+        slots[line_slot[pages[first] >> line_shift] - 1, _PINS] -= stop - first
+        first = stop
 
 
 @njit(nogil=True, cache=True)
 def _acquire(slots, queue, line_slot, line_shift, page_size, arena, pages, addresses, missing):
     """Pin every page; number of missing ones (their positions in `missing`), or NONE if slots ran out."""
     num_missing = 0
-    last_line, slot = np.int64(NONE), np.int64(NONE)
-    for position in range(len(pages)):
-        page = pages[position]
-        line = page >> line_shift
-        bit = page - (line << line_shift)
-        if line != last_line:  # neighbours mostly share a line
-            last_line, slot = line, np.int64(line_slot[line]) - 1
+    first = 0
+    while first < len(pages):  # neighbours mostly share a line
+        stop = _run_in_line(pages, first, line_shift)
+        line = pages[first] >> line_shift
+        bit = pages[first] - (line << line_shift)
+        slot = np.int64(line_slot[line]) - 1
         if slot == NONE:
             slot = np.int64(_take_slot(slots, queue, line_slot))
             if slot == NONE:
-                _release(slots, line_slot, line_shift, pages[:position])
+                _release(slots, line_slot, line_shift, pages[:first])
                 return NONE
             slots[slot, _LINE] = line
             slots[slot, _VISITED] = 0
@@ -104,13 +117,21 @@ def _acquire(slots, queue, line_slot, line_shift, page_size, arena, pages, addre
             slots[slot, _PINS] = 0
             _push_head(slots, queue, slot)
             line_slot[line] = slot + 1
-        slots[slot, _PINS] += 1
-        addresses[position] = arena + np.uint64(((slot << line_shift) + bit) * page_size)
-        if slots[slot, _VALID] >> bit & 1:
+        slots[slot, _PINS] += stop - first
+        address = arena + np.uint64(((slot << line_shift) + bit) * page_size)
+        for position in range(first, stop):
+            addresses[position] = address
+            address += np.uint64(page_size)
+        valid = slots[slot, _VALID] >> bit
+        wanted = (np.int64(1) << (stop - first)) - 1
+        if valid & wanted:
             slots[slot, _VISITED] = 1
-        else:
-            missing[num_missing] = position
-            num_missing += 1
+        if valid & wanted != wanted:
+            for position in range(first, stop):
+                if not valid >> (position - first) & 1:
+                    missing[num_missing] = position
+                    num_missing += 1
+        first = stop
     return num_missing
 
 

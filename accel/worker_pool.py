@@ -1,7 +1,7 @@
 """The threads that compute attention, one per CPU, and how they share the units that are ready.
 
-Work arrives as ranges of units. Threads take shares of what waits, large at first and smaller towards the
-end (guided self-scheduling: Polychronopoulos and Kuck, 1987), so few calls are made and all end together.
+Work arrives as ranges of units. All threads work on the oldest range until its units are taken, one at a
+time and without a call in between (see UnitRange), so they end together.
 
 Each thread stays on its CPU. Threads that are woken together are often put on one CPU and parted only after
 some 10 ms, longer than a decode command takes: bursts of 4 ms in two free threads got 0.98 of two CPUs.
@@ -13,14 +13,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from accel.workers import UnitRange
+
 
 @dataclass
-class _UnitRange:
-    """Units [next_unit, stop_unit) that nobody has taken yet."""
-
-    compute: Callable[[int, int], None]
-    next_unit: int
-    stop_unit: int
+class _Work:
+    units: UnitRange
+    compute: Callable[[UnitRange], None]
+    ended: Callable[[], None]
+    num_threads: int = 0  # at work on it
 
 
 class WorkerPool:
@@ -28,48 +29,53 @@ class WorkerPool:
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
-        self._waiting: deque[_UnitRange] = deque()
-        self._units_waiting = 0
+        self._waiting: deque[_Work] = deque()
         self._closed = False
         self._changed = threading.Condition(threading.Lock())
         cpus = sorted(os.sched_getaffinity(0))
         own_cpu = cpus if num_workers <= len(cpus) else [None] * num_workers
         self._threads = [
-            threading.Thread(target=self._work, args=(own_cpu[i],), name=f"kvfs-worker-{i}", daemon=True)
+            threading.Thread(target=self._run, args=(own_cpu[i],), name=f"kvfs-worker-{i}", daemon=True)
             for i in range(num_workers)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, compute: Callable[[int, int], None], first_unit: int, stop_unit: int) -> None:
-        """Have `compute(first unit, stop unit)` called for shares of the range. It must not raise."""
-        with self._changed:
-            self._waiting.append(_UnitRange(compute, first_unit, stop_unit))
-            self._units_waiting += stop_unit - first_unit
-            self._changed.notify(min(self.num_workers, stop_unit - first_unit))
+    def submit(self, units: UnitRange, compute: Callable[[UnitRange], None], ended: Callable[[], None]) -> None:
+        """Have `compute(units)` called by several threads, and `ended` by the last of them.
 
-    def _take(self) -> tuple[Callable[[int, int], None], int, int] | None:
-        """The next share, of the range that waits longest; None when the pool has closed."""
+        compute returns when it finds all units taken. Neither may raise.
+        """
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            units = self._waiting[0]
-            first = units.next_unit
-            share = max(1, self._units_waiting // (2 * self.num_workers))
-            stop = units.next_unit = min(first + share, units.stop_unit)
-            self._units_waiting -= stop - first
-            if stop == units.stop_unit:
+            self._waiting.append(_Work(units, compute, ended))
+            self._changed.notify(min(self.num_workers, len(units)))
+
+    def _next(self) -> _Work | None:
+        """The oldest range with units left, waited for; None when the pool has closed."""
+        while True:
+            while self._waiting and not len(self._waiting[0].units):
                 self._waiting.popleft()
-            return units.compute, first, stop
+            if self._waiting:
+                return self._waiting[0]
+            if self._closed:
+                return None
+            self._changed.wait()
 
-    def _work(self, cpu: int | None) -> None:
+    def _run(self, cpu: int | None) -> None:
         if cpu is not None:
             os.sched_setaffinity(0, {cpu})
-        while (share := self._take()) is not None:
-            compute, first_unit, stop_unit = share
-            compute(first_unit, stop_unit)
+        while True:
+            with self._changed:
+                work = self._next()
+                if work is None:
+                    return
+                work.num_threads += 1
+            work.compute(work.units)
+            with self._changed:
+                work.num_threads -= 1
+                is_last = work.num_threads == 0 and not len(work.units)
+            if is_last:
+                work.ended()
 
     def close(self) -> None:
         """Compute what was submitted, then end the threads."""

@@ -4,7 +4,7 @@ import numpy as np
 
 from accel.merge import merge_units
 from accel.page_plan import plan_units
-from accel.workers import AttentionBatch
+from accel.workers import AttentionBatch, UnitRange
 from kvfs.layout import GroupLayout
 from kvfs.tail import LayerTail
 
@@ -69,5 +69,5 @@ def attend_tails(
     group_size = geometry.gqa_group_size
     out = np.empty((plan.num_units, num_queries, group_size, geometry.head_dim), np.float32)
     lse = np.empty((plan.num_units, num_queries, group_size), np.float32)
-    worker.attend_units(batch, 0, plan.num_units, out, lse)
+    worker.attend_units(batch, UnitRange(0, plan.num_units), out, lse)
     return merge_units(out, lse, plan.unit_item, plan.unit_kv_head, num_items, geometry.num_kv_heads)

@@ -2,7 +2,7 @@
 
 A worker is a module with `name` and two operations:
 
-- `attend_units(batch, first_unit, last_unit, out, lse)` computes a range of a batch's units;
+- `attend_units(batch, units, out, lse)` computes units of a batch, taken from a UnitRange until none is left;
 - `prepare(dtype, head_dim, group_size) -> float` makes it ready (compiles) and returns the seconds that took.
 
 Both raise ValueError for a dtype or size that no kernel takes.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import numpy as np
+
+from accel.workers.unit_range import UnitRange as UnitRange
 
 WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}  # modules, loaded on use
 DTYPES = ("float16", "bfloat16", "float32")
@@ -57,10 +59,10 @@ class AttentionBatch:
     visible_start, visible_stop: int64 [num_items, num_queries]: a query sees start <= position < stop
     scale: score = scale * q . k
 
-    `attend_units` fills out[first_unit:last_unit] float32 [num_units, num_queries, group_size, head_dim]
+    `attend_units` fills, at the units it takes, out float32 [num_units, num_queries, group_size, head_dim]
     and lse float32 [num_units, num_queries, group_size], natural log, -inf (and out zero) where a query
-    sees nothing of the unit, or only tokens whose score is -inf. Disjoint ranges of units may be computed
-    by several threads at once.
+    sees nothing of the unit, or only tokens whose score is -inf. Several threads may take units of one
+    range at once.
 
     Infinities and NaN in K, V or queries go where IEEE arithmetic takes them and no further: a token of NaN
     or +inf score makes its head's out and lse NaN; a V that is not finite makes its channel infinite or NaN.

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from accel.workers import AttentionBatch, check_shape, micro_kernels, vector_ir
+from accel.workers import AttentionBatch, UnitRange, check_shape, micro_kernels, unit_range, vector_ir
 from accel.workers.micro_kernels import (
     add_block,
     fill_rows,
@@ -29,6 +29,7 @@ from accel.workers.micro_kernels import (
     softmax_block,
 )
 from accel.workers.target import Target, host_target
+from accel.workers.unit_range import take_unit
 from accel.workers.vector_ir import BFLOAT16, FLOAT16, FLOAT32, ITEM_SIZE
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,12 @@ BLOCK_BYTES, BLOCK_BYTES_FEW_HEADS = 9 << 10, 6 << 10
 FEW_HEADS = 2
 BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 12, 96
 LANES_MAX = 16
+NO_UNIT = -1
 PAD = 8  # rows and scores behind a block that whole tiles touch
 # numba's cache notices changes of this file only; the emitters' sources enter each function as a constant
-_EMITTERS = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (micro_kernels, vector_ir)))
+_EMITTERS = zlib.crc32(
+    b"".join(Path(module.__file__).read_bytes() for module in (micro_kernels, unit_range, vector_ir))
+)
 _compiling = threading.Lock()
 
 
@@ -149,7 +153,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
     @njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
     def attend(
         key_pages, value_pages, page_first_token, page_num_tokens, unit_first_page, unit_item, unit_kv_head,
-        queries, visible_start, visible_stop, scale, first_unit, last_unit, rows, scratch, out, lse,
+        queries, visible_start, visible_stop, scale, next_unit, stop_unit, rows, scratch, out, lse,
     ):  # fmt: skip
         # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
         # scratch: float32; scores of a block, then per query its scaled heads and its state: top, total and
@@ -166,8 +170,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         page, row, count, lowest, highest = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
         block = np.int64(0)
         start, stop = np.int64(0), np.int64(0)
-        for unit in range(first_unit - 1, last_unit):
-            if unit >= first_unit:
+        unit, following = NO_UNIT, NO_UNIT
+        while True:
+            if unit != NO_UNIT:
                 item = unit_item[unit]
                 first_head = unit_kv_head[unit] * heads
                 for query in range(num_queries):
@@ -194,13 +199,15 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                         next_at, list_bytes,
                     )  # fmt: skip
                 ended = next_count == 0
-                if ended and unit + 1 < last_unit:
-                    start, stop = _seen_by_any(visible_start, visible_stop, unit_item[unit + 1])
-                    page, row, next_count, next_lowest, next_highest = _take_rows(
-                        key_pages, value_pages, page_first_token, page_num_tokens,
-                        unit_first_page[unit + 1], np.int64(0), unit_first_page[unit + 2], start, stop,
-                        np.int64(row_bytes), limit, next_at, list_bytes,
-                    )  # fmt: skip
+                if ended:
+                    following = take_unit(next_unit)
+                    if following < stop_unit:
+                        start, stop = _seen_by_any(visible_start, visible_stop, unit_item[following])
+                        page, row, next_count, next_lowest, next_highest = _take_rows(
+                            key_pages, value_pages, page_first_token, page_num_tokens,
+                            unit_first_page[following], np.int64(0), unit_first_page[following + 1],
+                            start, stop, np.int64(row_bytes), limit, next_at, list_bytes,
+                        )  # fmt: skip
                 block_at = rows_at + 3 * list_bytes * block
                 values_ahead = block_at + list_bytes
                 keys_ahead = next_at if next_count else block_at
@@ -233,9 +240,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                     keys_ahead = block_at
                 block = 1 - block
                 count, lowest, highest = next_count, next_lowest, next_highest
-            if unit < first_unit:
-                continue
-            for query in range(num_queries):
+            for query in range(num_queries if unit != NO_UNIT else 0):
                 place = states_from + query * state_floats
                 for head in range(heads):
                     total = np.float32(0.0)
@@ -252,6 +257,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                             out[unit, query, head, _channel(column, pair, lanes)] = (
                                 scratch[sums + column] * inverse
                             )
+            if following >= stop_unit:
+                break
+            unit = following
 
     return attend
 
@@ -273,8 +281,7 @@ def kernel(dtype: str, head_dim: int, group_size: int, target: Target | None = N
 
 def attend_units(
     batch: AttentionBatch,
-    first_unit: int,
-    last_unit: int,
+    units: UnitRange,
     out: np.ndarray,
     lse: np.ndarray,
     target: Target | None = None,
@@ -301,8 +308,8 @@ def attend_units(
         batch.visible_start,
         batch.visible_stop,
         np.float32(batch.scale),
-        first_unit,
-        last_unit,
+        units.next_unit,
+        units.stop_unit,
         rows,
         scratch,
         out,
@@ -333,7 +340,7 @@ def prepare(dtype: str, head_dim: int, group_size: int) -> float:
         scale=1.0,
     )
     out, lse = np.empty((0, 1, group_size, head_dim), np.float32), np.empty((0, 1, group_size), np.float32)
-    attend_units(no_unit, 0, 0, out, lse)
+    attend_units(no_unit, UnitRange(0, 0), out, lse)
     seconds = time.perf_counter() - started
     log.debug("kernel for %s, head_dim %d, group size %d: %.2f s", dtype, head_dim, group_size, seconds)
     return seconds

@@ -5,7 +5,7 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from accel.workers import AttentionBatch, check_shape
+from accel.workers import AttentionBatch, UnitRange, check_shape
 
 name = "reference"
 
@@ -40,12 +40,10 @@ def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: fl
         return out, (top + np.log(total))[:, 0]
 
 
-def attend_units(
-    batch: AttentionBatch, first_unit: int, last_unit: int, out: np.ndarray, lse: np.ndarray
-) -> None:
+def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: np.ndarray) -> None:
     """See AttentionBatch. Source: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867."""
     check_shape(batch.dtype, batch.head_dim, batch.group_size)
-    for unit in range(first_unit, last_unit):
+    for unit in units:
         pages = slice(batch.unit_first_page[unit], batch.unit_first_page[unit + 1])
         counts = batch.page_num_tokens[pages]
         keys = _rows(batch, batch.key_pages[pages], counts)

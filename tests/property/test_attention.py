@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accel.merge import merge_states, merge_units
+from accel.workers import UnitRange, reference
 from accel.workers import numba as numba_worker
-from accel.workers import reference
 from tests.unit.accel.pages import empty_results, make_batch, token_arrays
 
 HEAD_DIM = 64
@@ -59,7 +59,7 @@ def test_merge_of_units_is_the_merge_of_states(states, order):
 
 def attend(worker, batch):
     out, lse = empty_results(batch)
-    worker.attend_units(batch, 0, len(batch.unit_item), out, lse)
+    worker.attend_units(batch, UnitRange(0, len(batch.unit_item)), out, lse)
     return merge_units(out, lse, batch.unit_item, batch.unit_kv_head, len(batch.queries), NUM_KV_HEADS)
 
 

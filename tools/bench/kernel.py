@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import numpy as np
 
-from accel.workers import DTYPES, AttentionBatch, load_worker
+from accel.workers import DTYPES, AttentionBatch, UnitRange, load_worker
 from kvfs_bench import limits
 from kvfs_bench.figures import Figure, report
 
@@ -80,10 +79,10 @@ class Work:
         self.lse = np.empty((self.num_units, 1, group_size), np.float32)
 
     def attend(self, worker, threads: ThreadPoolExecutor, num_threads: int) -> None:
-        bounds = np.linspace(0, self.num_units, num_threads + 1).astype(int).tolist()
+        units = UnitRange(0, self.num_units)
         parts = [
-            threads.submit(worker.attend_units, self.batch, first, stop, self.out, self.lse)
-            for first, stop in pairwise(bounds)
+            threads.submit(worker.attend_units, self.batch, units, self.out, self.lse)
+            for _ in range(num_threads)
         ]
         for part in parts:
             part.result()
@@ -181,7 +180,7 @@ def _accuracy(num_tokens: int) -> Iterator[Figure]:
         work = Work(dtype, 4, num_tokens, num_kv_heads=1)
         results = {}
         for name in ("numba", "reference"):
-            load_worker(name).attend_units(work.batch, 0, work.num_units, work.out, work.lse)
+            load_worker(name).attend_units(work.batch, UnitRange(0, work.num_units), work.out, work.lse)
             results[name] = work.out.astype(np.float64)
         error = np.abs(results["numba"] - results["reference"]).max() / np.abs(results["reference"]).max()
         yield Figure(

@@ -43,13 +43,13 @@ def run_threads(function, count: int) -> float:
     return time.perf_counter() - start
 
 
-def memory_read_bandwidth(num_threads: int, size_bytes: int = 512 << 20) -> float:
+def memory_read_bandwidth(num_threads: int, size_bytes: int = 512 << 20, repeats: int = REPEATS) -> float:
     """Bytes/s of reading memory once with all threads, median."""
     values = np.ones(size_bytes // 4, np.float32)
     _sum(values[:16])
     parts = np.array_split(values, num_threads)
     return statistics.median(
-        size_bytes / run_threads(lambda number: _sum(parts[number]), num_threads) for _ in range(REPEATS)
+        size_bytes / run_threads(lambda number: _sum(parts[number]), num_threads) for _ in range(repeats)
     )
 
 

@@ -1,6 +1,5 @@
 """Each worker against the reference, and the reference against attention written down directly."""
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from accel.merge import merge_units
-from accel.workers import WORKERS, load_worker, reference
+from accel.workers import WORKERS, UnitRange, load_worker, reference
 from accel.workers import numba as numba_worker
 from accel.workers.target import AVX2, AVX512, NEON, PORTABLE
 from tests.unit.accel.pages import empty_results, make_batch, token_arrays
@@ -30,7 +29,7 @@ def whole_range(num_items, num_queries, num_tokens):
 
 def run(worker, batch, **options):
     out, lse = empty_results(batch)
-    worker.attend_units(batch, 0, len(batch.unit_item), out, lse, **options)
+    worker.attend_units(batch, UnitRange(0, len(batch.unit_item)), out, lse, **options)
     return out, lse
 
 
@@ -225,21 +224,19 @@ def test_scores_far_apart():
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_threads_share_a_batch(name):
-    """Threads on disjoint units: none touches the others' results, and units left out stay as they are."""
+    """Each unit is computed once, by whichever thread took it; units left out stay as they are."""
     worker = load_worker(name)
     batch, pages = simple_batch(num_tokens=2000, pages_per_unit=3)
     num_units = len(batch.unit_item)
     expected, expected_lse = run(worker, batch)
     out, lse = empty_results(batch)
-    bounds = [1, num_units // 3, num_units // 2, num_units]
-    threads = [
-        threading.Thread(target=worker.attend_units, args=(batch, first, stop, out, lse))
-        for first, stop in itertools.pairwise(bounds)
-    ]
+    units = UnitRange(1, num_units)
+    threads = [threading.Thread(target=worker.attend_units, args=(batch, units, out, lse)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(units) == 0
     np.testing.assert_array_equal(out[1:], expected[1:])
     np.testing.assert_array_equal(lse[1:], expected_lse[1:])
     assert (out[0] == 7e7).all()
