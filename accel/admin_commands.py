@@ -8,7 +8,7 @@ from accel import descriptor
 from accel.attention_unit import MAX_TICKETS, AttentionUnit
 from accel.page_cache import PageCache
 from ftl.translation import FlashTranslationLayer
-from spdk_glue.command import NSID, AdminOpcode
+from spdk_glue.command import NSID, NSID_ALL, AdminOpcode
 from spdk_glue.controller import ErrorLog, Handler, Request
 from spdk_glue.identify import (
     ATTENTION_COUNTERS_LOG,
@@ -51,6 +51,8 @@ class AdminCommands:
             structure = structures.get(request.cdw10 & 0xFF)
             if structure is None:
                 request.fail(CommandFailed(Status.INVALID_FIELD, detail=f"CNS {request.cdw10 & 0xFF:#x}"))
+            elif request.cdw10 & 0xFF == Cns.NAMESPACE and request.nsid not in (NSID, NSID_ALL):
+                request.fail(CommandFailed(Status.INVALID_NAMESPACE, detail=f"nsid {request.nsid}"))
             else:
                 _answer(request, structure(), 0)
 

@@ -44,9 +44,15 @@ class WorkerPool:
     def submit(self, units: UnitRange, compute: Callable[[UnitRange], None], ended: Callable[[], None]) -> None:
         """Have `compute(units)` called by several threads, and `ended` by the last of them.
 
-        compute returns when it finds all units taken. Neither may raise.
+        compute returns when it finds all units taken. Neither may raise. `ended` of a range without units is
+        called at once, by the caller's thread. Raises RuntimeError once the pool is closed.
         """
+        if not len(units):
+            ended()
+            return
         with self._changed:
+            if self._closed:
+                raise RuntimeError("the worker pool is closed")
             self._waiting.append(_Work(units, compute, ended))
             self._changed.notify(min(self.num_workers, len(units)))
 

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from kvfs.layout import GroupLayout
+from kvfs.streaming_store import PIECE_BYTES, copy_piece, finish_pieces
 from spdk_glue import dma
 
 
@@ -24,6 +25,28 @@ def _pack(rows, image, first_row, per_page, row_words):
         row += 1
         if row == per_page:
             page, row = page + 1, 0
+
+
+@njit(nogil=True, cache=True)
+def _pack_streaming(rows, image, first_row, per_page, row_words):
+    """As _pack, past the caches, for many tokens. Each page is written in one go: its stores fill lines."""
+    num_tokens, num_heads = rows.shape[0], rows.shape[1]
+    row_bytes = 8 * row_words
+    source, target = np.int64(rows.ctypes.data), np.int64(image.ctypes.data)
+    head_stride, page_stride = image.strides[0], image.strides[1]
+    token = 0
+    while token < num_tokens:
+        page, row = divmod(first_row + token, per_page)
+        count = min(per_page - row, num_tokens - token)
+        for head in range(num_heads):
+            to = target + head * head_stride + page * page_stride + row * row_bytes
+            for t in range(token, token + count):
+                start = source + (t * num_heads + head) * row_bytes
+                for offset in range(0, row_bytes, PIECE_BYTES):
+                    copy_piece(to + offset, start + offset)
+                to += row_bytes
+        token += count
+    finish_pieces()
 
 
 @njit(nogil=True, cache=True)
@@ -73,7 +96,7 @@ class ImagePool:
 
 
 def _words(layout: GroupLayout, image: np.ndarray, rows: np.ndarray, kind: int):
-    # head_dim is a multiple of 8, so a row of any dtype is whole 8-byte words
+    # head_dim is a multiple of 8, so a row of any dtype is whole pieces of 16 bytes
     words = image[:, kind].view(np.uint64)
     return rows.view(np.uint64), words, layout.tokens_per_page, layout.row_bytes // 8
 
@@ -83,9 +106,11 @@ def pack(layout: GroupLayout, image: np.ndarray, first_row: int, keys: np.ndarra
 
     keys, values: [num_tokens, num_kv_heads, head_dim] of the storage dtype, C-contiguous.
     """
+    # a few tokens are soon read again by attention over the tail: they stay in the caches
+    store = _pack_streaming if len(keys) >= layout.tokens_per_page else _pack
     for kind, rows in enumerate((keys, values)):
         source, words, per_page, row_words = _words(layout, image, rows, kind)
-        _pack(source, words, first_row, per_page, row_words)
+        store(source, words, first_row, per_page, row_words)
 
 
 def unpack(

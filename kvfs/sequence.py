@@ -16,10 +16,12 @@ from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow, SequenceRow
 from kvfs.tail import LayerTail, Spill
 from spdk_glue import dma
+from spdk_glue.namespace import QUEUE_DEPTH
 
 PLACEMENT_TAIL = 1
 PLACEMENT_KV = 2  # and up: one per sequence, as far as the drive tells them apart
 SPILL_BATCH_BYTES = 8 << 20  # written by one doorbell: long runs on flash, few hand-overs
+SPILL_BATCH_EXTENTS = QUEUE_DEPTH // 2  # the rest for a group that goes out by head
 
 
 class Sequence:
@@ -129,7 +131,7 @@ class Sequence:
                 part = slice(start, start + count)
                 tail.pack(to_storage(keys[part], dtype), to_storage(values[part], dtype))
                 due.extend(self._due_extents(layer, tail))
-                if len(due) * self._layout.image_bytes >= SPILL_BATCH_BYTES:
+                if len(due) * self._layout.image_bytes >= SPILL_BATCH_BYTES or len(due) >= SPILL_BATCH_EXTENTS:
                     self._spill(layer, tail, due)
                     due = []
                 start += count

@@ -90,26 +90,30 @@ def _entry(opcode: int, nsid: int, **dwords: int) -> np.ndarray:
     return entry
 
 
-def _lba_range(opcode: int, first_lba: int, num_lbas: int, cdw12: int = 0, cdw13: int = 0) -> np.ndarray:
-    if not 1 <= num_lbas <= MAX_LBAS_PER_COMMAND:
-        raise ValueError(f"one command moves 1 to {MAX_LBAS_PER_COMMAND} blocks, not {num_lbas}")
-    return _entry(
-        opcode,
-        NSID,
-        cdw10=first_lba & 0xFFFFFFFF,
-        cdw11=first_lba >> 32,
-        cdw12=cdw12 | (num_lbas - 1),
-        cdw13=cdw13,
-    )
+def _lba_ranges(opcode: int, first_lba, num_lbas, cdw12: int = 0, cdw13: int = 0) -> np.ndarray:
+    """SUBMISSION_ENTRY [n] for a range, or arrays of n first LBAs and numbers of LBAs."""
+    first_lba, num_lbas = np.atleast_1d(np.asarray(first_lba, np.uint64)), np.atleast_1d(num_lbas)
+    if num_lbas.min() < 1 or num_lbas.max() > MAX_LBAS_PER_COMMAND:
+        raise ValueError(f"one command moves 1 to {MAX_LBAS_PER_COMMAND} blocks, not {num_lbas.tolist()}")
+    entries = np.zeros(len(first_lba), SUBMISSION_ENTRY)
+    entries["opcode"] = opcode
+    entries["nsid"] = NSID
+    entries["cdw10"] = first_lba & np.uint64(0xFFFFFFFF)
+    entries["cdw11"] = first_lba >> np.uint64(32)
+    entries["cdw12"] = num_lbas - 1
+    entries["cdw12"] |= cdw12
+    entries["cdw13"] = cdw13
+    return entries
 
 
-def read(first_lba: int, num_lbas: int) -> np.ndarray:
-    return _lba_range(IoOpcode.READ, first_lba, num_lbas)
+def read(first_lba, num_lbas) -> np.ndarray:
+    """SUBMISSION_ENTRY [n]: one read, or one for each of an array of ranges."""
+    return _lba_ranges(IoOpcode.READ, first_lba, num_lbas)
 
 
-def write(first_lba: int, num_lbas: int, placement_id: int = 0) -> np.ndarray:
-    """Write with a placement hint: data of one placement identifier is expected to die together."""
-    return _lba_range(
+def write(first_lba, num_lbas, placement_id: int = 0) -> np.ndarray:
+    """As `read`, with a placement hint: data of one placement identifier is expected to die together."""
+    return _lba_ranges(
         IoOpcode.WRITE, first_lba, num_lbas, cdw12=DIRECTIVE_DATA_PLACEMENT << 20, cdw13=placement_id << 16
     )
 

@@ -81,7 +81,7 @@ class ErrorLog:
         entry["nsid"] = request.nsid
         entry["opcode"] = request.opcode
         if failure is not None:
-            entry["detail"] = failure.detail.encode("ascii", "replace")[:24]
+            entry["detail"] = failure.detail.encode("ascii", "replace")  # cut to its field
         self.entries.appendleft(entry)
 
     def page(self) -> np.ndarray:

@@ -124,7 +124,7 @@ ERROR_LOG_ENTRY = _record(
         "lba": (16, "<u8"),  # LBA_UNKNOWN where the failure has none
         "nsid": (24, "<u4"),
         "opcode": (31, "u1"),
-        "detail": (40, "S24"),  # in the specification's reserved bytes: a short text
+        "detail": (42, "S21"),  # in the specification's reserved bytes: a short text
     },
 )
 ERROR_LOG_ENTRIES = 64

@@ -29,6 +29,9 @@ from spdk_glue.identify import (
 from spdk_glue.queue_pair import QueuePair
 from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
+QUEUE_DEPTH = 1024
+MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS counts
+
 
 class Transport(Protocol):
     admin: QueuePair
@@ -67,9 +70,10 @@ class Namespace:
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=command.NSID)
         self.block_bytes = 1 << int(geometry["lbaf"][0]["lbads"])
         self.num_lbas = int(geometry["nsze"])
-        # MDTS is a power of two of pages; 0 means that only the 16-bit block count limits
+        # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits
         mdts = int(self.controller["mdts"])
-        self.max_transfer_lbas = min(command.MAX_LBAS_PER_COMMAND, 1 << mdts if mdts else 1 << 16)
+        limit = (MEMORY_PAGE << mdts) // self.block_bytes if mdts else command.MAX_LBAS_PER_COMMAND
+        self.max_transfer_lbas = min(command.MAX_LBAS_PER_COMMAND, limit)
 
     # admin
 
@@ -95,7 +99,7 @@ class Namespace:
     def _queue_pair(self):
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
-        queue_pair = queue_pair or self._transport.create_queue_pair()
+        queue_pair = queue_pair or self._transport.create_queue_pair(QUEUE_DEPTH)
         try:
             yield queue_pair
         finally:
@@ -110,52 +114,58 @@ class Namespace:
                 self._check(entries[batch], completions)
         return completions
 
-    def _transfers(self, builder, first_lba: int, data: np.ndarray, **hints) -> tuple[np.ndarray, list]:
-        if data.nbytes == 0 or data.nbytes % self.block_bytes:
-            raise ValueError(f"{data.nbytes} bytes are not a whole number of {self.block_bytes}-byte blocks")
-        view = data.reshape(-1).view(np.uint8)
-        num_lbas = view.nbytes // self.block_bytes
-        entries, buffers = [], []
-        for start in range(0, num_lbas, self.max_transfer_lbas):
-            count = min(self.max_transfer_lbas, num_lbas - start)
-            entries.append(builder(first_lba + start, count, **hints))
-            buffers.append(view[start * self.block_bytes : (start + count) * self.block_bytes])
-        return np.concatenate(entries), buffers
+    def _transfers(self, builder, extents, **hints) -> tuple[np.ndarray, list]:
+        """(entries, buffers) of the commands that move (first LBA, buffer) pairs, at least one."""
+        if not extents:
+            raise ValueError("no extent to transfer")
+        lbas, counts, buffers = [], [], []
+        for first_lba, data in extents:
+            if data.nbytes == 0 or data.nbytes % self.block_bytes:
+                raise ValueError(
+                    f"{data.nbytes} bytes are not a whole number of {self.block_bytes}-byte blocks"
+                )
+            view = data.reshape(-1).view(np.uint8)
+            num_lbas = view.nbytes // self.block_bytes
+            for start in range(0, num_lbas, self.max_transfer_lbas):
+                count = min(self.max_transfer_lbas, num_lbas - start)
+                lbas.append(first_lba + start)
+                counts.append(count)
+                buffers.append(view[start * self.block_bytes : (start + count) * self.block_bytes])
+        return builder(lbas, counts, **hints), buffers
 
     def read(self, first_lba: int, num_lbas: int) -> np.ndarray:
         """uint8 [num_lbas * block_bytes]. Blocks never written, or deallocated, read as zeros."""
         data = dma.allocate(num_lbas * self.block_bytes)
-        self._run(*self._transfers(command.read, first_lba, data))
+        self._run(*self._transfers(command.read, [(first_lba, data)]))
         return data
 
     def read_scattered(self, extents: Sequence[tuple[int, np.ndarray]]) -> None:
         """Read each (first LBA, DMA buffer) pair, all in one batch."""
-        self._run(*self._gather(command.read, extents))
+        self._run(*self._transfers(command.read, extents))
 
     def write(self, first_lba: int, data: np.ndarray, placement_id: int = 0) -> None:
         """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""
-        self._run(*self._transfers(command.write, first_lba, data, placement_id=placement_id))
+        self._run(*self._transfers(command.write, [(first_lba, data)], placement_id=placement_id))
 
     def write_scattered(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> None:
         """Write each (first LBA, buffer) pair; the drive gets them as one batch, in order."""
-        self._run(*self._gather(command.write, extents, placement_id=placement_id))
-
-    def _gather(self, builder, extents, **hints) -> tuple[np.ndarray, list]:
-        entries, buffers = [], []
-        for first_lba, data in extents:
-            more_entries, more_buffers = self._transfers(builder, first_lba, data, **hints)
-            entries.append(more_entries)
-            buffers.extend(more_buffers)
-        return np.concatenate(entries), buffers
+        self._run(*self._transfers(command.write, extents, placement_id=placement_id))
 
     def submit_write(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> Pending:
-        """As write_scattered, without waiting; `complete` ends it. The buffers must not change meanwhile."""
-        entries, buffers = self._gather(command.write, extents, placement_id=placement_id)
+        """As write_scattered, without waiting; `complete` ends it. The buffers must not change meanwhile.
+
+        Raises QueueFull for more commands than a queue pair takes, with nothing written.
+        """
+        entries, buffers = self._transfers(command.write, extents, placement_id=placement_id)
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
-        if queue_pair is None or queue_pair.depth < len(entries):
-            queue_pair = self._transport.create_queue_pair(max(256, len(entries)))
-        return Pending(queue_pair, entries, queue_pair.submit(entries, buffers))
+        queue_pair = queue_pair or self._transport.create_queue_pair(QUEUE_DEPTH)
+        try:
+            return Pending(queue_pair, entries, queue_pair.submit(entries, buffers))
+        except BaseException:
+            with self._lock:
+                self._idle.append(queue_pair)
+            raise
 
     def is_done(self, pending: Pending) -> bool:
         return pending.queue_pair.is_done(pending.cids)

@@ -63,10 +63,12 @@ class QueuePair:
 
         Raises QueueFull, with nothing submitted, when the batch does not fit.
         """
+        if len(buffers) != len(entries):
+            raise ValueError(f"{len(entries)} commands with {len(buffers)} buffers")
         cids = self._assign_cids(entries)
+        self._connection.submit(entries, buffers)
         for cid, buffer in zip(cids, buffers, strict=True):
             self._outstanding[cid] = (buffer,)
-        self._connection.submit(entries, buffers)
         return cids
 
     def execute(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> np.ndarray:
@@ -86,7 +88,13 @@ class QueuePair:
         return all(cid in self._completed for cid in cids)
 
     def wait(self, cids: Sequence[int]) -> np.ndarray:
-        """Completions of `cids`, COMPLETION_ENTRY [n] in their order; blocks until all have arrived."""
+        """Completions of `cids`, COMPLETION_ENTRY [n] in their order; blocks until all have arrived.
+
+        Raises ValueError for a cid that is not under way: its completion was handed out, or it never was.
+        """
+        for cid in cids:
+            if cid not in self._outstanding and cid not in self._completed:
+                raise ValueError(f"no command {cid} is outstanding")
         while any(cid not in self._completed for cid in cids):
             self._collect(wait=True)
         completions = np.empty(len(cids), COMPLETION_ENTRY)

@@ -1,0 +1,121 @@
+"""A drive of the NVMe layer's tests: blocks in an array behind a real controller and transport."""
+
+import threading
+
+import numpy as np
+
+from spdk_glue.command import DATASET_RANGE, NSID, AdminOpcode, IoOpcode
+from spdk_glue.controller import Controller
+from spdk_glue.identify import (
+    CAPABILITIES_SIGNATURE,
+    ERROR_LOG_ENTRY,
+    IDENTIFY_CONTROLLER,
+    IDENTIFY_NAMESPACE,
+    Cns,
+    LogPage,
+)
+from spdk_glue.status import CommandFailed, Status
+from spdk_glue.transports.inproc import InprocTransport
+
+NUM_LBAS = 1 << 12
+MAX_TRANSFER_BYTES = 1 << 16
+
+
+class MemoryDrive:
+    """`seen` has every I/O request in the order of arrival; writes wait for `gate`."""
+
+    def __init__(self, block_bytes: int = 512, mdts: int = 0, signature: bytes = CAPABILITIES_SIGNATURE):
+        self.block_bytes = block_bytes
+        self.blocks = np.zeros((NUM_LBAS, block_bytes), np.uint8)
+        self.seen = []
+        self.answers = {}  # ticket to the length that its answer has
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate.set()
+        self.controller = np.zeros(1, IDENTIFY_CONTROLLER)
+        self.controller["mdts"] = mdts
+        self.controller["sn"] = b"MEMORY"
+        self.controller["attention"]["signature"] = signature
+        self.controller["attention"]["max_transfer_bytes"] = MAX_TRANSFER_BYTES
+        self.namespace = np.zeros(1, IDENTIFY_NAMESPACE)
+        self.namespace["nsze"] = NUM_LBAS
+        self.namespace["lbaf"][0, 0]["lbads"] = block_bytes.bit_length() - 1
+        io_handlers = {
+            IoOpcode.READ: self.read,
+            IoOpcode.WRITE: self.write,
+            IoOpcode.FLUSH: self.note,
+            IoOpcode.DATASET_MANAGEMENT: self.deallocate,
+            IoOpcode.ATTENTION_SUBMIT: self.submit,
+            IoOpcode.ATTENTION_FETCH: self.fetch,
+            IoOpcode.ATTENTION_CANCEL: self.cancel,
+            IoOpcode.SEAL_GROUPS: self.note,
+        }
+        admin_handlers = {AdminOpcode.IDENTIFY: self.identify, AdminOpcode.GET_LOG_PAGE: self.log_page}
+        self.device = Controller(io_handlers, admin_handlers)
+        self.transport = InprocTransport(self.device)
+
+    def note(self, requests):
+        self.seen.extend(requests)
+
+    def _blocks(self, request):
+        stop = request.first_lba + request.num_lbas
+        if stop > NUM_LBAS:
+            request.fail(CommandFailed(Status.LBA_OUT_OF_RANGE, lba=request.first_lba, detail="past the end"))
+        elif request.data.nbytes != request.num_lbas * self.block_bytes:
+            request.fail(CommandFailed(Status.SGL_LENGTH_INVALID))
+        else:
+            return self.blocks[request.first_lba : stop].reshape(-1)
+        return np.empty(0, np.uint8)
+
+    def read(self, requests):
+        self.note(requests)
+        for request in requests:
+            found = self._blocks(request)
+            request.data[: len(found)] = found
+
+    def write(self, requests):
+        self.entered.set()
+        assert self.gate.wait(60)
+        self.note(requests)
+        for request in requests:
+            place = self._blocks(request)
+            place[:] = request.data[: len(place)]
+
+    def deallocate(self, requests):
+        self.note(requests)
+        for request in requests:
+            for first, count in request.data.view(DATASET_RANGE)[["first_lba", "num_lbas"]].tolist():
+                self.blocks[first : first + count] = 0
+
+    def submit(self, requests):
+        self.note(requests)
+        for request in requests:
+            self.answers[request.cdw10] = int(request.data[0])
+
+    def fetch(self, requests):
+        for request in requests:
+            if request.cdw10 not in self.answers:
+                request.fail(CommandFailed(Status.UNKNOWN_TICKET, detail=f"ticket {request.cdw10}"))
+                continue
+            request.result = self.answers.pop(request.cdw10)
+            request.data[: request.result] = 7
+
+    def cancel(self, requests):
+        for request in requests:
+            if self.answers.pop(request.cdw10, None) is None:
+                request.fail(CommandFailed(Status.UNKNOWN_TICKET))
+
+    def identify(self, requests):
+        for request in requests:
+            if request.cdw10 == Cns.NAMESPACE and request.nsid != NSID:
+                request.fail(CommandFailed(Status.INVALID_NAMESPACE, detail=f"nsid {request.nsid}"))
+                continue
+            record = {Cns.CONTROLLER: self.controller, Cns.NAMESPACE: self.namespace}[Cns(request.cdw10)]
+            request.data[:] = record.view(np.uint8)
+
+    def log_page(self, requests):
+        for request in requests:
+            if request.cdw10 & 0xFF != LogPage.ERROR_INFORMATION:
+                request.fail(CommandFailed(Status.INVALID_LOG_PAGE))
+                continue
+            assert request.data.nbytes % ERROR_LOG_ENTRY.itemsize == 0
+            request.data[:] = self.device.error_log.page()[: request.data.nbytes]
