@@ -1,8 +1,9 @@
 """One attention command at work: its pages pinned, read where they are missing, computed, merged.
 
-Pages are pinned in the DRAM cache in spans. What of a span is missing there is read in windows of a few
-megabytes: reader threads bring one window into the cache while worker threads compute the previous ones;
-neither holds the GIL in its heavy part. Partial results of all units are merged by lse at the end.
+Pages are pinned in the DRAM cache in spans, short ones where pages are scattered over its lines. What of a
+span is missing there is read in windows of a few megabytes: reader threads bring one window into the cache
+while worker threads compute the previous ones; neither holds the GIL in its heavy part. Partial results of
+all units are merged by lse at the end.
 
 A hand-over between threads costs as much as a megabyte of attention. So what is small runs at once on the
 submitting thread, and a command whose pages are all in the cache goes from there straight to the workers.
@@ -27,13 +28,14 @@ from accel.page_plan import plan_pages
 from accel.worker_pool import WorkerPool
 from accel.workers import AttentionBatch, UnitRange
 from ftl.errors import CorruptPage, FlashError
+from spdk_glue import dma
 from spdk_glue.status import CommandFailed, Status
 
 log = logging.getLogger(__name__)
 
 # Pinned at once, if the cache has them: what planning costs is paid before computing starts.
 SPAN_BYTES = 64 << 20
-SPANS_PINNED = 2  # by one command; a third of the cache is left to others
+SPANS_PINNED = 2  # by one command; a third of the cache is left to others, unless pages are scattered
 WINDOW_BYTES = 8 << 20  # read at once: some milliseconds of flash, long against a thread hand-over
 INLINE_BYTES = 4 << 20  # below this a command is computed by the submitting thread
 
@@ -55,6 +57,16 @@ class Engine:
         largest = self.cache.capacity_bytes // (SPANS_PINNED + 1)
         return max(1, min(SPAN_BYTES, largest) // self.ftl.page_size)
 
+    @property
+    def span_lines(self) -> int:
+        """Cache lines that one span pins at most. More than span_pages fill: runs of pages end within lines."""
+        return max(1, self.cache.num_lines // SPANS_PINNED)
+
+    @property
+    def scattered_span_pages(self) -> int:
+        """As span_pages, where every page may lie in a line of its own. It also bounds units."""
+        return max(1, self.cache.num_lines // (SPANS_PINNED + 1))
+
 
 @dataclass
 class Span:
@@ -64,9 +76,10 @@ class Span:
     stop_unit: int
     pages: np.ndarray
     lbas: np.ndarray
-    addresses: np.ndarray  # in the cache
+    addresses: np.ndarray  # in the cache, or in the buffer
     missing: np.ndarray  # positions of those to be read
     units_left: int
+    buffer: np.ndarray | None  # for a unit that the cache cannot take
 
 
 class AttentionJob:
@@ -112,7 +125,7 @@ class AttentionJob:
     def _prepare(self) -> None:
         """Arrays for all units."""
         work = self.work
-        plan = self._plan = plan_pages(work, self._engine.span_pages)
+        plan = self._plan = plan_pages(work, self._engine.scattered_span_pages)
         self._batch = AttentionBatch(
             dtype=work.dtype_name,
             head_dim=work.head_dim,
@@ -158,14 +171,30 @@ class AttentionJob:
                 lba = int(lbas[np.argmin(pages)])
                 raise CommandFailed(Status.DEALLOCATED_BLOCK, lba=lba, detail="page never written")
             self._room.acquire()
-            addresses, missing = engine.cache.acquire(pages)
+            buffer = None
+            try:
+                addresses, missing = engine.cache.acquire(pages, engine.span_lines)
+            except MemoryError:
+                if max_pages > engine.scattered_span_pages:  # so the spans to come will be scattered too
+                    max_pages = engine.scattered_span_pages
+                    self._room.release()
+                    continue
+                buffer, addresses = self._private_memory(pages)
+                missing = np.arange(len(pages))
             half = len(pages) // 2
             self._batch.key_pages[part] = addresses[:half]
             self._batch.value_pages[part] = addresses[half:]
             self.pages_from_flash += len(missing)
             self.pages_from_cache += len(pages) - len(missing)
-            yield Span(first, stop, pages, lbas, addresses, missing, stop - first)
+            yield Span(first, stop, pages, lbas, addresses, missing, stop - first, buffer)
             first = stop
+
+    def _private_memory(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(a buffer, addresses in it) for one unit that needs more lines than a span may pin."""
+        page_size = self._engine.ftl.page_size
+        places, place = np.unique(pages, return_inverse=True)  # a page named twice is read once
+        buffer = dma.allocate(len(places) * page_size)
+        return buffer, dma.page_addresses(buffer, page_size)[place]
 
     def _cut(self, first_unit: int, last_unit: int, max_pages: int) -> int:
         """Where a run of units from first_unit on ends that has at most max_pages, K and V, or one unit."""
@@ -216,7 +245,7 @@ class AttentionJob:
         self._submit_units(span, first_unit, stop_unit)
 
     def _load(self, span: Span, missing: np.ndarray) -> None:
-        """Read missing pages, check them, publish them in the cache."""
+        """Read missing pages, check them, publish them if they are in the cache."""
         # physical order, so that neighbours become one large request; a page named twice is read once
         pages, order = np.unique(span.pages[missing], return_index=True)
         positions = missing[order]
@@ -227,7 +256,8 @@ class AttentionJob:
         except FlashError as error:
             log.error("attention read failed: %s", error)
             raise CommandFailed(Status.UNRECOVERED_READ_ERROR, detail="media read") from error
-        self._engine.cache.mark_valid(pages)
+        if span.buffer is None:
+            self._engine.cache.mark_valid(pages)
 
     def _submit_units(self, span: Span, first_unit: int, stop_unit: int) -> None:
         def compute(units: UnitRange) -> None:
@@ -255,7 +285,8 @@ class AttentionJob:
             self.kernel_ns += perf_counter_ns() - started
 
     def _unpin(self, span: Span) -> None:
-        self._engine.cache.release(span.pages)
+        if span.buffer is None:
+            self._engine.cache.release(span.pages)
         self._room.release()
 
     # the end

@@ -1,11 +1,21 @@
 """The drive's DRAM read cache, which is also the buffer pool that flash reads land in.
 
 Attention kernels read straight from its slots, so a page crosses memory once. A slot holds a line: a run
-of physical neighbours, filled page by page (`slot_valid` has a bit per page). Pages in use are pinned.
+of physical neighbours, filled page by page (`_VALID` has a bit per page). Pages in use are pinned.
 
-Replacement is SIEVE (Zhang et al., NSDI 2024): new lines enter at the head of a queue, a hand walks from
-the tail and takes the first line that was not hit since it last passed. A scan larger than the cache, as
-every decode step over a long context is, evicts its own newcomers and leaves part of the cache useful.
+Decoding scans its context again and again, and a context larger than the cache leaves nothing to LRU, FIFO
+or SIEVE: each line goes just before its turn. So replacement compares reuse distances, as LIRS does (Jiang
+and Zhang, SIGMETRICS 2002), with a hand to find its victims, as CLOCK-Pro has it (Jiang, Chen and Zhang,
+USENIX ATC 2005):
+
+- Most slots are protected, the others on probation, in the order in which their lines came. A new line
+  takes the oldest unpinned slot on probation.
+- The index remembers when a line was missed. If it is missed again, and was away for less long than some
+  protected line has been idle, it takes that one's slot and is protected itself.
+
+In a loop no line qualifies, since every protected line is used once a round: what is protected stays and is
+hit. When decoding moves on, what was protected falls idle and the new lines have its slots in their second
+round. A scan that is not repeated changes nothing but probation.
 
 Keys are physical pages: what they hold cannot change until the erase that `drop` announces.
 """
@@ -19,61 +29,99 @@ from spdk_glue import dma
 
 LINE_BYTES = 64 << 10  # one head's K of a 256-token group at head_dim 128, fp16
 NONE = -1
+TOO_MANY_LINES = -2
 
-# Columns of the per-slot state table.
-_LINE, _PINS, _VISITED, _NEWER, _OLDER, _VALID = range(6)
-# Entries of the queue's state.
-_HEAD, _TAIL, _HAND, _USED = range(4)
+PROBATION_SHARE = 16  # one slot in so many: it serves reuse at short distance, which a loop has little of
+HAND_STEPS = 8  # slots looked at for an idle line per line that comes back
+# While probation is large, one newcomer in so many is protected unearned, which makes it small again (bimodal
+# insertion: Qureshi et al., ISCA 2007).
+BIMODAL = 32
 
-
-@njit(nogil=True, cache=True)
-def _unlink(slots, queue, slot):
-    newer, older = slots[slot, _NEWER], slots[slot, _OLDER]
-    if newer != NONE:
-        slots[newer, _OLDER] = older
-    else:
-        queue[_HEAD] = older
-    if older != NONE:
-        slots[older, _NEWER] = newer
-    else:
-        queue[_TAIL] = newer
-    if queue[_HAND] == slot:
-        queue[_HAND] = newer
-
-
-@njit(nogil=True, cache=True)
-def _push_head(slots, queue, slot):
-    slots[slot, _NEWER] = NONE
-    slots[slot, _OLDER] = queue[_HEAD]
-    if queue[_HEAD] != NONE:
-        slots[queue[_HEAD], _NEWER] = slot
-    queue[_HEAD] = slot
-    if queue[_TAIL] == NONE:
-        queue[_TAIL] = slot
+# Columns of the slot table. _USED: when the line was acquired last. _MISSED: when it was missed, and at which
+# of its pages: (time, strangers, page) in bits. A line may have pages of several layers or sequences, and that
+# another one wants its own part soon afterwards is no reuse. Such strangers are counted: after so many of them
+# without the page it is out of use, and theirs is remembered.
+_LINE, _PINS, _USED, _PROTECTED, _VALID, _MISSED = range(6)
+PAGE_BITS, STRANGER_BITS = 6, 3
+MAX_STRANGERS = (1 << STRANGER_BITS) - 1
+# Entries of the state: acquires so far, lines missed so far, slots with pins, the hand, front and length of
+# probation's ring.
+_NOW, _MISSES, _PINNED, _HAND, _FRONT, _LENGTH = range(6)
+# An entry of the index is a line's slot + 1. If it has none: its last slot's _MISSED, negative (0: it never had
+# one), less WANTED while an acquire counts it.
+WANTED = 1 << 62
 
 
 @njit(nogil=True, cache=True)
-def _take_slot(slots, queue, line_slot):
-    """A slot for a new line, or NONE when every slot is pinned."""
-    if queue[_USED] < len(slots):
-        queue[_USED] += 1
-        return queue[_USED] - 1
-    for _ in range(2 * len(slots) + 1):
-        hand = queue[_HAND]
-        if hand == NONE:
-            hand = queue[_TAIL]
-            if hand == NONE:
-                return NONE
-        if slots[hand, _PINS] == 0:
-            if slots[hand, _VISITED] == 0:
-                queue[_HAND] = slots[hand, _NEWER]
-                _unlink(slots, queue, hand)
-                if slots[hand, _LINE] != NONE:
-                    line_slot[slots[hand, _LINE]] = 0
-                return hand
-            slots[hand, _VISITED] = 0
-        queue[_HAND] = slots[hand, _NEWER]
+def _push_probation(probation, state, slot):
+    end = state[_FRONT] + state[_LENGTH]
+    probation[end if end < len(probation) else end - len(probation)] = slot
+    state[_LENGTH] += 1
+
+
+@njit(nogil=True, cache=True)
+def _pop_probation(slots, probation, state):
+    """The oldest unpinned slot on probation, or NONE. Pinned ones go to the end, to be passed only once."""
+    for _ in range(state[_LENGTH]):
+        slot = probation[state[_FRONT]]
+        state[_FRONT] = state[_FRONT] + 1 if state[_FRONT] + 1 < len(probation) else 0
+        state[_LENGTH] -= 1
+        if slots[slot, _PINS] == 0:
+            return slot
+        _push_probation(probation, state, slot)
     return NONE
+
+
+@njit(nogil=True, cache=True)
+def _find_protected(slots, state, idle_since, num_steps):
+    """A protected, unpinned slot unused since `idle_since`, if the hand meets one in num_steps; or NONE."""
+    for _ in range(num_steps):
+        slot = state[_HAND]
+        state[_HAND] = slot + 1 if slot + 1 < len(slots) else 0
+        if slots[slot, _PROTECTED] and slots[slot, _PINS] == 0 and slots[slot, _USED] < idle_since:
+            return slot
+    return NONE
+
+
+@njit(nogil=True, cache=True)
+def _take_slot(slots, probation, state, index, away_since):
+    """A slot for a line that is away since then (0: for ever). Not all slots are pinned."""
+    idle = _find_protected(slots, state, away_since, HAND_STEPS) if away_since else NONE
+    # probation has more than its share when slots are empty, or were pinned in large numbers
+    is_large = state[_LENGTH] > max(1, len(slots) // PROBATION_SHARE)
+    slot = _pop_probation(slots, probation, state) if is_large or idle == NONE else NONE
+    protect = idle != NONE
+    if slot != NONE:
+        protect |= is_large and (slots[slot, _LINE] == NONE or state[_MISSES] % BIMODAL == 0)
+    elif idle != NONE:
+        slot = idle
+    else:
+        slot = _find_protected(slots, state, state[_NOW] + 1, len(slots))
+    if slots[slot, _LINE] != NONE:
+        index[slots[slot, _LINE]] = -slots[slot, _MISSED]
+    slots[slot, _PROTECTED] = protect
+    if not protect:
+        _push_probation(probation, state, slot)
+    return slot
+
+
+@njit(nogil=True, cache=True)
+def _bring_in(slots, probation, state, index, line, page):
+    """Give a line a slot with no page valid. page: the first one wanted, counted in the line."""
+    missed = -index[line]
+    is_same_page = missed & ((1 << PAGE_BITS) - 1) == page
+    missed_at = missed >> (PAGE_BITS + STRANGER_BITS)
+    slot = _take_slot(slots, probation, state, index, missed_at if is_same_page else 0)
+    state[_MISSES] += 1
+    if missed == 0 or is_same_page or missed >> PAGE_BITS & MAX_STRANGERS == MAX_STRANGERS:
+        missed = state[_NOW] << (PAGE_BITS + STRANGER_BITS) | page
+    else:
+        missed += 1 << PAGE_BITS
+    slots[slot, _LINE] = line
+    slots[slot, _USED] = state[_NOW]
+    slots[slot, _VALID] = 0
+    slots[slot, _MISSED] = missed
+    index[line] = slot + 1
 
 
 @njit(nogil=True, cache=True)
@@ -88,130 +136,196 @@ def _run_in_line(pages, first, line_shift):
 
 
 @njit(nogil=True, cache=True)
-def _release(slots, line_slot, line_shift, pages):
+def _release(slots, state, index, line_shift, pages):
+    """Unpin; what has no slot has no pins either."""
     first = 0
     while first < len(pages):
         stop = _run_in_line(pages, first, line_shift)
-        slots[line_slot[pages[first] >> line_shift] - 1, _PINS] -= stop - first
+        slot = index[pages[first] >> line_shift] - 1
+        if slot >= 0:
+            slots[slot, _PINS] -= stop - first
+            state[_PINNED] -= slots[slot, _PINS] == 0
         first = stop
 
 
 @njit(nogil=True, cache=True)
-def _acquire(slots, queue, line_slot, line_shift, page_size, arena, pages, addresses, missing):
-    """Pin every page; number of missing ones (their positions in `missing`), or NONE if slots ran out."""
+def _acquire(
+    slots, probation, state, index, line_shift, page_size, arena, pages, max_lines, addresses, missing
+):
+    """Pin every page; number of missing ones (their positions in `missing`), or why none is pinned: NONE if
+    slots ran out, TOO_MANY_LINES."""
+    state[_NOW] += 1
+    now = state[_NOW]
+    num_lines = 0
+    num_absent = 0
     num_missing = 0
     first = 0
+    # what is there is pinned and what is not is counted, so that nothing is evicted in vain
     while first < len(pages):  # neighbours mostly share a line
         stop = _run_in_line(pages, first, line_shift)
         line = pages[first] >> line_shift
-        bit = pages[first] - (line << line_shift)
-        slot = np.int64(line_slot[line]) - 1
-        if slot == NONE:
-            slot = np.int64(_take_slot(slots, queue, line_slot))
-            if slot == NONE:
-                _release(slots, line_slot, line_shift, pages[:first])
-                return NONE
-            slots[slot, _LINE] = line
-            slots[slot, _VISITED] = 0
-            slots[slot, _VALID] = 0
-            slots[slot, _PINS] = 0
-            _push_head(slots, queue, slot)
-            line_slot[line] = slot + 1
-        slots[slot, _PINS] += stop - first
-        address = arena + np.uint64(((slot << line_shift) + bit) * page_size)
-        for position in range(first, stop):
-            addresses[position] = address
-            address += np.uint64(page_size)
-        valid = slots[slot, _VALID] >> bit
-        wanted = (np.int64(1) << (stop - first)) - 1
-        if valid & wanted:
-            slots[slot, _VISITED] = 1
-        if valid & wanted != wanted:
+        slot = index[line] - 1
+        if slot >= 0:
+            bit = pages[first] - (line << line_shift)
+            if slots[slot, _USED] != now:
+                slots[slot, _USED] = now
+                num_lines += 1
+            state[_PINNED] += slots[slot, _PINS] == 0
+            slots[slot, _PINS] += stop - first
+            address = arena + np.uint64(((slot << line_shift) + bit) * page_size)
             for position in range(first, stop):
-                if not valid >> (position - first) & 1:
-                    missing[num_missing] = position
-                    num_missing += 1
+                addresses[position] = address
+                address += np.uint64(page_size)
+            valid = slots[slot, _VALID] >> bit
+            wanted = (np.int64(1) << (stop - first)) - 1
+            if valid & wanted != wanted:
+                for position in range(first, stop):
+                    if not valid >> (position - first) & 1:
+                        missing[num_missing] = position
+                        num_missing += 1
+        else:
+            if index[line] > -WANTED:
+                index[line] -= WANTED
+                num_absent += 1
+            for position in range(first, stop):
+                addresses[position] = 0
+                missing[num_missing] = position
+                num_missing += 1
         first = stop
+
+    failure = 0
+    if num_lines + num_absent > max_lines:
+        failure = TOO_MANY_LINES
+    elif num_absent > len(slots) - state[_PINNED]:
+        failure = NONE
+    for position in missing[:num_missing]:
+        if addresses[position] != 0:
+            continue
+        line = pages[position] >> line_shift
+        bit = pages[position] - (line << line_shift)
+        if index[line] <= -WANTED:
+            index[line] += WANTED
+            if not failure:
+                _bring_in(slots, probation, state, index, line, bit)
+        if not failure:
+            slot = index[line] - 1
+            state[_PINNED] += slots[slot, _PINS] == 0
+            slots[slot, _PINS] += 1
+            addresses[position] = arena + np.uint64(((slot << line_shift) + bit) * page_size)
+    if failure:
+        _release(slots, state, index, line_shift, pages)
+        return failure
     return num_missing
 
 
 @njit(nogil=True, cache=True)
-def _mark_valid(slots, line_slot, line_shift, pages):
+def _mark_valid(slots, index, line_shift, pages):
     for page in pages:
         line = page >> line_shift
-        slots[line_slot[line] - 1, _VALID] |= np.int64(1) << (page - (line << line_shift))
+        slots[index[line] - 1, _VALID] |= np.int64(1) << (page - (line << line_shift))
 
 
 @njit(nogil=True, cache=True)
-def _drop(slots, queue, line_slot, first_line, stop_line):
-    for line in range(first_line, stop_line):
-        slot = line_slot[line] - 1
-        if slot != NONE:
-            slots[slot, _LINE] = NONE  # the slot stays queued, unvisited: the hand will take it
-            slots[slot, _VISITED] = 0
-            slots[slot, _VALID] = 0
-            line_slot[line] = 0
+def _forget(slots, probation, state, index, slot):
+    """Empty an unpinned slot; it is the next to be taken."""
+    index[slots[slot, _LINE]] = 0
+    slots[slot, _LINE] = NONE
+    slots[slot, _VALID] = 0
+    if slots[slot, _PROTECTED]:
+        slots[slot, _PROTECTED] = 0
+        state[_FRONT] = (state[_FRONT] - 1) % len(probation)
+        state[_LENGTH] += 1
+        probation[state[_FRONT]] = slot
+
+
+@njit(nogil=True, cache=True)
+def _drop(slots, probation, state, index, line_shift, first_page, stop_page):
+    for line in range(first_page >> line_shift, ((stop_page - 1) >> line_shift) + 1):
+        slot = index[line] - 1
+        if slot < 0:
+            index[line] = 0
+            continue
+        # a line may reach into a neighbour that was not erased
+        first_bit = max(first_page - (line << line_shift), 0)
+        num_bits = min(stop_page - (line << line_shift), 1 << line_shift) - first_bit
+        slots[slot, _VALID] &= ~(((np.int64(1) << num_bits) - 1) << first_bit)
+        if slots[slot, _VALID] == 0 and slots[slot, _PINS] == 0:
+            _forget(slots, probation, state, index, slot)
+
+
+@njit(nogil=True, cache=True)
+def _clear(slots, probation, state, index):
+    for slot in range(len(slots)):
+        if slots[slot, _LINE] != NONE and slots[slot, _PINS] == 0:
+            _forget(slots, probation, state, index, slot)
+    for line in range(len(index)):
+        index[line] = max(index[line], 0)
 
 
 class PageCache:
     """Pinned, verified pages in one arena. All methods are thread-safe."""
 
     def __init__(self, capacity_bytes: int, page_size: int, num_pages: int):
-        """num_pages: physical pages of the drive (the index takes 4 bytes per line of them)."""
+        """num_pages: physical pages of the drive (the index takes 8 bytes per line of them)."""
         self._line_shift = max(0, (LINE_BYTES // page_size).bit_length() - 1)
         self.line_pages = 1 << self._line_shift
         line_bytes = self.line_pages * page_size
-        num_slots = max(1, capacity_bytes // line_bytes)
-        self.capacity_bytes = num_slots * line_bytes
+        self.num_lines = max(1, capacity_bytes // line_bytes)
+        self.capacity_bytes = self.num_lines * line_bytes
         self.page_size = page_size
         self._arena = dma.allocate(self.capacity_bytes)
         self._arena_address = np.uint64(dma.address_of(self._arena))
-        self._line_slot = np.zeros(-(-num_pages // self.line_pages), np.int32)
-        self._slots = np.zeros((num_slots, 6), np.int64)
-        self._queue = np.array([NONE, NONE, NONE, 0], np.int64)
+        self._index = np.zeros(-(-num_pages // self.line_pages), np.int64)
+        self._slots = np.zeros((self.num_lines, 6), np.int64)
+        self._slots[:, _LINE] = NONE
+        self._probation = np.arange(self.num_lines)  # a ring
+        self._state = np.array([0, 0, 0, 0, 0, self.num_lines], np.int64)
         self._changed = threading.Condition()
 
     @property
     def bytes_used(self) -> int:
-        return int(self._queue[_USED]) * self.line_pages * self.page_size
+        return int((self._slots[:, _LINE] != NONE).sum()) * self.line_pages * self.page_size
 
-    def acquire(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def acquire(self, pages: np.ndarray, max_lines: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Pin physical pages, int64 [n]: (addresses uint64 [n], positions int64 of those to be read).
 
         Blocks while other holders pin too much. The caller reads the missing ones to their addresses,
         calls `mark_valid` on them, and later `release` on all.
+
+        Raises MemoryError, with nothing pinned, if they lie in more than max_lines (None: the cache's) lines.
         """
+        max_lines = self.num_lines if max_lines is None else max_lines
         addresses = np.empty(len(pages), np.uint64)
         missing = np.empty(len(pages), np.int64)
         with self._changed:
             while True:
                 count = _acquire(
                     self._slots,
-                    self._queue,
-                    self._line_slot,
+                    self._probation,
+                    self._state,
+                    self._index,
                     self._line_shift,
                     self.page_size,
                     self._arena_address,
                     pages,
+                    max_lines,
                     addresses,
                     missing,
                 )
-                if count != NONE:
+                if count >= 0:
                     return addresses, missing[:count]
-                if not self._slots[:, _PINS].any():
-                    raise MemoryError(
-                        f"{len(pages)} pages at once do not fit a cache of {self.capacity_bytes} bytes"
-                    )
+                if count == TOO_MANY_LINES:
+                    raise MemoryError(f"{len(pages)} pages are scattered over more than {max_lines} lines")
                 self._changed.wait()
 
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""
         with self._changed:
-            _mark_valid(self._slots, self._line_slot, self._line_shift, pages)
+            _mark_valid(self._slots, self._index, self._line_shift, pages)
 
     def release(self, pages: np.ndarray) -> None:
         with self._changed:
-            _release(self._slots, self._line_slot, self._line_shift, pages)
+            _release(self._slots, self._state, self._index, self._line_shift, pages)
             self._changed.notify_all()
 
     def drop(self, first_page: int, num_pages: int) -> None:
@@ -219,17 +333,15 @@ class PageCache:
         with self._changed:
             _drop(
                 self._slots,
-                self._queue,
-                self._line_slot,
-                first_page // self.line_pages,
-                -(-(first_page + num_pages) // self.line_pages),
+                self._probation,
+                self._state,
+                self._index,
+                self._line_shift,
+                first_page,
+                first_page + num_pages,
             )
 
     def clear(self) -> None:
         """Forget everything that is not pinned (benchmarks start cold with it)."""
         with self._changed:
-            for slot in np.flatnonzero((self._slots[:, _PINS] == 0) & (self._slots[:, _VALID] != 0)):
-                self._line_slot[self._slots[slot, _LINE]] = 0
-                self._slots[slot, _LINE] = NONE
-                self._slots[slot, _VISITED] = 0
-                self._slots[slot, _VALID] = 0
+            _clear(self._slots, self._probation, self._state, self._index)

@@ -5,13 +5,16 @@ import threading
 import numpy as np
 import pytest
 
+from accel.attention_job import INLINE_BYTES
 from accel.drive import Drive, DriveConfig
+from accel.page_cache import LINE_BYTES
 from ftl.geometry import Geometry
 from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.namespace import Namespace
 from spdk_glue.status import NvmeStatusError, QueueFull, Status, decode
 from spdk_glue.vendor_command import (
+    ANSWER_HEADER,
     ATTENTION_HEADER,
     ATTENTION_ITEM,
     ATTENTION_MAGIC,
@@ -33,6 +36,17 @@ def drive(tmp_path):
 
 
 @pytest.fixture
+def small_drive(tmp_path, monkeypatch, num_lines):
+    """Its cache has the test's num_lines, fewer than a drive is opened with."""
+    monkeypatch.setattr("accel.drive.MIN_CACHE_BYTES", 0)
+    Drive.format(tmp_path / "drive", GEOMETRY)
+    config = DriveConfig(cache_bytes=num_lines * LINE_BYTES, num_workers=2)
+    drive = Drive.open(tmp_path / "drive", config)
+    yield drive
+    drive.close()
+
+
+@pytest.fixture
 def namespace(drive):
     return Namespace(drive.transport)
 
@@ -43,14 +57,22 @@ def blocks(count, seed=0):
     return data
 
 
-def groups(namespace, num_groups, base=64, seed=0):
-    """One-layer token groups on the drive; keys and values float16 [tokens, HEADS, HEAD_DIM]."""
+def groups(namespace, num_groups, base=64, seed=0, scattered=False):
+    """One-layer token groups on the drive; keys and values float16 [tokens, HEADS, HEAD_DIM].
+
+    scattered: each of their pages lies in a cache line of its own.
+    """
     random = np.random.default_rng(seed)
     shape = (num_groups, HEADS, 2, GROUP_TOKENS, HEAD_DIM)
     image = random.standard_normal(shape, np.float32).astype(np.float16)
     data = dma.allocate(image.nbytes)
     data[:] = image.reshape(-1).view(np.uint8)
-    namespace.write(base, data, placement_id=2)
+    if scattered:
+        for number in range(len(data) // 4096):
+            namespace.write(base + number, data[number * 4096 : (number + 1) * 4096])
+            namespace.write(6000, blocks(15))
+    else:
+        namespace.write(base, data, placement_id=2)
     rows = image.transpose(2, 0, 3, 1, 4).reshape(2, num_groups * GROUP_TOKENS, HEADS, HEAD_DIM)
     return rows[0], rows[1]
 
@@ -181,6 +203,86 @@ def test_attention(namespace, num_groups):
         data, queries = descriptor(num_groups)
         answer = namespace.attend(data, ANSWER)
         np.testing.assert_allclose(out_of(answer), plain(queries, keys, values), atol=1e-5)
+
+
+def counts(answer):
+    header = answer[: ANSWER_HEADER.itemsize].view(ANSWER_HEADER)[0]
+    return int(header["pages_from_flash"]), int(header["pages_from_cache"])
+
+
+def test_attention_over_scattered_pages(drive, namespace):
+    """More lines than the cache has: short spans, whose lines are kept and found again."""
+    keys, values = groups(namespace, 5, scattered=True)
+    data, queries = descriptor(5)
+    num_pages = 5 * LAYER_LBAS
+    for turn in range(4):
+        answer = namespace.attend(data, ANSWER)
+        np.testing.assert_allclose(out_of(answer), plain(queries, keys, values), atol=1e-5)
+        from_flash, from_cache = counts(answer)
+        assert from_flash + from_cache == num_pages
+        assert from_cache == 0 if turn == 0 else from_cache > 50
+    assert not drive.cache._slots[:, 1].any()
+
+
+@pytest.mark.parametrize("num_lines", [1, 4, 31])
+def test_a_unit_larger_than_the_cache(small_drive, num_lines):
+    """Pages of one unit that no span may pin: read past the cache."""
+    namespace = Namespace(small_drive.transport)
+    keys, values = groups(namespace, 3, scattered=True)
+    data, queries = descriptor(3)
+    for _ in range(3):
+        answer = namespace.attend(data, ANSWER)
+        np.testing.assert_allclose(out_of(answer), plain(queries, keys, values), atol=1e-5)
+        assert sum(counts(answer)) == 3 * LAYER_LBAS
+        assert counts(answer)[1] == 0
+    assert small_drive.cache.bytes_used == 0
+
+
+@pytest.mark.parametrize("num_lines", [4, 128])
+def test_a_group_named_twice(small_drive, num_lines):
+    """In one unit, read past the cache or through it: each page is in the place that the kernel reads."""
+    namespace = Namespace(small_drive.transport)
+    keys, values = groups(namespace, 1, scattered=True)
+    data, queries = descriptor(2)
+    extent = np.zeros(2, GROUP_EXTENT)
+    extent["base_lba"], extent["num_groups"] = 64, 1
+    start = ATTENTION_HEADER.itemsize + ATTENTION_ITEM.itemsize
+    data = np.concatenate([data[:start], extent.view(np.uint8), data[start + GROUP_EXTENT.itemsize :]])
+    header = data[: ATTENTION_HEADER.itemsize].view(ATTENTION_HEADER)
+    header["num_extents"] = 2
+    header["queries_offset"] += GROUP_EXTENT.itemsize
+    data[ATTENTION_HEADER.itemsize : start].view(ATTENTION_ITEM)["num_extents"] = 2
+    answer = namespace.attend(data, ANSWER)
+    twice = [np.concatenate([rows, rows]) for rows in (keys, values)]
+    np.testing.assert_allclose(out_of(answer), plain(queries, *twice), atol=1e-5)
+    assert sum(counts(answer)) == 2 * LAYER_LBAS
+
+
+@pytest.mark.parametrize("inline_bytes", [0, INLINE_BYTES])
+@pytest.mark.parametrize("num_lines", [4, 40, 128])
+def test_scattered_pages_from_several_threads(small_drive, monkeypatch, inline_bytes):
+    """Commands that want more lines together than there are wait for each other, never in a circle."""
+    monkeypatch.setattr("accel.attention_job.INLINE_BYTES", inline_bytes)
+    namespace = Namespace(small_drive.transport)
+    keys, values = groups(namespace, 5, scattered=True)
+    failures = []
+
+    def work(seed):
+        queries = np.random.default_rng(seed).standard_normal((1, 1, HEADS * GROUP, HEAD_DIM), np.float32)
+        want = plain(queries, keys, values)
+        for _ in range(10):
+            answer = namespace.attend(descriptor(5, queries=queries)[0], ANSWER)
+            if not np.allclose(out_of(answer), want, atol=1e-5) or sum(counts(answer)) != 5 * LAYER_LBAS:
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failures == []
+    assert not small_drive.cache._slots[:, 1].any()
 
 
 def test_attention_from_several_threads(drive, namespace):
