@@ -16,6 +16,7 @@ from accel.vendor_commands import VendorCommands
 from accel.workers import load_worker
 from ftl import errors as flash_errors
 from ftl.geometry import Geometry
+from ftl.media import FlashMedia
 from ftl.media_file import FileMedia
 from ftl.translation import FlashTranslationLayer
 from spdk_glue.controller import Controller
@@ -33,12 +34,14 @@ class DriveConfig:
     """Options of an embedded drive.
 
     cache_bytes: DRAM read cache; num_workers: compute threads, None for one per CPU this process may
-    use; worker: a name of accel.workers.WORKERS.
+    use; worker: a name of accel.workers.WORKERS; num_command_threads: 0 to run background commands where
+    they are submitted, so that the drive does the same thing each time.
     """
 
     cache_bytes: int = DEFAULT_CACHE_BYTES
     num_workers: int | None = None
     worker: str = "numba"
+    num_command_threads: int = 2
     read_only: bool = False
 
     def __post_init__(self):
@@ -46,6 +49,8 @@ class DriveConfig:
             raise ValueError(f"cache_bytes is at least {MIN_CACHE_BYTES}, not {self.cache_bytes}")
         if self.num_workers is not None and not 1 <= self.num_workers <= 1024:
             raise ValueError(f"num_workers is 1 to 1024, not {self.num_workers}")
+        if self.num_command_threads < 0:
+            raise ValueError(f"num_command_threads is not negative: {self.num_command_threads}")
 
     @property
     def worker_count(self) -> int:
@@ -67,7 +72,7 @@ class Drive:
             admin.handlers(),
         )
         admin.error_log = controller.error_log
-        self.transport = InprocTransport(controller)
+        self.transport = InprocTransport(controller, config.num_command_threads)
         stack.callback(self.transport.close)
 
     @staticmethod
@@ -82,8 +87,12 @@ class Drive:
     def open(cls, path: str | os.PathLike, config: DriveConfig | None = None) -> "Drive":
         """Open a drive's file, recovering after an unclean end. Raises FlashError."""
         config = config or DriveConfig()
+        return cls.over(FileMedia.open(path, read_only=config.read_only), config)
+
+    @classmethod
+    def over(cls, media: FlashMedia, config: DriveConfig) -> "Drive":
+        """Open a drive on media, which it closes in the end. Raises FlashError."""
         with ExitStack() as stack:
-            media = FileMedia.open(path, read_only=config.read_only)
             stack.callback(media.close)
             ftl = FlashTranslationLayer.open(media)
             stack.callback(ftl.close)

@@ -1,6 +1,7 @@
 """What can go wrong in a drive's flash and its translation layer. Every error carries its facts."""
 
 import os
+from errno import EDQUOT, ENOSPC
 
 
 class FlashError(Exception):
@@ -63,12 +64,47 @@ class MediaIoError(FlashError):
         super().__init__(f"{path}: {os.strerror(errno)} at offset {offset}")
 
 
+class BackingFull(MediaIoError):
+    """The store behind the flash has no room for what was programmed or erased: a full disk.
+
+    As after any failed program, pages of the batch may be missing; the same can be written again, elsewhere,
+    once there is room.
+    """
+
+
+def backing_error(errno: int, path, offset: int) -> MediaIoError:
+    """The error for a failed transfer, by its errno."""
+    return (BackingFull if errno in (ENOSPC, EDQUOT) else MediaIoError)(errno, path, offset)
+
+
 class NandRuleViolation(FlashError):
     """A program or erase that flash does not allow: a bug above, or a damaged table."""
 
     def __init__(self, rule: str, page: int):
         self.rule, self.page = rule, page
         super().__init__(f"{rule}: physical page {page}")
+
+
+class ProgramFailed(FlashError):
+    """The flash could not program pages of these erase blocks; planes: int64 array.
+
+    What the failed pages hold is undefined. Of the batch's other pages any may have been programmed.
+    """
+
+    def __init__(self, superblock: int, planes):
+        self.superblock, self.planes = superblock, planes
+        super().__init__(f"program failed in superblock {superblock} on planes {planes.tolist()}")
+
+
+class EraseFailed(FlashError):
+    """The flash could not erase these erase blocks, whose content is undefined; planes: int64 array.
+
+    The superblock's other good blocks are erased.
+    """
+
+    def __init__(self, superblock: int, planes):
+        self.superblock, self.planes = superblock, planes
+        super().__init__(f"erase failed in superblock {superblock} on planes {planes.tolist()}")
 
 
 class CorruptPage(FlashError):

@@ -5,7 +5,10 @@ written stripe by stripe. Pages are numbered in that order:
 
     page = superblock * pages_per_superblock + page_in_erase_block * num_planes + plane
 
-so consecutive pages of a superblock use every channel in turn and lie side by side in a backing file.
+so consecutive pages of a superblock use every channel in turn and lie side by side in a backing file. Planes
+are numbered channel first, then die, then plane of the die:
+
+    plane % num_dies = die, die % num_channels = channel
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ CAPACITY_MIN = 16 * MIB
 # A superblock is the unit of collection: small against a sequence, large against a request.
 SUPERBLOCK_MIN, SUPERBLOCK_MAX = 1 * MIB, 16 * MIB
 SUPERBLOCKS_WANTED = 128
+PARITY_DIES_MAX = 32  # a parity page's OOB has a bit for each
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,18 @@ class Geometry:
     planes_per_die: int = 1
     pages_per_erase_block: int = 256
     num_superblocks: int = 64
+    spare_percent: int = 7  # of the flash, kept from the logical blocks: see provisioning.py
+    parity: int = 0  # 1: a page of every row is parity across dies
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            lowest = 0 if name == "parity" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if self.spare_percent > 50:
+            raise ValueError(f"spare_percent must be 1 to 50, not {self.spare_percent}")
+        if self.parity > 1 or (self.parity and not 2 <= self.num_dies <= PARITY_DIES_MAX):
+            raise ValueError(f"parity is 0, or 1 on a drive of 2 to {PARITY_DIES_MAX} dies, not {self.parity}")
         if self.page_size & (self.page_size - 1) or not PAGE_SIZE_MIN <= self.page_size <= PAGE_SIZE_MAX:
             raise ValueError(f"page_size must be a power of two from 4 KiB to 64 KiB, not {self.page_size}")
         if self.num_superblocks < 8:
@@ -45,6 +56,11 @@ class Geometry:
     def num_planes(self) -> int:
         """Planes of the whole drive: pages in a stripe, erase blocks in a superblock."""
         return self.num_channels * self.dies_per_channel * self.planes_per_die
+
+    @property
+    def num_dies(self) -> int:
+        """Dies of the whole drive; die d has the planes d, d + num_dies, and so on."""
+        return self.num_channels * self.dies_per_channel
 
     @property
     def pages_per_superblock(self) -> int:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Everything the file holds besides pages starts on such a boundary, so that direct I/O reaches it.
 BLOCK_BYTES = 4096
 
@@ -22,6 +22,8 @@ class PageKind(IntEnum):
     DATA = 1
     DEALLOCATE = 2  # ranges deallocated; with none, a mark that carries a durable_program_number
     MAPPING_SNAPSHOT = 3  # every unmapped range: what the log said before is superseded
+    PARITY = 4  # XOR of the other pages of its group in a row: see parity.py
+    CHECKPOINT = 5  # a piece of the map
 
 
 PAGE_OOB = np.dtype(
@@ -31,7 +33,9 @@ PAGE_OOB = np.dtype(
         ("payload_crc32c", "<u4"),  # of the page
         ("kind", "u1"),  # PageKind
         ("stream", "u1"),  # placement stream it was written in
-        ("reserved0", "<u2"),  # zero
+        # On parity pages the XOR of their members' fields, as in `lba` and `sequence_number`; else zero.
+        ("xor_kind", "u1"),
+        ("xor_stream", "u1"),
         ("lba", "<u8"),  # LBA_NONE on metadata
         ("sequence_number", "<u8"),  # version of the data: the highest per LBA counts; copies keep it
         ("program_number", "<u8"),  # grows with every page programmed
@@ -39,7 +43,8 @@ PAGE_OOB = np.dtype(
         # page was programmed.
         ("durable_program_number", "<u8"),
         ("session", "<u4"),  # one number per opening of the drive that changed it
-        ("reserved1", "V12"),  # zero
+        ("member_dies", "<u4"),  # of a parity page: a bit per die with a member
+        ("xor_program_number", "<u8"),
     ]
 )
 assert PAGE_OOB.itemsize == 64
@@ -76,18 +81,27 @@ DRIVE_HEADER = np.dtype(
         ("dies_per_channel", "<u4"),
         ("planes_per_die", "<u4"),
         ("pages_per_erase_block", "<u4"),
-        ("reserved0", "<u4"),
+        ("spare_percent", "<u4"),
         ("num_superblocks", "<u8"),
         ("num_lbas", "<u8"),
         ("erase_block_table_start", "<u8"),  # byte offsets in the file
         ("oob_start", "<u8"),
         ("oob_stride", "<u8"),  # bytes of OOB per superblock, a multiple of BLOCK_BYTES
         ("data_start", "<u8"),
-        ("reserved1", "V3984"),
+        ("parity", "<u4"),
+        ("reserved", "V3980"),
     ]
 )
 assert DRIVE_HEADER.itemsize == BLOCK_BYTES
 
-ERASE_BLOCK = np.dtype([("erase_count", "<u4"), ("flags", "<u4"), ("reserved", "<u8")])
-ERASE_BLOCK_BAD = 1
+# Of each erase block.
+ERASE_BLOCK = np.dtype(
+    [
+        ("erase_count", "<u4"),
+        ("flags", "<u4"),  # ERASE_BLOCK_BAD
+        ("crc32c", "<u4"),  # of erase_count, flags and the erase block's number, u64
+        ("reserved", "<u4"),  # zero
+    ]
+)
+ERASE_BLOCK_BAD = 1  # factory or grown: not programmed or erased any more
 assert BLOCK_BYTES % ERASE_BLOCK.itemsize == 0

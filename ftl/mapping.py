@@ -28,6 +28,8 @@ def _assign(entries, valid, pages_per_superblock, lbas, pages):
 @njit(nogil=True, cache=True)
 def _move(entries, valid, pages_per_superblock, lbas, old_pages, new_pages):
     for index in range(len(lbas)):
+        if np.int64(entries[lbas[index]]) - 1 != old_pages[index]:
+            continue
         entries[lbas[index]] = new_pages[index] + 1
         valid[old_pages[index] // pages_per_superblock] -= 1
         valid[new_pages[index] // pages_per_superblock] += 1
@@ -70,6 +72,9 @@ class Mapping:
         self._pages_per_superblock = pages_per_superblock
         self.valid_pages = np.zeros(num_superblocks, np.int64)
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def mapped_pages(self) -> int:
         return int(self.valid_pages.sum())
@@ -85,7 +90,7 @@ class Mapping:
         _assign(self._entries, self.valid_pages, self._pages_per_superblock, lbas, pages)
 
     def move(self, lbas: np.ndarray, old_pages: np.ndarray, new_pages: np.ndarray) -> None:
-        """Point LBAs at copies of their pages."""
+        """Point LBAs at copies of their pages, those that still point at the original."""
         _move(self._entries, self.valid_pages, self._pages_per_superblock, lbas, old_pages, new_pages)
 
     def unmap(self, first_lba: int, num_lbas: int) -> int:

@@ -23,10 +23,13 @@ from ftl.direct_io.api import crc32c_records
 from ftl.layout import OOB_MAGIC, PAGE_OOB, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
+from ftl.parity import lost_records
+from ftl.provisioning import num_lbas
 from spdk_glue import dma
 
 log = logging.getLogger(__name__)
 
+LOG_KINDS = (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT, PageKind.CHECKPOINT)
 VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
 
 
@@ -34,11 +37,13 @@ VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
 class Recovered:
     """What a scan found out.
 
-    fill: int64 [num_superblocks], pages up to the last programmed one
+    fill: int64 [num_superblocks], pages up to the last programmed one; newest: their highest program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     """
 
+    mapping: Mapping
     fill: np.ndarray
+    newest: np.ndarray
     last_stream: dict[int, int] = field(default_factory=dict)
     log_superblocks: list[int] = field(default_factory=list)
     next_sequence_number: int = 1
@@ -47,23 +52,23 @@ class Recovered:
     torn_pages: int = 0
 
 
-def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> Recovered:
-    """Fill an empty map, and the checksums expected of each page: uint32 [num_pages].
-
-    Raises MediaIoError.
-    """
+def recover(media: FlashMedia) -> Recovered:
+    """The map of a drive that was used before. Raises MediaIoError."""
     geometry = media.geometry
-    found = Recovered(np.zeros(geometry.num_superblocks, np.int64))
+    mapping = Mapping(num_lbas(geometry), geometry.num_superblocks, geometry.pages_per_superblock)
+    empty = np.zeros(geometry.num_superblocks, np.int64)
+    found = Recovered(mapping, empty, empty.copy())
     records, pages = _scan(media, found)
     if not len(records):
         return found
     good = _without_torn(media, records, pages, found)
     records, pages = records[good], pages[good]
-    payload_crc32c[pages] = records["payload_crc32c"]
+    if geometry.parity:
+        lost, lost_pages = lost_records(geometry, records, pages)
+        records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
 
-    data = records["kind"] == PageKind.DATA
+    data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     log_kind = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
-    data &= records["lba"] < len(mapping._entries)
     versions = mapping.start_recovery()
     mapping.recover_pages(
         versions,
@@ -80,26 +85,36 @@ def recover(media: FlashMedia, mapping: Mapping, payload_crc32c: np.ndarray) -> 
 def _scan(media: FlashMedia, found: Recovered) -> tuple[np.ndarray, np.ndarray]:
     """All OOB records that hold, and their pages; notes counters and fill in `found`."""
     per_superblock = media.geometry.pages_per_superblock
+    bad_planes = media.bad_blocks()
     all_records, all_pages = [], []
     for superblock in media.programmed_superblocks().tolist():
         records = media.read_oob(superblock)
         programmed = np.flatnonzero(records["magic"] != 0)
         if not len(programmed):
             continue
-        found.fill[superblock] = programmed[-1] + 1
+        # a block that could not be erased shows what it held in an earlier life
+        on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
+        found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         records = records[programmed]
         holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])
-        if (records["kind"][holds] != PageKind.DATA).any():
+        if not holds.any():
+            continue
+        records = records[holds]
+        found.newest[superblock] = records["program_number"].max()
+        if np.isin(records["kind"], LOG_KINDS).any():
             found.log_superblocks.append(superblock)
-        elif holds.any() and found.fill[superblock] < per_superblock:
-            found.last_stream[superblock] = int(records["stream"][holds][-1])
+        elif found.fill[superblock] < per_superblock:
+            data = records[records["kind"] == PageKind.DATA]
+            if len(data):
+                found.last_stream[superblock] = int(data["stream"][-1])
     if not all_records:
         return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
     if len(records):
-        found.next_sequence_number = int(records["sequence_number"].max()) + 1
+        versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
+        found.next_sequence_number = int(versions.max(initial=0)) + 1
         found.next_program_number = int(records["program_number"].max()) + 1
         found.session = int(records["session"].max()) + 1
     return records, pages
@@ -152,7 +167,7 @@ def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage]) -> 
     snapshot_number, snapshot = deallocation_log.newest_snapshot(pages)
     later = [page for page in pages if page.kind == PageKind.DEALLOCATE]
     for page in snapshot + later:
-        for lba, num_lbas, sequence_number in page.records.tolist():
+        for lba, count, sequence_number in page.records.tolist():
             if page.kind == PageKind.DEALLOCATE and sequence_number < snapshot_number:
                 continue
-            mapping.recover_deallocation(versions, lba, num_lbas, sequence_number)
+            mapping.recover_deallocation(versions, lba, count, sequence_number)

@@ -1,14 +1,18 @@
-"""The life of a superblock: every state and every transition.
+"""The life of a superblock: every state and every transition, and what each one holds.
 
 FREE -> OPEN -> FULL -> ERASING -> FREE
-FREE -> LOG -> ERASING            metadata log
-FULL -> QUARANTINED               a page in it failed its checksum; it is never collected
-BAD                               has a bad erase block; never used
+FREE -> LOG -> ERASING            metadata
+FULL -> QUARANTINED               a page in it failed its checksum; it is collected once nothing in it is mapped
+ERASING -> BAD                    no good erase block is left in it
+
+A superblock goes on with the erase blocks that are good: a bad one costs its own pages and no more.
 """
 
 from enum import IntEnum
 
 import numpy as np
+
+from ftl.geometry import Geometry
 
 
 class State(IntEnum):
@@ -26,23 +30,56 @@ NEXT = {
     State.OPEN: {State.FULL},
     State.FULL: {State.ERASING, State.QUARANTINED},
     State.LOG: {State.ERASING},
-    State.ERASING: {State.FREE},
-    State.QUARANTINED: {State.ERASING},  # once nothing in it is mapped any more
+    State.ERASING: {State.FREE, State.BAD},
+    State.QUARANTINED: {State.ERASING},
     State.BAD: set(),
 }
 
 
 class Superblocks:
-    """State of each superblock, and the choice of the next one to write: the least worn free one."""
+    """Arrays over all superblocks.
 
-    def __init__(self, bad: np.ndarray, erase_counts: np.ndarray):
-        self.states = np.where(bad, State.BAD, State.FREE).astype(np.uint8)
+    states: uint8; erase_counts: int64; bad_planes: bool [num_superblocks, num_planes]
+    capacity: int64, pages that can hold data, as of the last erase
+    fill: int64, one past the index of the last page programmed
+    newest: int64, program number of the last page programmed: what it holds has not changed since
+    retiring: set of those with a block that failed; what they hold is moved before all else
+    """
+
+    def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
+        self._geometry = geometry
+        self.bad_planes = bad_planes
+        self.capacity = self._data_pages(bad_planes)
+        self.states = np.where(bad_planes.all(axis=1), State.BAD, State.FREE).astype(np.uint8)
         self.erase_counts = erase_counts
+        self.fill = np.zeros(len(self.states), np.int64)
+        self.newest = np.zeros(len(self.states), np.int64)
+        self.retiring: set[int] = set()
 
     def move(self, superblock: int, state: State) -> None:
         old = State(self.states[superblock])
         assert state in NEXT[old], f"superblock {superblock}: {old.name} to {state.name}"
         self.states[superblock] = state
+
+    def erased(self, superblock: int) -> None:
+        """It is empty, one cycle older, and free unless all its blocks are bad."""
+        self.fill[superblock] = self.newest[superblock] = 0
+        self.erase_counts[superblock] += 1
+        self.retiring.discard(superblock)
+        self.capacity[superblock] = self._data_pages(self.bad_planes[superblock : superblock + 1])[0]
+        self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
+
+    def _data_pages(self, bad_planes: np.ndarray) -> np.ndarray:
+        """Pages on good blocks that parity does not take, by superblock."""
+        good = np.count_nonzero(~bad_planes, axis=1)
+        if self._geometry.parity:
+            by_group = ~bad_planes.reshape(len(bad_planes), -1, self._geometry.num_dies)
+            good = good - np.count_nonzero(np.count_nonzero(by_group, axis=2) >= 2, axis=1)
+        return good * self._geometry.pages_per_erase_block
+
+    def planes_failed(self, superblock: int, planes: np.ndarray) -> None:
+        """These erase blocks of it are bad from now on."""
+        self.bad_planes[superblock, planes] = True
 
     def count(self, state: State) -> int:
         return int(np.count_nonzero(self.states == state))
@@ -51,11 +88,13 @@ class Superblocks:
         """int64: the superblocks in a state."""
         return np.flatnonzero(self.states == state)
 
-    def take_free(self, state: State) -> int | None:
-        """The least worn free superblock, moved to `state`; None when there is none."""
+    def take_free(self, state: State, most_worn: bool = False) -> int | None:
+        """The least worn free superblock (or the most worn, for what will stay), moved to `state`; None when
+        there is none."""
         free = self.of(State.FREE)
         if not len(free):
             return None
-        superblock = int(free[np.argmin(self.erase_counts[free])])
+        counts = self.erase_counts[free]
+        superblock = int(free[np.argmax(counts) if most_worn else np.argmin(counts)])
         self.move(superblock, state)
         return superblock

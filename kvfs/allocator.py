@@ -35,6 +35,11 @@ class Allocator:
         return sum(self._stops) - sum(self._starts) + sum(count for _, count in self._held)
 
     @property
+    def free_extents(self) -> list[Extent]:
+        """Free extents that can be allocated now, in order."""
+        return [(start, stop - start) for start, stop in zip(self._starts, self._stops, strict=True)]
+
+    @property
     def largest_free_lbas(self) -> int:
         return max((b - a for a, b in zip(self._starts, self._stops, strict=True)), default=0)
 
@@ -58,11 +63,11 @@ class Allocator:
         return None
 
     def give_back(self, first_lba: int, num_lbas: int) -> None:
-        """Free blocks that no metadata has ever named: usable at once."""
+        """Free blocks that were never written: usable at once."""
         self._insert(first_lba, num_lbas)
 
     def hold(self, first_lba: int, num_lbas: int) -> None:
-        """Free blocks that durable metadata may still name: usable after the next `release`."""
+        """Free blocks that hold data or that durable metadata may name: usable after the next `release`."""
         self._held.append((first_lba, num_lbas))
 
     def release(self) -> list[Extent]:

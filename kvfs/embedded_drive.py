@@ -6,7 +6,7 @@ from pathlib import Path
 from accel.drive import Drive, DriveConfig, Geometry, flash_errors
 from kvfs.errors import DriveBusy, DriveExists, MediaFailure, NotADrive
 
-__all__ = ["DriveConfig", "Geometry", "format_drive", "open_drive"]
+__all__ = ["Drive", "DriveConfig", "Geometry", "format_drive", "open_drive"]
 
 
 def format_drive(path: str | os.PathLike, size_bytes: int, geometry: Geometry | None, page_size: int) -> None:

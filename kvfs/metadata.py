@@ -1,7 +1,7 @@
 """The catalogue: models, sequences, groups and tokens, in SQLite on the drive's own blocks.
 
-Every method is one transaction, visible at once and durable after `sync`. Rows name blocks only after
-their data were written. One row per token group, never one per page.
+Every method is one transaction (or part of one under way), visible at once and durable after `sync`. Rows name
+blocks only after their data were written. One row per token group, never one per page.
 """
 
 import itertools
@@ -105,33 +105,43 @@ class Catalogue:
         self.is_durable = True  # whether every transaction so far survives a power cut
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
+        self._db: apsw.Connection | None = None
         try:
-            self._db = apsw.Connection(DATABASE_NAME, vfs=vfs_name)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA temp_store = MEMORY")
-            if create:
-                # no rollback journal file exists on a volume; the switch to WAL is the only use of one
-                self._db.execute(f"PRAGMA page_size = {min(max(page_size, 4096), 65536)}")
-                self._db.execute("PRAGMA journal_mode = MEMORY")
-            mode = self._db.execute("PRAGMA journal_mode = WAL").get
-            assert mode == "wal", mode
-            self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
-            # room is left for the transaction that crosses the mark
-            wal_pages = volume.wal.capacity // page_size
-            self._db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, wal_pages // 4)}")
-            self._db.execute("PRAGMA cache_size = -16384")
-            if create:
-                with self._transaction():
-                    self._db.execute(SCHEMA)
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            version = self._db.execute("PRAGMA user_version").get
-        except (apsw.CorruptError, apsw.NotADBError) as error:
-            raise NotADrive(path, f"the catalogue is damaged: {error}") from error
+            version = self._open(vfs_name, page_size, create)
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
+                raise NotADrive(path, f"the catalogue is damaged: {error}") from error
+            raise
         if version != SCHEMA_VERSION:
+            self.abandon()
             raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {SCHEMA_VERSION}")
 
+    def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
+        """Connect; the version of the schema."""
+        self._db = apsw.Connection(DATABASE_NAME, vfs=vfs_name)
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA temp_store = MEMORY")
+        if create:
+            # no rollback journal file exists on a volume; the switch to WAL is the only use of one
+            self._db.execute(f"PRAGMA page_size = {min(max(page_size, 4096), 65536)}")
+            self._db.execute("PRAGMA journal_mode = MEMORY")
+        mode = self._db.execute("PRAGMA journal_mode = WAL").get
+        assert mode == "wal", mode
+        self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
+        # room is left for the transaction that crosses the mark
+        wal_pages = self._volume.wal.capacity // page_size
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, wal_pages // 4)}")
+        self._db.execute("PRAGMA cache_size = -16384")
+        if create:
+            with self.transaction():
+                self._db.execute(SCHEMA)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return self._db.execute("PRAGMA user_version").get
+
     @contextmanager
-    def _transaction(self):
+    def transaction(self):
+        """All of what is done inside or none of it; those inside others are part of them."""
         try:
             with self._db:
                 yield
@@ -154,7 +164,9 @@ class Catalogue:
         """Close without touching the drive, which has failed: what was not durable is gone."""
         self._volume.detached = True
         with suppress(apsw.Error, NvmeError):
-            self._db.close()
+            if self._db is not None:
+                self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                self._db.close()
         self._vfs.unregister()
 
     # models
@@ -167,7 +179,7 @@ class Catalogue:
         return [ModelRow(row[0], row[1], KvGeometry(*row[2:])) for row in rows]
 
     def add_model(self, name: str, geometry: KvGeometry) -> ModelRow:
-        with self._transaction():
+        with self.transaction():
             self._db.execute(
                 "INSERT INTO model (name, num_layers, num_query_heads, num_kv_heads, head_dim, dtype,"
                 " group_tokens) VALUES (:name, :num_layers, :num_query_heads, :num_kv_heads, :head_dim,"
@@ -188,7 +200,7 @@ class Catalogue:
 
     def create_sequence(self, model_id: int, name: str) -> SequenceRow:
         now = time.time_ns()
-        with self._transaction():
+        with self.transaction():
             self._db.execute(
                 "INSERT INTO sequence (model_id, name, created_ns, changed_ns, num_tokens, num_spilled,"
                 " tail_lba, tail_lbas) VALUES (?, ?, ?, ?, 0, 0, 0, 0)",
@@ -197,7 +209,7 @@ class Catalogue:
             return SequenceRow(self._db.last_insert_rowid(), model_id, name, now, now, 0, 0, 0, 0)
 
     def rename_sequence(self, sequence_id: int, name: str) -> None:
-        with self._transaction():
+        with self.transaction():
             self._db.execute("UPDATE sequence SET name = ? WHERE id = ?", (name, sequence_id))
 
     def groups(self, sequence_id: int) -> list[GroupRow]:
@@ -223,7 +235,7 @@ class Catalogue:
         and the extents of groups that nothing names any more.
         """
         row.changed_ns = time.time_ns()
-        with self._transaction():
+        with self.transaction():
             freed = self._release_groups(row.id, first_changed)
             stored = list(groups[:first_changed])
             for position, group in enumerate(groups[first_changed:], first_changed):
@@ -270,7 +282,7 @@ class Catalogue:
 
     def delete_sequence(self, row: SequenceRow) -> list[Extent]:
         """Forget a sequence. Returns the extents that nothing names any more."""
-        with self._transaction():
+        with self.transaction():
             freed = self._release_groups(row.id, 0)
             self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))
             self._db.execute("DELETE FROM sequence WHERE id = ?", (row.id,))

@@ -3,8 +3,9 @@
 Two files live in the reserved metadata area: the database and its write-ahead log. SQLite runs in WAL
 mode with exclusive locking, so there is no shared memory and one process at a time. Writes collect in
 memory, whole blocks at a time, until SQLite or `sync` asks for durability; then they go out in one batch
-followed by an NVMe Flush. A block is written atomically by the drive, and WAL frames carry checksums, so
-a power cut between blocks loses whole transactions from the end and nothing else.
+between two NVMe Flushes, the first for the data that they name. A block is written atomically by the drive,
+and WAL frames carry checksums, so a power cut between blocks loses whole transactions from the end and
+nothing else.
 
 Block 0 of the volume is the volume header: format version, area sizes, file sizes.
 """
@@ -38,6 +39,7 @@ VOLUME_MAGIC = b"KVFSVOL1"
 VOLUME_VERSION = 1
 DATABASE_NAME = "kvfs.db"
 PLACEMENT_METADATA = 0
+READ_AHEAD_BLOCKS = 16  # a command costs about as much as so many blocks
 CACHED_BLOCKS = 2048  # clean blocks kept for reading: a WAL between checkpoints fits
 
 
@@ -68,9 +70,18 @@ class BlockFile:
         if index in self._clean:
             self._clean.move_to_end(index)
             return self._clean[index]
-        data = self._namespace.read(self._first_lba + index, 1).tobytes()
-        self._keep(index, data)
-        return data
+        return self._read_ahead(index)
+
+    def _read_ahead(self, index: int) -> bytes:
+        """Read a block, and with it those behind it that are not in memory."""
+        stop = min(index + READ_AHEAD_BLOCKS, -(-self.size // self._block_bytes))
+        known = (i for i in range(index + 1, stop) if i in self._dirty or i in self._clean)
+        count = max(1, next(known, stop) - index)
+        data = self._namespace.read(self._first_lba + index, count).tobytes()
+        blocks = [data[start : start + self._block_bytes] for start in range(0, len(data), self._block_bytes)]
+        for position, block in enumerate(blocks):
+            self._keep(index + position, block)
+        return blocks[0]
 
     def _keep(self, index: int, data: bytes) -> None:
         self._clean[index] = data
@@ -148,11 +159,12 @@ class Volume:
         self.first_data_lba = 1 + database_lbas + wal_lbas
 
     @classmethod
-    def format(cls, namespace: Namespace) -> "Volume":
+    def format(cls, namespace: Namespace, area: tuple[int, int] | None = None) -> "Volume":
+        """An empty volume. area: (database_lbas, wal_lbas), metadata_area's choice when None."""
         header = np.zeros(1, VOLUME_HEADER)
         header["magic"] = VOLUME_MAGIC
         header["version"] = VOLUME_VERSION
-        header["database_lbas"], header["wal_lbas"] = metadata_area(namespace.num_lbas)
+        header["database_lbas"], header["wal_lbas"] = area or metadata_area(namespace.num_lbas)
         volume = cls(namespace, header)
         if volume.first_data_lba >= namespace.num_lbas:
             raise ValueError(f"a drive of {namespace.num_lbas} blocks is too small for kvfs")
@@ -187,6 +199,8 @@ class Volume:
             block[: header.nbytes] = header.view(np.uint8)
             extents.append((0, block))
         if extents:
+            # of what is not yet durable, any part may survive a power cut: rows must not outlive their data
+            self._namespace.flush()
             self._namespace.write_scattered(extents, PLACEMENT_METADATA)
         self._namespace.flush()
         self.database.forget_dirty()

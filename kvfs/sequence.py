@@ -20,7 +20,8 @@ from spdk_glue.namespace import QUEUE_DEPTH
 
 PLACEMENT_TAIL = 1
 PLACEMENT_KV = 2  # and up: one per sequence, as far as the drive tells them apart
-SPILL_BATCH_BYTES = 8 << 20  # written by one doorbell: long runs on flash, few hand-overs
+READ_BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
+SPILL_BATCH_BYTES = 8 << 20  # written by one: long runs on flash, few hand-overs
 SPILL_BATCH_EXTENTS = QUEUE_DEPTH // 2  # the rest for a group that goes out by head
 
 
@@ -83,13 +84,22 @@ class Sequence:
         self._check_usable()
         if self._layers is None:
             self._layers = self._new_tails(self._row.num_spilled)
-            if self._row.num_tokens > self._row.num_spilled:
-                self._load_tail_record()
+            try:
+                if self._row.num_tokens > self._row.num_spilled:
+                    self._load_tail_record()
+            except BaseException:
+                self._clear_tails()  # or the next use would take what there is for all
+                raise
         self._store._used(self)
 
     def _new_tails(self, num_tokens: int) -> list[LayerTail]:
         pool = self._store._image_pool
         return [LayerTail(self._layout, pool, num_tokens) for _ in range(self._geometry.num_layers)]
+
+    @property
+    def _can_unload(self) -> bool:
+        """Whether the tail is in memory and none of it would be lost: no layer is ahead of the others."""
+        return self._layers is not None and len({tail.num_tokens for tail in self._layers}) == 1
 
     def _unload(self) -> None:
         """Let go of the tail's memory. What is only there is stored first; durable after the next sync."""
@@ -221,21 +231,26 @@ class Sequence:
         shape = (stop - start, self._geometry.num_kv_heads, self._geometry.head_dim)
         keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
         on_flash = min(stop, tail.num_spilled)
-        group_tokens = self._geometry.group_tokens
-        position = start
-        while position < on_flash:
-            group, row = divmod(position, group_tokens)
-            count = min(group_tokens - row, on_flash - position)
-            # not from an image: after a reopening it lacks the rows that were on flash before
-            base = self._groups[group].base_lba + layer * self._layout.layer_lbas
-            image = self._store._namespace.read(base, self._layout.layer_lbas)
-            image = image.reshape(self._layout.image_shape)
-            part = slice(position - start, position - start + count)
-            group_image.unpack(self._layout, image, row, keys[part], values[part])
-            position += count
-        if position < stop:
-            tail.read(position, stop, keys[position - start :], values[position - start :])
+        if start < on_flash:
+            self._read_groups(layer, start, on_flash, keys, values)
+        if on_flash < stop:
+            first = max(start, on_flash)
+            tail.read(first, stop, keys[first - start :], values[first - start :])
         return keys, values
+
+    def _read_groups(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Copy tokens [start, stop) from flash: an image in the tail may lack rows that were there before."""
+        group_tokens, layout = self._geometry.group_tokens, self._layout
+        groups = self._groups[: -(-stop // group_tokens)]
+        batch = max(1, READ_BATCH_BYTES // layout.image_bytes)
+        for first in range(start // group_tokens, len(groups), batch):
+            bases = [g.base_lba + layer * layout.layer_lbas for g in groups[first : first + batch]]
+            images = dma.allocate(len(bases) * layout.image_bytes).reshape(len(bases), *layout.image_shape)
+            self._store._namespace.read_scattered(list(zip(bases, images, strict=True)))
+            for group, image in enumerate(images, first):
+                low, high = max(start, group * group_tokens), min(stop, (group + 1) * group_tokens)
+                part = slice(low - start, high - start)
+                group_image.unpack(layout, image, low - group * group_tokens, keys[part], values[part])
 
     def _drive_part(self, layer: int) -> DrivePart:
         return DrivePart(self._groups, self._layers[layer].num_spilled)
@@ -360,8 +375,8 @@ class Sequence:
 
     def _drop_groups(self, keep: int) -> None:
         for group in self._groups[keep:]:
-            if group.id is None:  # no metadata ever named it
-                self._store._allocator.give_back(group.base_lba, group.num_lbas)
+            if group.id is None:  # no metadata ever named it, so none will give it back
+                self._store._allocator.hold(group.base_lba, group.num_lbas)
         del self._groups[keep:]
         self._groups_changed_from = min(self._groups_changed_from, keep)
 
@@ -372,23 +387,31 @@ class Sequence:
             self._store._check_new_name(name)
             if self._dirty:
                 self._store_state()  # gives the shared groups their rows
-            row = self._store._catalogue.create_sequence(self.model.id, name)
-            child = Sequence(self._store, self.model, row)
-            num_tokens = self.num_tokens
-            whole = min(tail.num_spilled for tail in self._layers)
-            whole = min(whole, num_tokens)
-            whole -= whole % self._geometry.group_tokens
-            child._groups = self._groups[: whole // self._geometry.group_tokens]
-            child._groups_changed_from = 0
-            child._layers = child._new_tails(whole)
-            for layer, tail in enumerate(child._layers):
-                child._refill(tail, *self._read_layer(layer, whole, num_tokens))
-            child._tokens = self._tokens.copy()
-            child._tokens_changed_from = 0
-            child._dirty = True
-            child._store_state()
+            with self._store._catalogue.transaction():  # the name and what it holds, or neither
+                row = self._store._catalogue.create_sequence(self.model.id, name)
+                child = Sequence(self._store, self.model, row)
+                try:
+                    child._take_tokens(self)
+                    child._store_state()
+                except BaseException:
+                    child._clear_tails()
+                    raise
             self._store._sequences[name] = child
             return child
+
+    def _take_tokens(self, parent: "Sequence") -> None:
+        """Have a parent's whole groups, and copies of its other tokens in the tail."""
+        num_tokens = parent.num_tokens
+        whole = min(num_tokens, *(tail.num_spilled for tail in parent._layers))
+        whole -= whole % self._geometry.group_tokens
+        self._groups = parent._groups[: whole // self._geometry.group_tokens]
+        self._groups_changed_from = 0
+        self._layers = self._new_tails(whole)
+        for layer, tail in enumerate(self._layers):
+            self._refill(tail, *parent._read_layer(layer, whole, num_tokens))
+        self._tokens = parent._tokens.copy()
+        self._tokens_changed_from = 0
+        self._dirty = True
 
     def compact(self) -> None:
         """Have the drive rewrite this sequence's whole groups so that each layer reads in long runs."""
@@ -403,6 +426,6 @@ class Sequence:
             self._wait_for_spills()
         for group in self._groups:
             if group.id is None:
-                self._store._allocator.give_back(group.base_lba, group.num_lbas)
+                self._store._allocator.hold(group.base_lba, group.num_lbas)
         self._clear_tails()
         self._deleted = True

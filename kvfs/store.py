@@ -13,7 +13,7 @@ from accel.workers import load_worker
 from kvfs.allocator import Allocator
 from kvfs.arrays import float_array, to_query
 from kvfs.attention_request import build_descriptor, parse_answer
-from kvfs.embedded_drive import DriveConfig, Geometry, format_drive, open_drive
+from kvfs.embedded_drive import Drive, DriveConfig, Geometry, format_drive, open_drive
 from kvfs.errors import (
     EmptySequence,
     InvalidArgument,
@@ -59,11 +59,21 @@ class Model:
 
 
 class Store:
-    """An open drive. Use as a context manager, or call `close`. Safe to call from several threads."""
+    """A store on an open drive, which it closes in the end. Use as a context manager, or call `close`.
+
+    Safe to call from several threads.
+    """
 
     def __init__(
-        self, path: str | os.PathLike, config: DriveConfig, writeback_tokens: int | None, tail_bytes: int
+        self,
+        drive: Drive,
+        path: str | os.PathLike,
+        *,
+        worker: str = "numba",
+        writeback_tokens: int | None = None,
+        tail_bytes: int = DEFAULT_TAIL_BYTES,
     ):
+        """path: for messages. Raises NotADrive, InvalidArgument."""
         self.path = os.fspath(path)
         self._lock = threading.RLock()
         self._closed = False
@@ -74,29 +84,34 @@ class Store:
         self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = DEFAULT_GROUP_TOKENS if writeback_tokens is None else writeback_tokens
         self._tail_bytes = tail_bytes
-        if self._writeback_tokens < 1:
-            raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
-        try:
-            self._worker = load_worker(config.worker)
-        except KeyError as error:
-            raise InvalidArgument(str(error.args[0])) from error
         with ExitStack() as stack:
-            self._drive = open_drive(path, config)
-            stack.callback(self._drive.close)
+            self._drive = drive
+            stack.callback(drive.close)
+            if self._writeback_tokens < 1:
+                raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
+            self._worker = load_worker(worker)
             self._namespace = Namespace(self._drive.transport)
             self._volume = Volume.open(self._namespace, path)
             self._catalogue = Catalogue(self._volume, self._namespace.block_bytes, path)
             self._models: dict[str, Model] = {}
-            for row in self._catalogue.models():
-                self._remember_model(row)
             try:
-                self._allocator = Allocator(
-                    self._volume.first_data_lba, self._namespace.num_lbas, list(self._catalogue.used_extents())
-                )
-            except ValueError as error:
-                raise NotADrive(path, f"the catalogue contradicts itself: {error}") from error
+                self._load_catalogue()
+            except BaseException:
+                self._catalogue.abandon()
+                raise
             self._num_placement_ids = int(self._namespace.attention["num_placement_ids"])
             self._stack = stack.pop_all()
+
+    def _load_catalogue(self) -> None:
+        for row in self._catalogue.models():
+            self._remember_model(row)
+        used = list(self._catalogue.used_extents())
+        try:
+            self._allocator = Allocator(self._volume.first_data_lba, self._namespace.num_lbas, used)
+        except ValueError as error:
+            raise NotADrive(self.path, f"the catalogue contradicts itself: {error}") from error
+        # what was written before a power cut, but never named, is nobody's: the flash need not keep it
+        self._namespace.deallocate(self._allocator.free_extents)
 
     def __enter__(self) -> "Store":
         return self
@@ -249,7 +264,7 @@ class Store:
         for other in list(self._sequences.values()):
             if self._image_pool.used_bytes <= self._tail_bytes:
                 break
-            if other is not sequence and other._layers is not None and other not in self._attended:
+            if other is not sequence and other._can_unload and other not in self._attended:
                 other._unload()
 
     def _note_spill(self, sequence: Sequence, layer: int, num_bytes: int) -> None:
@@ -512,14 +527,22 @@ def format(path, size="1GiB", *, geometry: Geometry | None = None, page_size: in
         raise InvalidArgument(str(error)) from error
     drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
     try:
-        namespace = Namespace(drive.transport)
-        volume = Volume.format(namespace)
-        Catalogue(volume, namespace.block_bytes, path, create=True).close()
+        format_volume(drive, path)
     except ValueError as error:
         drive.close()
         os.unlink(path)
         raise InvalidArgument(str(error)) from error
     drive.close()
+
+
+def format_volume(drive: Drive, path, metadata_lbas: tuple[int, int] | None = None) -> None:
+    """Make an empty store on an open drive. metadata_lbas: blocks for the database and its log.
+
+    Raises ValueError if the drive is too small.
+    """
+    namespace = Namespace(drive.transport)
+    volume = Volume.format(namespace, metadata_lbas)
+    Catalogue(volume, namespace.block_bytes, path, create=True).close()
 
 
 def open(
@@ -544,6 +567,15 @@ def open(
     try:
         config = DriveConfig(cache_bytes=parse_size(cache_bytes), num_workers=num_workers, worker=worker)
         tail_limit = parse_size(tail_bytes)
+        load_worker(worker)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    return Store(path, config, writeback_tokens, tail_limit)
+    except KeyError as error:
+        raise InvalidArgument(str(error.args[0])) from error
+    return Store(
+        open_drive(path, config),
+        path,
+        worker=worker,
+        writeback_tokens=writeback_tokens,
+        tail_bytes=tail_limit,
+    )

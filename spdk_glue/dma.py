@@ -5,6 +5,7 @@ project is allocated here. Addresses travel as plain integers in uint64 arrays: 
 arrays (page numbers, addresses), never a Python object per page.
 """
 
+import ctypes
 import mmap
 
 import numpy as np
@@ -36,6 +37,11 @@ def allocate(size_bytes: int) -> np.ndarray:
 def address_of(array: np.ndarray) -> int:
     """The address of the first byte of a C-contiguous array."""
     return array.__array_interface__["data"][0]
+
+
+def view(address: int, size_bytes: int) -> np.ndarray:
+    """uint8 [size_bytes]: the memory at an address, which the caller keeps alive."""
+    return np.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), np.uint8)
 
 
 def page_addresses(array: np.ndarray, page_size: int) -> np.ndarray:

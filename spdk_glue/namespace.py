@@ -1,8 +1,8 @@
-"""The host's view of one drive's NVMe namespace: blocks, and attention over them.
+"""The host's view of one drive's NVMe namespace: blocks of any drive, and attention over them of a kvfs drive.
 
-The file system reaches the drive through this class alone. It checks lengths before they leave, splits
-what is larger than the drive's transfer limit, and turns error completions into NvmeStatusError with
-what the drive's error log says.
+The file system reaches the drive through `Namespace` alone, flash on a raw drive through `BlockNamespace`. They
+check lengths before they leave, split what is larger than the drive's transfer limit, and turn error
+completions into NvmeStatusError with what the drive's error log says.
 """
 
 import threading
@@ -54,7 +54,7 @@ class Pending:
     cids: list[int]
 
 
-class Namespace:
+class BlockNamespace:
     """Blocks of one drive. Safe to use from several threads: each operation takes an idle queue pair."""
 
     def __init__(self, transport: Transport):
@@ -62,11 +62,7 @@ class Namespace:
         self._lock = threading.Lock()
         self._idle: list[QueuePair] = []
         self._admin_lock = threading.Lock()
-        self._next_ticket = 0
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
-        self.attention = self.controller["attention"]
-        if self.attention["signature"] != CAPABILITIES_SIGNATURE:
-            raise NotAKvfsDrive("the drive does not offer kvfs attention commands")
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=command.NSID)
         self.block_bytes = 1 << int(geometry["lbaf"][0]["lbads"])
         self.num_lbas = int(geometry["nsze"])
@@ -194,43 +190,6 @@ class Namespace:
             data["num_lbas"] = [count for _, count in batch]
             self._run(command.deallocate(len(batch)), [data.view(np.uint8)])
 
-    # attention
-
-    def attend(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray:
-        """Submit an attention descriptor, fetch its answer: uint8 [answer_bytes]."""
-        ticket = self.attention_submit(descriptor)
-        return self.attention_fetch(ticket, answer_bytes)
-
-    def attention_submit(self, descriptor: np.ndarray) -> int:
-        with self._lock:
-            ticket = self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
-        self._vendor(IoOpcode.ATTENTION_SUBMIT, ticket, descriptor)
-        return ticket
-
-    def attention_fetch(self, ticket: int, answer_bytes: int) -> np.ndarray:
-        answer = np.zeros(answer_bytes, np.uint8)
-        completions = self._vendor(IoOpcode.ATTENTION_FETCH, ticket, answer)
-        if int(completions["cdw0"][0]) != answer_bytes:
-            raise NvmeStatusError(
-                IoOpcode.ATTENTION_FETCH,
-                Status.DATA_TRANSFER_ERROR,
-                detail=f"an answer of {int(completions['cdw0'][0])} bytes where {answer_bytes} were expected",
-            )
-        return answer
-
-    def attention_cancel(self, ticket: int) -> None:
-        self._run(command.vendor(IoOpcode.ATTENTION_CANCEL, ticket), [None])
-
-    def seal_groups(self, payload: np.ndarray) -> None:
-        self._vendor(IoOpcode.SEAL_GROUPS, 0, payload)
-
-    def _vendor(self, opcode: IoOpcode, ticket: int, data: np.ndarray) -> np.ndarray:
-        limit = int(self.attention["max_transfer_bytes"])
-        if data.nbytes > limit:
-            raise ValueError(f"{data.nbytes} bytes in one {opcode.name}; this drive takes at most {limit}")
-        num_pages = -(-data.nbytes // self.block_bytes)
-        return self._run(command.vendor(opcode, ticket, num_pages), [data])
-
     # errors
 
     def _check(self, entries: np.ndarray, completions: np.ndarray, queue_id: int | None = None) -> None:
@@ -265,3 +224,50 @@ class Namespace:
         for queue_pair in self._idle:
             queue_pair.close()
         self._transport.close()
+
+
+class Namespace(BlockNamespace):
+    """Blocks and attention of a kvfs drive. Raises NotAKvfsDrive for any other."""
+
+    def __init__(self, transport: Transport):
+        super().__init__(transport)
+        self.attention = self.controller["attention"]
+        if self.attention["signature"] != CAPABILITIES_SIGNATURE:
+            raise NotAKvfsDrive("the drive does not offer kvfs attention commands")
+        self._ticket_lock = threading.Lock()
+        self._next_ticket = 0
+
+    def attend(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray:
+        """Submit an attention descriptor, fetch its answer: uint8 [answer_bytes]."""
+        ticket = self.attention_submit(descriptor)
+        return self.attention_fetch(ticket, answer_bytes)
+
+    def attention_submit(self, descriptor: np.ndarray) -> int:
+        with self._ticket_lock:
+            ticket = self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
+        self._vendor(IoOpcode.ATTENTION_SUBMIT, ticket, descriptor)
+        return ticket
+
+    def attention_fetch(self, ticket: int, answer_bytes: int) -> np.ndarray:
+        answer = np.zeros(answer_bytes, np.uint8)
+        completions = self._vendor(IoOpcode.ATTENTION_FETCH, ticket, answer)
+        if int(completions["cdw0"][0]) != answer_bytes:
+            raise NvmeStatusError(
+                IoOpcode.ATTENTION_FETCH,
+                Status.DATA_TRANSFER_ERROR,
+                detail=f"an answer of {int(completions['cdw0'][0])} bytes where {answer_bytes} were expected",
+            )
+        return answer
+
+    def attention_cancel(self, ticket: int) -> None:
+        self._run(command.vendor(IoOpcode.ATTENTION_CANCEL, ticket), [None])
+
+    def seal_groups(self, payload: np.ndarray) -> None:
+        self._vendor(IoOpcode.SEAL_GROUPS, 0, payload)
+
+    def _vendor(self, opcode: IoOpcode, ticket: int, data: np.ndarray) -> np.ndarray:
+        limit = int(self.attention["max_transfer_bytes"])
+        if data.nbytes > limit:
+            raise ValueError(f"{data.nbytes} bytes in one {opcode.name}; this drive takes at most {limit}")
+        num_pages = -(-data.nbytes // self.block_bytes)
+        return self._run(command.vendor(opcode, ticket, num_pages), [data])

@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from ftl.direct_io._direct_io import ffi, lib
-from ftl.errors import MediaIoError
+from ftl.errors import backing_error
 
 QUEUE_DEPTH = 32
 # Small enough to have several in flight in a 1 MiB read, which somebody waits for; writes come in batches of
@@ -58,7 +58,7 @@ def io_uring_works() -> bool:
 
 
 def _pointer(ctype: str, array: np.ndarray):
-    return ffi.cast(ctype, array.__array_interface__["data"][0])
+    return ffi.from_buffer(ctype, array)  # a tenth of the time of __array_interface__
 
 
 def _batch(pages: np.ndarray, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ class DirectFile:
             else:  # requests may be left in its queue
                 lib.dio_ring_destroy(ring)
         if result:
-            raise MediaIoError(-result, self.path, int(failed_at[0]))
+            raise backing_error(-result, self.path, int(failed_at[0]))
 
     def read_pages(self, pages: np.ndarray, addresses: np.ndarray, crc32c: np.ndarray | None = None) -> None:
         """Reads pages; fills crc32c, uint32 [n], with the checksum of each as it lands."""
@@ -159,7 +159,7 @@ class DirectFile:
         if result in (-95, -38):  # EOPNOTSUPP, ENOSYS
             return False
         if result:
-            raise MediaIoError(-result, self.path, offset)
+            raise backing_error(-result, self.path, offset)
         return True
 
 
@@ -180,6 +180,16 @@ def crc32c_records(records: np.ndarray) -> np.ndarray:
     pointer = _pointer("const uint8_t *", records)
     lib.dio_crc32c_records(pointer, records.size, records.itemsize, _pointer("uint32_t *", out))
     return out
+
+
+def xor_pages(targets: np.ndarray, sources: np.ndarray, page_size: int) -> None:
+    """XORs each source page, uint64 [n] addresses, into its target; a target may come several times."""
+    lib.dio_xor_pages(
+        _pointer("const uint64_t *", np.ascontiguousarray(targets, np.uint64)),
+        _pointer("const uint64_t *", np.ascontiguousarray(sources, np.uint64)),
+        len(targets),
+        page_size,
+    )
 
 
 def complete_oob(addresses: np.ndarray, page_size: int, oob: np.ndarray) -> None:

@@ -27,6 +27,7 @@ int dio_transfer_extents(dio_ring *ring, int fd, int write, const dio_extent *ex
 void dio_complete_oob(const uint64_t *addresses, size_t n, size_t page_size, uint8_t *oob);
 int dio_punch_hole(int fd, uint64_t offset, uint64_t length);
 void dio_copy_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size);
+void dio_xor_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size);
 void dio_zero_pages(const uint64_t *addresses, size_t n, size_t page_size);
 void dio_crc32c_pages(const uint64_t *addresses, size_t n, size_t size, uint32_t *out);
 void dio_crc32c_records(const uint8_t *records, size_t n, size_t size, uint32_t *out);

@@ -465,3 +465,13 @@ static void dio_zero_pages(const uint64_t *addresses, size_t n, size_t page_size
     for (size_t i = 0; i < n; i++)
         memset((void *)(uintptr_t)addresses[i], 0, page_size);
 }
+
+static void dio_xor_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t *target = (uint64_t *)(uintptr_t)to[i];
+        const uint64_t *source = (const uint64_t *)(uintptr_t)from[i];
+        for (size_t word = 0; word < page_size / 8; word++)
+            target[word] ^= source[word];
+    }
+}

@@ -1,8 +1,9 @@
 """The in-process transport: host and drive share an address space, buffers pass by reference.
 
 Commands of `execute` run on the caller's thread, as a polling driver's completions do; commands of
-`submit` run on the drive's command threads, so that the host goes on meanwhile. Bytes are counted as a
-wire would carry them: entries and data, in each direction.
+`submit` run on the drive's command threads, so that the host goes on meanwhile; without such threads they
+too run on the caller's, which makes every run of a simulation the same. Bytes are counted as a wire would
+carry them: entries and data, in each direction.
 """
 
 import queue
@@ -37,7 +38,9 @@ class InprocTransport:
 
     def __init__(self, controller: Controller, num_command_threads: int = 2):
         self._controller = controller
-        self._threads = ThreadPoolExecutor(num_command_threads, thread_name_prefix="kvfs-command")
+        self._threads: ThreadPoolExecutor | None = None
+        if num_command_threads:
+            self._threads = ThreadPoolExecutor(num_command_threads, thread_name_prefix="kvfs-command")
         self._lock = threading.Lock()
         self._next_queue_id = ADMIN_QUEUE + 1
         self.counters = LinkCounters()
@@ -66,7 +69,8 @@ class InprocTransport:
             self.counters.bytes_from_drive += from_drive + len(entries) * COMPLETION_ENTRY.itemsize
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True)
 
 
 class InprocConnection:
@@ -83,7 +87,10 @@ class InprocConnection:
         return completions
 
     def submit(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
-        self._transport._threads.submit(self._run, entries.copy(), list(buffers))
+        if self._transport._threads is None:
+            self._run(entries, buffers)
+        else:
+            self._transport._threads.submit(self._run, entries.copy(), list(buffers))
 
     def _run(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
         self._arrived.put(self.execute(entries, buffers))

@@ -8,7 +8,7 @@ from ftl.media_memory import MemoryMedia
 from spdk_glue import dma
 
 
-class PowerCut(Exception):
+class PowerCut(BaseException):
     """Raised by the operation that the power failed in, and by every one after it."""
 
 

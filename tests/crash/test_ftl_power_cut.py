@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ftl.geometry import Geometry
+from ftl.media_nand import NandMedia, PowerCut
 from ftl.translation import FlashTranslationLayer
 
-from .faulty_media import FaultyMedia, PowerCut, make_pages
+from .pages import make_pages
 
 GEOMETRY = Geometry(num_channels=2, pages_per_erase_block=8, num_superblocks=24)
 EMPTY = 0
@@ -74,7 +75,7 @@ def test_power_cuts(seed):
     """Flushed data after any power cut: an older version, a torn page or another LBA's would be lost data."""
     print(f"seed {seed}")
     random = np.random.default_rng(seed)
-    media = FaultyMedia(GEOMETRY, random)
+    media = NandMedia(GEOMETRY, random)
     ftl = FlashTranslationLayer.format(media)
     oracle = Oracle(ftl.num_lbas)
     next_value = [1]
@@ -99,7 +100,7 @@ def test_clean_close_and_reopen(seed):
     """A clean restart loses nothing, flushed or not, and goes on in the open superblocks."""
     print(f"seed {seed}")
     random = np.random.default_rng(seed)
-    media = FaultyMedia(GEOMETRY, random)
+    media = NandMedia(GEOMETRY, random)
     ftl = FlashTranslationLayer.format(media)
     oracle = Oracle(ftl.num_lbas)
     next_value = [1]
@@ -116,7 +117,7 @@ def test_clean_close_and_reopen(seed):
 def test_a_full_drive_takes_overwrites_for_ever():
     """Collection: a drive full of live data must accept overwrites of it without end."""
     random = np.random.default_rng(1)
-    media = FaultyMedia(GEOMETRY, random)
+    media = NandMedia(GEOMETRY, random)
     ftl = FlashTranslationLayer.format(media)
     lbas = np.arange(ftl.num_lbas)
     buffer, addresses = make_pages(lbas.tolist(), ftl.page_size)

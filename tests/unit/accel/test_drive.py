@@ -423,7 +423,7 @@ def test_corrupt_page(drive, namespace, num_groups, tmp_path):
     lba = 64 + num_groups // 2 * LAYER_LBAS + 5
     page = int(drive.ftl.resolve(np.array([lba]))[0])
     with (tmp_path / "drive").open("r+b") as file:
-        file.seek(drive.ftl.media._data_start + page * 4096 + 77)
+        file.seek(drive.ftl.media.layout.data_start + page * 4096 + 77)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 8]))

@@ -22,7 +22,11 @@ LAYOUTS = {
             "sequence_number": (24, 8),
             "program_number": (32, 8),
             "durable_program_number": (40, 8),
+            "xor_kind": (14, 1),
+            "xor_stream": (15, 1),
             "session": (48, 4),
+            "member_dies": (52, 4),
+            "xor_program_number": (56, 8),
         },
     ),
     "LOG_HEADER": (
@@ -51,15 +55,17 @@ LAYOUTS = {
             "dies_per_channel": (48, 4),
             "planes_per_die": (52, 4),
             "pages_per_erase_block": (56, 4),
+            "spare_percent": (60, 4),
             "num_superblocks": (64, 8),
             "num_lbas": (72, 8),
             "erase_block_table_start": (80, 8),
             "oob_start": (88, 8),
             "oob_stride": (96, 8),
             "data_start": (104, 8),
+            "parity": (112, 4),
         },
     ),
-    "ERASE_BLOCK": (ERASE_BLOCK, 16, {"erase_count": (0, 4), "flags": (4, 4)}),
+    "ERASE_BLOCK": (ERASE_BLOCK, 16, {"erase_count": (0, 4), "flags": (4, 4), "crc32c": (8, 4)}),
 }
 
 
@@ -98,8 +104,10 @@ def test_numbers():
         "DATA": 1,
         "DEALLOCATE": 2,
         "MAPPING_SNAPSHOT": 3,
+        "PARITY": 4,
+        "CHECKPOINT": 5,
     }
-    assert (layout.FORMAT_VERSION, layout.ERASE_BLOCK_BAD, layout.BLOCK_BYTES) == (1, 1, 4096)
+    assert (layout.FORMAT_VERSION, layout.ERASE_BLOCK_BAD, layout.BLOCK_BYTES) == (2, 1, 4096)
     assert np.iinfo(np.uint64).max == layout.LBA_NONE
     assert BLOCK_BYTES % PAGE_OOB.itemsize == BLOCK_BYTES % ERASE_BLOCK.itemsize == 0
 

@@ -13,7 +13,7 @@ def geometry(num_superblocks, pages_per_erase_block=32):
 
 
 @pytest.mark.parametrize(
-    ("num_superblocks", "streams"), [(8, 2), (23, 2), (24, 3), (48, 6), (63, 7), (64, 8), (1000, 8), (10**6, 8)]
+    ("num_superblocks", "streams"), [(8, 2), (23, 2), (24, 3), (48, 6), (63, 7), (64, 8), (128, 8), (160, 10), (1024, 64), (10**6, 64)]
 )
 def test_streams(num_superblocks, streams):
     assert num_streams(geometry(num_superblocks)) == streams
@@ -77,7 +77,7 @@ def test_any_geometry(channels, dies, planes, pages, superblocks):
     )
 
 
-@pytest.mark.parametrize(("first", "stop"), [(8, 24), (24, 32), (56, 64), (64, 200)])
+@pytest.mark.parametrize(("first", "stop"), [(8, 24), (24, 32), (56, 64), (64, 144)])
 def test_more_flash_is_more_room(first, stop):
     """As long as it is not a further stream that takes it."""
     found = [num_lbas(geometry(count)) for count in range(first, stop)]

@@ -1,0 +1,83 @@
+"""The checksum that each page must have: kept on flash in its OOB, in memory for the superblocks in use.
+
+A table for the whole drive would take as much memory as the map. One superblock's column is loaded in one read
+of its OOB when a page of it is first read, and the column used longest ago makes room.
+"""
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from ftl.direct_io.api import crc32c_records
+from ftl.layout import OOB_MAGIC
+from ftl.media import FlashMedia
+
+COLUMNS_MIN = 64
+SHARE_OF_SUPERBLOCKS = 8  # one in so many has its column in memory
+
+
+class ChecksumTable:
+    """CRC32C by physical page. Thread-safe, and needs no other lock."""
+
+    def __init__(self, media: FlashMedia):
+        self._media = media
+        self._per_superblock = media.geometry.pages_per_superblock
+        num_superblocks = media.geometry.num_superblocks
+        self._capacity = min(num_superblocks, max(COLUMNS_MIN, num_superblocks // SHARE_OF_SUPERBLOCKS))
+        self._columns: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._unreadable: dict[int, np.ndarray] = {}  # superblock to pages whose OOB does not hold
+        self._lock = threading.Lock()
+
+    def expected(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(uint32 [n], bool [n]) of programmed pages, int64 [n]: their checksums; which are known."""
+        superblocks = pages // self._per_superblock
+        found = np.empty(len(pages), np.uint32)
+        known = np.ones(len(pages), bool)
+        with self._lock:
+            for superblock in np.unique(superblocks).tolist():
+                here = superblocks == superblock if len(pages) > 1 else slice(None)
+                indices = pages[here] - superblock * self._per_superblock
+                found[here] = self._column(superblock)[indices]
+                if superblock in self._unreadable:
+                    known[here] = ~np.isin(indices, self._unreadable[superblock])
+        return found, known
+
+    def set(self, pages: np.ndarray, crc32c: np.ndarray) -> None:
+        """Pages of one superblock were programmed."""
+        superblock = int(pages[0]) // self._per_superblock
+        with self._lock:
+            indices = pages - superblock * self._per_superblock
+            self._column(superblock)[indices] = crc32c
+            if superblock in self._unreadable:  # read while it was being written
+                self._unreadable[superblock] = np.setdiff1d(self._unreadable[superblock], indices)
+
+    def begin(self, superblock: int) -> None:
+        """An erased superblock begins to be written."""
+        with self._lock:
+            self._forget(superblock)
+            self._keep(superblock, np.zeros(self._per_superblock, np.uint32))
+
+    def _forget(self, superblock: int) -> None:
+        self._columns.pop(superblock, None)
+        self._unreadable.pop(superblock, None)
+
+    def forget(self, superblock: int) -> None:
+        """It was erased, or its OOB is to be read again."""
+        with self._lock:
+            self._forget(superblock)
+
+    def _column(self, superblock: int) -> np.ndarray:
+        if superblock not in self._columns:
+            records = self._media.read_oob(superblock)
+            holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+            if not holds.all():
+                self._unreadable[superblock] = np.flatnonzero(~holds)
+            self._keep(superblock, records["payload_crc32c"].copy())
+        self._columns.move_to_end(superblock)
+        return self._columns[superblock]
+
+    def _keep(self, superblock: int, column: np.ndarray) -> None:
+        self._columns[superblock] = column
+        while len(self._columns) > self._capacity:
+            self._forget(next(iter(self._columns)))

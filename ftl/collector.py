@@ -1,0 +1,296 @@
+"""Collection: emptying superblocks and erasing them, in the background or when a write finds no room.
+
+A victim's valid pages are copied a few at a time with the lock released. A copy counts only if its LBA still
+points at the original; whatever the host wrote or deallocated meanwhile wins.
+
+Before a superblock is erased, what replaced its content is made durable: copies and newer versions (media sync)
+and deallocations (log); and readers that may have resolved its pages have gone. So no instant exists at which a
+power cut could bring back a version older than the newest durable one.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftl.direct_io.api import crc32c_records
+from ftl.errors import CorruptPage, EraseFailed, FlashError, OutOfFlash
+from ftl.garbage_collection import choose_victim, make_policy
+from ftl.layout import OOB_MAGIC, PageKind
+from ftl.metadata_log import MetadataLog
+from ftl.page_writer import GC_STREAM, PageWriter
+from ftl.parity import lost_records
+from ftl.provisioning import GC_RESERVE
+from ftl.state import FlashState
+from ftl.superblocks import State
+from spdk_glue import dma
+
+log = logging.getLogger(__name__)
+
+COPY_PAGES = 64  # copied at once: what a reader or writer of the same flash may have to wait for
+
+
+@dataclass(frozen=True)
+class CollectorOptions:
+    """policy: see garbage_collection.POLICIES.
+
+    background_free: superblocks that the background thread keeps free beyond the reserve: more of them is more
+        wear, since a superblock empties further while it waits
+    rated_cycles: erases that a block is made for; wear_spread: how far apart erase counts may get, as a share
+    of them, before what lies cold on little-worn superblocks is moved
+    read_disturb_limit: reads of a superblock after which its data are written anew; 0 for no limit
+    """
+
+    policy: str = "greedy"
+    background_free: int = 3
+    rated_cycles: int = 3000
+    wear_spread: float = 0.05
+    read_disturb_limit: int = 0
+
+
+class Collector:
+    """Methods are called with the lock held. read_checked(pages, lbas, addresses) reads and verifies, or
+    repairs.
+    """
+
+    def __init__(
+        self,
+        state: FlashState,
+        options: CollectorOptions,
+        read_checked: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
+    ):
+        self._state = state
+        self._options = options
+        self._read_checked = read_checked
+        self._policy = make_policy(options.policy)
+        self._writer: PageWriter = None  # set by connect: writing needs collection, collection writes
+        self._log: MetadataLog = None
+        self._is_busy = False
+        self._emptied: list[int] = []  # hold nothing valid; erased once that is durable
+        self._erasing: list[tuple[int, int]] = []  # superblock, epoch whose readers it waits for
+        self._erase_callbacks: list[Callable[[int, int], None]] = []
+
+    def connect(self, writer: PageWriter, metadata_log: MetadataLog) -> None:
+        self._writer, self._log = writer, metadata_log
+
+    def on_erase(self, callback: Callable[[int, int], None]) -> None:
+        self._erase_callbacks.append(callback)
+
+    # when
+
+    def make_room(self) -> None:
+        """Have more than GC_RESERVE superblocks free. Raises OutOfFlash."""
+        superblocks = self._state.superblocks
+        while superblocks.count(State.FREE) <= GC_RESERVE:
+            if self.step():
+                continue
+            if self._is_busy or self._erasing:
+                self._state.changed.wait()  # for another collection, or for readers
+            elif superblocks.count(State.FREE) <= GC_RESERVE:
+                raise OutOfFlash(superblocks.count(State.FREE), 0)
+
+    def finish_retiring(self) -> None:
+        """Move what lies on superblocks with failed blocks now."""
+        superblocks = self._state.superblocks
+        while any(superblocks.states[s] == State.FULL for s in superblocks.retiring):
+            if not self.step():
+                self._state.changed.wait()  # for another collection
+
+    def wants_background(self) -> bool:
+        """Whether collecting ahead of need is worth its wear."""
+        superblocks = self._state.superblocks
+        if superblocks.retiring or self._disturbed() is not None:
+            return True
+        return superblocks.count(State.FREE) < GC_RESERVE + self._options.background_free
+
+    def gains(self) -> bool:
+        """Whether a step would free anything, or mend what should be."""
+        return bool(self._emptied or self._erasing) or self._choose() is not None
+
+    def step(self) -> bool:
+        """Collect one superblock, or erase what was waiting; whether anything was gained."""
+        if self._is_busy:
+            return False
+        self._is_busy = True
+        try:
+            if self._finish_erases():
+                return True
+            victim = self._choose()
+            if victim is None:
+                return self._erase_emptied()
+            if not self._copy(victim, GC_STREAM):
+                return True  # quarantined: it is no candidate any more
+            self._emptied.append(victim)
+            self._state.superblocks.move(victim, State.ERASING)
+            self._erase_emptied()
+            self._level_wear()
+            return True
+        finally:
+            self._is_busy = False
+            self._state.changed.notify_all()
+
+    def _choose(self) -> int | None:
+        state = self._state
+        disturbed = self._disturbed()
+        if disturbed is not None:
+            return disturbed
+        return choose_victim(
+            state.superblocks,
+            state.mapping.valid_pages,
+            self._policy,
+            state.next_program_number,
+        )
+
+    def _disturbed(self) -> int | None:
+        """A superblock that was read so often that its neighbours suffer."""
+        limit = self._options.read_disturb_limit
+        if not limit:
+            return None
+        full = self._state.superblocks.of(State.FULL)
+        worn = full[self._state.media.read_counts()[full] > limit]
+        return int(worn[0]) if len(worn) else None
+
+    def _level_wear(self) -> None:
+        """Static wear levelling: what lies on the least worn superblock goes to the most worn free one."""
+        superblocks = self._state.superblocks
+        full = superblocks.of(State.FULL)
+        if not len(full) or superblocks.count(State.FREE) <= GC_RESERVE:
+            return
+        coldest = int(full[np.argmin(superblocks.erase_counts[full])])
+        spread = int(superblocks.erase_counts.max()) - int(superblocks.erase_counts[coldest])
+        if spread <= self._options.wear_spread * self._options.rated_cycles:
+            return
+        before = self._state.counters.gc_pages_written
+        if self._copy(coldest, GC_STREAM):
+            superblocks.move(coldest, State.ERASING)
+            self._emptied.append(coldest)
+            self._erase_emptied()
+        self._state.counters.wear_leveling_pages_written += self._state.counters.gc_pages_written - before
+
+    # how
+
+    def _copy(self, victim: int, stream: int) -> bool:
+        """Copy a victim's valid pages elsewhere; False, and quarantined, when one is corrupt."""
+        state = self._state
+        if state.mapping.valid_pages[victim] == 0:
+            return True
+        with state.unlocked():
+            records, pages = self._records(victim)
+        data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
+        records, pages = records[data], pages[data]
+        lbas = records["lba"].astype(np.int64)
+        buffer = dma.allocate(COPY_PAGES * state.page_size)
+        addresses = dma.page_addresses(buffer, state.page_size)
+        position = 0
+        while position < len(pages) and state.mapping.valid_pages[victim]:
+            valid = position + np.flatnonzero(state.mapping.resolve(lbas[position:]) == pages[position:])
+            chosen = valid[:COPY_PAGES]
+            if not len(chosen):
+                break
+            position = int(chosen[-1]) + 1
+            try:
+                with state.unlocked():
+                    self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
+            except CorruptPage as error:
+                log.error("superblock %d is kept out of collection: %s", victim, error)
+                state.superblocks.move(victim, State.QUARANTINED)
+                state.superblocks.retiring.discard(victim)
+                return False
+            versions = records["sequence_number"][chosen]
+            for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
+                state.mapping.move(lbas[chosen][part], pages[chosen][part], copies)
+                state.counters.gc_pages_written += len(copies)
+        if state.mapping.valid_pages[victim]:
+            # pages that the map names but whose OOB does not hold any more
+            log.error("superblock %d is kept out of collection: its OOB is damaged", victim)
+            state.superblocks.move(victim, State.QUARANTINED)
+            state.superblocks.retiring.discard(victim)
+            return False
+        return True
+
+    def _records(self, superblock: int) -> tuple[np.ndarray, np.ndarray]:
+        """(PAGE_OOB [n], int64 [n]) of the pages whose OOB holds, or follows from parity."""
+        state = self._state
+        records = state.media.read_oob(superblock)
+        pages = superblock * state.pages_per_superblock + np.arange(state.pages_per_superblock)
+        holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+        records, pages = records[holds], pages[holds]
+        if state.geometry.parity:
+            lost, lost_pages = lost_records(state.geometry, records, pages)
+            records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
+        return records, pages
+
+    def erase_replaced(self) -> None:
+        """Metadata superblocks that hold nothing needed any more."""
+        for superblock in self._log.replaced:
+            self._state.superblocks.move(superblock, State.ERASING)
+            self._erasing.append((superblock, self._state.guards.next_epoch()))
+        self._log.replaced.clear()
+        self._finish_erases()
+
+    def _erase_emptied(self) -> bool:
+        if not self._emptied:
+            return False
+        emptied = list(self._emptied)
+        self._log.make_durable()
+        self.erase_replaced()
+        for superblock in emptied:
+            self._emptied.remove(superblock)
+            self._erasing.append((superblock, self._state.guards.next_epoch()))
+        return self._finish_erases()
+
+    def _finish_erases(self) -> bool:
+        """Erase what no reader holds any more; whether any was."""
+        state = self._state
+        ready = [entry for entry in self._erasing if state.guards.is_past(entry[1])]
+        for entry in ready:
+            self._erasing.remove(entry)
+        for superblock, _ in ready:
+            # whoever caches its pages forgets them first: afterwards they may hold anything
+            for callback in self._erase_callbacks:
+                callback(superblock * state.pages_per_superblock, state.pages_per_superblock)
+            try:
+                with state.unlocked():
+                    state.media.erase(superblock)
+            except EraseFailed as failure:
+                log.warning("%s", failure)
+                state.counters.erase_failures += len(failure.planes)
+                state.media.mark_bad(superblock, failure.planes)
+                state.superblocks.planes_failed(superblock, failure.planes)
+            state.checksums.forget(superblock)
+            state.superblocks.erased(superblock)
+            state.counters.superblocks_erased += 1
+            state.changed.notify_all()
+        return bool(ready)
+
+
+class BackgroundCollector:
+    """A thread that collects ahead of need, so that writes seldom have to."""
+
+    def __init__(self, state: FlashState, collector: Collector):
+        self._state = state
+        self._collector = collector
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="kvfs-collector", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        state = self._state
+        with state.lock:
+            while not self._ending:
+                try:
+                    if self._collector.wants_background() and self._collector.step():
+                        continue
+                except FlashError as error:
+                    # a write that needs the room will meet the same error and report it
+                    log.error("background collection stops: %s", error)
+                    return
+                state.pressure.wait()
+
+    def close(self) -> None:
+        with self._state.lock:
+            self._ending = True
+            self._state.pressure.notify_all()
+        self._thread.join()

@@ -1,0 +1,165 @@
+"""The log of what data pages cannot tell, and what makes writes durable.
+
+Deallocations are appended to log superblocks. When one is full, a snapshot of every unmapped range starts the
+next, and the old ones are erased: the log never outgrows a superblock or two. A checkpoint (checkpoint.py) lies
+in log superblocks of its own and is replaced as a whole.
+"""
+
+import numpy as np
+
+from ftl import deallocation_log
+from ftl.errors import OutOfFlash, ProgramFailed
+from ftl.layout import DEALLOCATION, PageKind
+from ftl.open_superblock import OpenSuperblock
+from ftl.page_writer import PageWriter, log_oob
+from ftl.state import FlashState
+from ftl.superblocks import State
+from spdk_glue import dma
+
+MARK_PAGES = 256  # programs since the last durable mark after which a flush leaves a new one
+
+
+class LogSuperblocks:
+    """Metadata pages of one purpose, in order, over as many superblocks as they need."""
+
+    def __init__(self, state: FlashState, writer: PageWriter, superblocks: list[int]):
+        self._state = state
+        self._writer = writer
+        self.superblocks = superblocks  # oldest first; the last is being written
+        self._open: OpenSuperblock | None = None
+        if superblocks:
+            self._open = self._opened(superblocks[-1])
+
+    def _opened(self, superblock: int) -> OpenSuperblock:
+        found = self._state.superblocks
+        bad, fill = found.bad_planes[superblock], int(found.fill[superblock])
+        return OpenSuperblock(superblock, self._state.geometry, bad, fill)
+
+    @property
+    def num_left(self) -> int:
+        return self._open.num_left if self._open else 0
+
+    def begin_superblock(self) -> None:
+        state = self._state
+        superblock = state.superblocks.take_free(State.LOG)
+        if superblock is None:
+            raise OutOfFlash(0, state.superblocks.count(State.ERASING))
+        self._writer.begin(superblock)
+        self._open = self._opened(superblock)
+        self.superblocks.append(superblock)
+
+    def append(self, kind: PageKind, payload: np.ndarray, sequence_number: int) -> None:
+        """Program uint8 [n, page_size]. The lock is held, but released while programming."""
+        addresses = dma.page_addresses(payload, self._state.page_size)
+        done = 0
+        while done < len(payload):
+            if not self.num_left:
+                self.begin_superblock()
+            found = self._open
+            pages = found.take(len(payload) - done)
+            oob = log_oob(len(pages), kind, sequence_number)
+            try:
+                self._writer.program_with_parity(found, pages, addresses[done : done + len(pages)], oob)
+            except ProgramFailed as failure:
+                self._writer.retire(failure, found)
+                if found.has_data:
+                    self._open = None  # its pages stay readable until the log is replaced
+                continue
+            self._state.counters.metadata_pages_written += len(pages)
+            done += len(pages)
+
+    def complete_row(self) -> None:
+        if self._open is not None:
+            self._writer.complete_row(self._open)
+
+
+class MetadataLog:
+    """Deallocations and durability. Methods are called with the lock held; one thread at a time writes the log."""
+
+    def __init__(self, state: FlashState, writer: PageWriter, log_superblocks: list[int]):
+        self._state = state
+        self._writer = writer
+        self._log = LogSuperblocks(state, writer, log_superblocks)
+        self._pending: list[tuple[int, int, int]] = []
+        self._marked_program_number = state.durable_program_number
+        self._is_busy = False
+        self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
+
+    def deallocated(self, first_lba: int, num_lbas: int, sequence_number: int) -> None:
+        """A range that was unmapped: durable after the next make_durable."""
+        self._pending.append((first_lba, num_lbas, sequence_number))
+        self._state.has_changed = True
+
+    def make_durable(self) -> None:
+        """All that was written and deallocated before this call survives a power cut after it."""
+        state = self._state
+        self._claim()
+        try:
+            if self._pending:
+                records = np.array(self._pending, DEALLOCATION)
+                self._pending.clear()
+                try:
+                    pages = deallocation_log.encode(state.page_size, records)
+                    self._append(PageKind.DEALLOCATE, pages)
+                except BaseException:
+                    self._pending[:0] = records.tolist()
+                    raise
+            if state.geometry.parity:
+                self._writer.complete_rows()
+                self._log.complete_row()
+            self.sync()
+        finally:
+            self._release()
+
+    def mark(self) -> None:
+        """After many programs, leave a page that tells the next recovery which of them need not be read."""
+        state = self._state
+        if state.next_program_number - self._marked_program_number <= MARK_PAGES:
+            return
+        self._claim()
+        try:
+            no_records = np.empty(0, DEALLOCATION)
+            self._append(PageKind.DEALLOCATE, deallocation_log.encode(state.page_size, no_records))
+            self._marked_program_number = state.next_program_number - 1
+        finally:
+            self._release()
+
+    def sync(self) -> None:
+        """Everything that was programmed when this is called is on stable media when it returns."""
+        state = self._state
+        last = self._writer.last_finished()
+        if state.durable_program_number < last:
+            with state.unlocked():
+                state.media.sync()
+            state.durable_program_number = max(last, state.durable_program_number)
+
+    def _claim(self) -> None:
+        while self._is_busy:
+            self._state.changed.wait()
+        self._is_busy = True
+
+    def _release(self) -> None:
+        self._is_busy = False
+        self._state.changed.notify_all()
+
+    def _append(self, kind: PageKind, payload: np.ndarray) -> None:
+        if self._log.num_left < len(payload):
+            self._rotate()
+        self._log.append(kind, payload, self._state.next_sequence_number)
+
+    def _rotate(self) -> None:
+        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased afterwards."""
+        state = self._state
+        old = list(self._log.superblocks)
+        self._log.begin_superblock()
+        with self._writer.quiesced():  # what is on its way would look unmapped
+            number = state.new_sequence_numbers(1)
+            ranges = state.mapping.unmapped_ranges()
+        records = np.zeros(len(ranges), DEALLOCATION)
+        records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
+        pages = deallocation_log.encode(state.page_size, records, number)
+        self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
+        self.sync()
+        for superblock in old:
+            self._log.superblocks.remove(superblock)
+            self.replaced.append(superblock)

@@ -1,0 +1,48 @@
+"""Giving a damaged page back from the parity of its row."""
+
+import numpy as np
+
+from ftl.direct_io.api import copy_pages, crc32c_pages, crc32c_records
+from ftl.layout import OOB_MAGIC, PageKind
+from ftl.media import FlashMedia
+from ftl.parity import lost_records
+from spdk_glue import dma
+
+
+def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> bool:
+    """Write what a physical page must have held to an address; whether that was possible.
+
+    False without parity, where a second page of the group is damaged too, or where what parity gives is not
+    `lba` with the checksum that follows from the others'.
+    """
+    geometry = media.geometry
+    if not geometry.parity:
+        return False
+    superblock, index = divmod(page, geometry.pages_per_superblock)
+    first = index - index % geometry.num_dies
+    group = superblock * geometry.pages_per_superblock + np.arange(first, first + geometry.num_dies)
+    records = media.read_oob(superblock)[first : first + geometry.num_dies]
+    holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+    own = records[index - first] if holds[index - first] else None
+    holds[index - first] = False
+    records, pages = records[holds], group[holds]
+    lost, lost_pages = lost_records(geometry, records, pages)
+    if lost_pages.tolist() != [page] or int(lost["lba"][0]) != lba:
+        return False
+    if own is not None and own["payload_crc32c"] != lost["payload_crc32c"][0]:
+        return False
+    is_parity = records["kind"] == PageKind.PARITY
+    parity = int(np.argmax(np.where(is_parity, records["program_number"], 0)))
+    dies = (pages % geometry.num_dies).astype(np.uint32)
+    summed = ~is_parity & (records["member_dies"][parity] >> dies & 1 != 0)
+    summed[parity] = True
+    buffer = dma.allocate(np.count_nonzero(summed) * geometry.page_size).reshape(-1, geometry.page_size)
+    media.read(pages[summed], dma.page_addresses(buffer, geometry.page_size))
+    payload = dma.allocate(geometry.page_size)
+    payload[:] = np.bitwise_xor.reduce(buffer, axis=0)
+    address = dma.page_addresses(payload, geometry.page_size)
+    # a damaged member shows here as well: the sum would not have the checksum that it must have
+    if crc32c_pages(address, geometry.page_size)[0] != lost["payload_crc32c"][0]:
+        return False
+    copy_pages(np.array([destination], np.uint64), address, geometry.page_size)
+    return True

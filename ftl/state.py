@@ -1,0 +1,77 @@
+"""What the parts of the translation layer share: the flash, the map and the counters, under one lock.
+
+Media operations take milliseconds and run with the lock released (`unlocked`), so readers wait for none of
+them; whoever releases it must look again at what it relied on.
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from ftl.checksums import ChecksumTable
+from ftl.mapping import Mapping
+from ftl.media import FlashMedia
+from ftl.provisioning import num_lbas
+from ftl.read_guard import ReadGuards
+from ftl.superblocks import Superblocks
+
+
+@dataclass
+class FtlCounters:
+    """Since the drive was opened, in pages unless said otherwise."""
+
+    host_pages_written: int = 0
+    host_pages_read: int = 0
+    gc_pages_written: int = 0
+    wear_leveling_pages_written: int = 0  # of the gc pages
+    metadata_pages_written: int = 0
+    parity_pages_written: int = 0
+    padding_pages: int = 0  # left unwritten to complete a parity row at a flush
+    superblocks_erased: int = 0  # superblocks
+    corrupt_pages: int = 0
+    repaired_pages: int = 0
+    program_failures: int = 0  # erase blocks that failed
+    erase_failures: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class FlashState:
+    """See the module. `changed` is notified whenever somebody may go on who waits."""
+
+    def __init__(self, media: FlashMedia):
+        self.media = media
+        self.geometry = media.geometry
+        self.page_size = media.geometry.page_size
+        self.pages_per_superblock = media.geometry.pages_per_superblock
+        self.num_lbas = num_lbas(media.geometry)
+        self.lock = threading.Lock()
+        self.guards = ReadGuards(self.lock)
+        self.changed = self.guards.changed
+        self.pressure = threading.Condition(self.lock)  # free superblocks are fewer, or what they hold is
+        self.mapping = Mapping(self.num_lbas, media.geometry.num_superblocks, self.pages_per_superblock)
+        self.superblocks = Superblocks(media.geometry, media.bad_blocks(), media.erase_counts())
+        self.checksums = ChecksumTable(media)
+        self.counters = FtlCounters()
+        self.next_sequence_number = 1
+        self.next_program_number = 1
+        self.durable_program_number = 0
+        self.session = 1
+        self.has_changed = False
+        self.closed = False
+
+    @contextmanager
+    def unlocked(self):
+        """Let others in meanwhile. The caller holds the lock, once, before and after."""
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()
+
+    def new_sequence_numbers(self, count: int) -> int:
+        """The first of `count` versions that no other data have."""
+        first = self.next_sequence_number
+        self.next_sequence_number += count
+        return first

@@ -1,0 +1,70 @@
+"""What goes wrong in one run, and when: drawn from the run's seed before anything happens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ftl.geometry import Geometry
+from ftl.media_nand import NandModel
+
+# (pages_per_erase_block, num_superblocks): small, so that collection runs all the time
+STORE_SHAPES = ((8, 24), (16, 24), (8, 32), (16, 16))
+FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
+# Faults that a run has only if asked for, as changes of the medium. Bit flips and power cuts are always there.
+FAULTS = {
+    "program": {"program_failure_rate": 1e-4},
+    "erase": {"erase_failure_rate": 1e-4},
+    "bad-blocks": {"factory_bad_fraction": 0.02, "grown_bad_fraction": 0.02, "rated_cycles": 200},
+    "lost-writes": {"lost_write_rate": 1e-4},
+    "misdirected-writes": {"misdirected_write_rate": 1e-4},
+    "dead-die": {"dead_dies": frozenset({1})},
+    "flip-and-reopen": {},  # bits also flip while the drive is closed
+}
+MAX_DEPTH = 3  # power cuts in a row: in the workload, in opening, in opening again
+
+
+@dataclass(frozen=True)
+class FaultSchedule:
+    """One run's geometry, options and faults. Distances are in media operations, chances per round."""
+
+    geometry: Geometry
+    nand: NandModel
+    metadata_lbas: tuple[int, int]  # database and log
+    writeback_tokens: int | None
+    tail_bytes: int
+    longest_cut: int
+    what_if_chance: float  # of trying a power cut in a media operation, without having it
+    clean_close_chance: float  # instead of a power cut
+    bit_flip_chance: float
+    reopen_chance: float  # of opening the drive again between a bit flip and the reads
+
+    @classmethod
+    def draw(cls, random: np.random.Generator, faults=(), shapes=STORE_SHAPES) -> "FaultSchedule":
+        """faults: names of FAULTS."""
+        pages_per_erase_block, num_superblocks = shapes[random.integers(len(shapes))]
+        geometry = Geometry(
+            num_channels=2, pages_per_erase_block=pages_per_erase_block, num_superblocks=num_superblocks
+        )
+        return cls(
+            geometry,
+            NandModel(**{name: value for fault in faults for name, value in FAULTS[fault].items()}),
+            metadata_lbas=(48, 48),
+            writeback_tokens=[None, None, 1, 8, 40][random.integers(5)],
+            tail_bytes=int(random.choice([1 << 30, 1 << 30, 128 << 10, 32 << 10])),
+            longest_cut=int(random.choice([20, 60, 150])),
+            what_if_chance=0.3,
+            clean_close_chance=0.1,
+            bit_flip_chance=0.05,
+            reopen_chance=0.5 if "flip-and-reopen" in faults else 0,
+        )
+
+    def cut_distance(self, random: np.random.Generator) -> int:
+        """Media operations of the workload until the power fails."""
+        return int(random.integers(0, self.longest_cut))
+
+    def opening_cuts(self, random: np.random.Generator) -> list[int]:
+        """The operation of each opening, one after the other, that the power fails in."""
+        cuts = []
+        while len(cuts) < MAX_DEPTH - 1 and random.random() < 0.7:
+            cuts.append(int(random.integers(0, 3)))
+        return cuts

@@ -1,0 +1,173 @@
+"""The flash translation layer alone under simulation: as the whole store is, but many times faster.
+
+An oracle holds, for every LBA, what the last completed flush promised and all that was written since. After a
+power cut a page must hold one of these, whole.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import numpy as np
+
+from ftl.translation import FlashTranslationLayer
+from spdk_glue import dma
+
+from .fault_schedule import FTL_SHAPES, FaultSchedule
+from .oracle import Lost
+from .report import Report, SimulationFailed
+from .simulated_media import PowerCut, SimulatedMedia
+
+EMPTY = 0
+LONGEST_WRITE = 12  # blocks
+FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs
+
+
+class PageOracle:
+    """may_hold[lba]: the values it may hold now; the first is the durable one."""
+
+    def __init__(self, num_lbas: int):
+        self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
+        self._doubtful: set[int] = set()
+
+    def write(self, lba: int, value: int) -> None:
+        self.may_hold[lba].append(value)
+        self._doubtful.add(lba)
+
+    def flushed(self) -> None:
+        for lba in self._doubtful:
+            del self.may_hold[lba][:-1]
+        self._doubtful.clear()
+
+    def check(self, words: np.ndarray) -> None:
+        """Every page holds what it may. words: uint64 [num_lbas, any number], as read. Raises Lost."""
+        if not (words == words[:, :1]).all():
+            raise Lost("a torn page was served")
+        for lba, value in enumerate(words[:, 0].tolist()):
+            if value not in self.may_hold[lba]:
+                raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
+
+    def settle(self, words: np.ndarray) -> None:
+        """As check; what was found is all there is from now on: opening has made it durable."""
+        self.check(words)
+        self.may_hold = [[value] for value in words[:, 0].tolist()]
+        self._doubtful.clear()
+
+
+class FtlSimulation:
+    """One seed's run over flash in memory."""
+
+    def __init__(self, seed: int, faults: Iterable[str] = ()):
+        self.random = np.random.default_rng(seed)
+        self.schedule = FaultSchedule.draw(self.random, faults, FTL_SHAPES)
+        self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
+        self.report = Report(seed)
+        self.done: deque[str] = deque(maxlen=40)
+        self._next_value = 1
+        self._ftl = FlashTranslationLayer.format(self.media)
+        self._oracle = PageOracle(self._ftl.num_lbas)
+        page_size = self.schedule.geometry.page_size
+        self._pages = dma.allocate(self._ftl.num_lbas * page_size)
+        self._addresses = dma.page_addresses(self._pages, page_size)
+
+    def run(self, num_crash_points: int) -> Report:
+        """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
+        logging.disable(logging.CRITICAL)
+        try:
+            for _ in range(FIRST_STEPS):
+                self._step()
+            while len(self.report.crash_points) < num_crash_points:
+                self._round()
+        except Exception as error:
+            raise SimulationFailed(self.report.seed, list(self.done), error) from error
+        finally:
+            logging.disable(logging.NOTSET)
+        self.report.digest = self.media.digest
+        return self.report
+
+    def _words(self) -> np.ndarray:
+        return self._pages.view("<u8").reshape(self._ftl.num_lbas, -1)
+
+    # the workload
+
+    def _step(self) -> None:
+        """A write, an overwrite, a deallocation, a flush or a read; the oracle learns before the drive."""
+        self.report.steps += 1
+        count = int(self.random.integers(1, LONGEST_WRITE))
+        first = int(self.random.integers(0, self._ftl.num_lbas - count))
+        choice = self.random.random()
+        if choice < 0.65:
+            self.done.append(f"write {count} at {first}: {self._next_value}")
+            self._write(first, count)
+        elif choice < 0.8:
+            self.done.append(f"deallocate {count} at {first}")
+            for lba in range(first, first + count):
+                self._oracle.write(lba, EMPTY)
+            self._ftl.deallocate([[first, count]])
+        elif choice < 0.95:
+            self.done.append("flush")
+            self._ftl.flush()
+            self._oracle.flushed()
+        else:
+            self._ftl.read(np.arange(first, first + count), self._addresses[:count])
+            found = self._words()[:count, 0].tolist()
+            if found != [values[-1] for values in self._oracle.may_hold[first : first + count]]:
+                raise Lost(f"{count} LBAs from {first} on hold {found}")
+
+    def _write(self, first: int, count: int) -> None:
+        values = range(self._next_value, self._next_value + count)
+        self._next_value += count
+        for lba, value in enumerate(values, first):
+            self._oracle.write(lba, value)
+        self._words()[:count] = np.array(values, np.uint64)[:, None]
+        stream = int(self.random.integers(0, 3))
+        self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+
+    # rounds
+
+    def _round(self) -> None:
+        self.media.cut_in(self.schedule.cut_distance(self.random))
+        self.media.on_operation = self._what_if
+        with suppress(PowerCut):
+            while True:
+                self._step()
+        self.media.on_operation = None
+        self._crashed(depth=1)
+        self._ftl = self._open_with_power_cuts()
+        self._oracle.settle(self._read_all(self._ftl))
+
+    def _what_if(self, operation: Callable[[], None]) -> None:
+        """Now and then: would all be well if the power failed in this operation?"""
+        if self.random.random() >= self.schedule.what_if_chance:
+            return
+        with self.media.what_if():
+            self.media.cut_in(0)
+            with suppress(PowerCut):
+                operation()
+            self._crashed(depth=1)
+            before = self._pages.copy()  # the write under way is in there
+            self._oracle.check(self._read_all(self._open_with_power_cuts()))
+            self._pages[:] = before
+        self.done.append("-- (all that since the power cut did not happen)")
+
+    def _crashed(self, depth: int) -> None:
+        self.report.crash_points.add((self.media.all_operations, depth))
+        self.done.append(f"-- power cut at media operation {self.media.all_operations}, depth {depth}")
+        self.media.reboot()
+
+    def _open_with_power_cuts(self) -> FlashTranslationLayer:
+        depth = 1
+        for cut in self.schedule.opening_cuts(self.random):
+            self.media.cut_in(cut)
+            with suppress(PowerCut):
+                ftl = FlashTranslationLayer.open(self.media)
+                self.media.cut_after = None
+                return ftl
+            depth += 1
+            self._crashed(depth)
+        return FlashTranslationLayer.open(self.media)
+
+    def _read_all(self, ftl: FlashTranslationLayer) -> np.ndarray:
+        ftl.read(np.arange(ftl.num_lbas), self._addresses)
+        return self._words()

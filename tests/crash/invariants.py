@@ -1,0 +1,45 @@
+"""No block is lost or named twice: free blocks, catalogue and flash agree."""
+
+import numpy as np
+
+from kvfs.store import Store
+
+from .oracle import Lost
+
+
+def check_space(store: Store) -> None:
+    """Raises Lost unless every data block is in one place, and the flash maps no block that nobody owns.
+
+    Owners: the catalogue, groups reserved for what has not been stored yet, blocks held until the catalogue
+    that forgets them is durable. All else must be free.
+    """
+    allocator, first = store._allocator, store._volume.first_data_lba
+    owners = np.zeros(store._namespace.num_lbas, np.int8)
+
+    def own(extents) -> None:
+        for start, count in extents:
+            owners[start : start + count] += 1
+
+    own(store._catalogue.used_extents())
+    own(allocator._held)
+    for sequence in store._sequences.values():
+        own((group.base_lba, group.num_lbas) for group in sequence._groups if group.id is None)
+    owned = owners > 0
+    free = np.zeros_like(owned)
+    for start, stop in zip(allocator._starts, allocator._stops, strict=True):
+        if free[start:stop].any():
+            raise Lost(f"blocks {start} to {stop - 1} are free twice")
+        free[start:stop] = True
+    if (owners > 1).any():
+        raise Lost(f"block {np.argmax(owners > 1)} has two owners")
+    if (owned & free).any():
+        raise Lost(f"block {np.argmax(owned & free)} is in use and free")
+    leaked = ~owned & ~free
+    leaked[:first] = False
+    if leaked.any():
+        raise Lost(f"block {np.argmax(leaked)} is neither free nor in use: {np.count_nonzero(leaked)} leaked")
+    mapped = store._drive.ftl.resolve(np.arange(len(owned))) >= 0
+    mapped[:first] = False
+    if (mapped & free).any():
+        count = np.count_nonzero(mapped & free)
+        raise Lost(f"flash keeps {count} blocks that nobody owns, block {np.argmax(mapped & free)} first")

@@ -1,0 +1,138 @@
+"""make mutations: is the simulator any good? Lines are broken on purpose, one at a time; it must notice each.
+
+Every mutation is one text of one file replaced by another, applied to a copy of the tree and run against the
+simulator with a few seeds. Killed: a run failed or did not end. Survived: nothing was noticed. Stale: the text is
+no longer there, so the list has to follow the code; that is an error.
+
+    .venv/bin/python -m tests.crash.mutations --json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .mutation_list import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
+# (mode, first seed, seeds, crash points of each): the cheap ones first, until one kills
+RUNS = (("store", 0, 4, 60), ("ftl", 0, 4, 150), ("store", 10, 30, 150))
+TIME_LIMIT_S = 300  # of one mutation; a run that does not end counts as killed
+WANTED = 0.95
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutation. state: killed, survived or stale; by: the run's last line."""
+
+    mutation: Mutation
+    state: str
+    by: str
+    seconds: float
+
+
+def find(mutation: Mutation, tree: Path) -> int:
+    """How often the old text is in its file."""
+    path = tree / mutation.file
+    return path.read_text().count(mutation.old) if path.exists() else 0
+
+
+def copy_tree(target: Path) -> Path:
+    """A tree of its own for one mutation, with the compiled parts of this one."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("engines", "test_*"))
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+def try_mutation(mutation: Mutation) -> Outcome:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kvfs-mutation-") as folder:
+        tree = copy_tree(Path(folder))
+        if find(mutation, tree) != 1:
+            return Outcome(mutation, "stale", f"{find(mutation, tree)} places in {mutation.file}", 0.0)
+        path = tree / mutation.file
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+        for mode, first, count, crash_points in RUNS:
+            left = TIME_LIMIT_S - (time.monotonic() - started)
+            by = _run(tree, mode, f"{first}:{first + count}", crash_points, left)
+            if by is not None:
+                return Outcome(mutation, "killed", by, time.monotonic() - started)
+    return Outcome(mutation, "survived", "", time.monotonic() - started)
+
+
+def _run(tree: Path, mode: str, seeds: str, crash_points: int, limit_s: float) -> str | None:
+    """How a simulation in a tree ended, or None if all was well."""
+    command = [sys.executable, "-m", "tests.crash.simulate", seeds, "--mode", mode, "--jobs", "1"]
+    process = subprocess.Popen(
+        [*command, "--crash-points", str(crash_points), "--stop-at", "1"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=max(limit_s, 1))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return "no end"
+    if process.returncode == 0:
+        return None
+    said = [line for line in output.splitlines() if line.startswith("seed ")]
+    return said[-1] if said else output.strip().splitlines()[-1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make mutations", description=__doc__)
+    parser.add_argument("names", nargs="*", help="mutations to try, all by default")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args(arguments)
+    chosen = [mutation for mutation in MUTATIONS if not options.names or mutation.name in options.names]
+    console = Console(stderr=options.json)
+    with Progress(console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
+        task = progress.add_task("mutations", total=len(chosen))
+        outcomes = []
+        for outcome in pool.map(try_mutation, chosen):
+            outcomes.append(outcome)
+            progress.advance(task)
+    killed = sum(outcome.state == "killed" for outcome in outcomes)
+    stale = sum(outcome.state == "stale" for outcome in outcomes)
+    score = killed / max(1, len(outcomes) - stale)
+    if options.json:
+        print(json.dumps({"score": score, "outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1))
+    else:
+        console.print(_table(outcomes))
+        console.print(f"{killed} of {len(outcomes) - stale} killed: {score:.1%}; {stale} stale")
+    return 0 if score >= WANTED and not stale else 1
+
+
+def _table(outcomes: list[Outcome]) -> Table:
+    table = Table("mutation", "file", "state", "by")
+    for outcome in outcomes:
+        mutation = outcome.mutation
+        table.add_row(mutation.name, mutation.file, outcome.state, outcome.by[:90])
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""make sim: run seeds of the simulator, on all CPUs, until they are done or one fails.
+
+.venv/bin/python -m tests.crash.simulate 1000:2000 --crash-points 100
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .fault_schedule import FAULTS
+from .ftl_simulator import FtlSimulation
+from .report import Report, SimulationFailed
+from .simulator import Simulation
+
+SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation}
+
+
+def parse_seeds(text: str) -> range:
+    """Seeds of "7" or "1000:2000" (the second is not included)."""
+    first, colon, stop = text.partition(":")
+    return range(int(first), int(stop) if colon else int(first) + 1)
+
+
+def run_seed(mode: str, seed: int, crash_points: int, faults: list[str]) -> Report | tuple[int, str]:
+    """The report of a run, or the seed and what went wrong."""
+    started = time.process_time()
+    try:
+        report = SIMULATIONS[mode](seed, faults).run(crash_points)
+        report.cpu_seconds = time.process_time() - started
+        gc.collect()  # a store and its drive are a cycle of few and large objects
+        return report
+    except SimulationFailed as failure:
+        cause = "".join(traceback.format_exception(failure.__cause__)[-12:])
+        return seed, "\n".join([*failure.done, cause, str(failure)])
+
+
+def _command(seed: int, options: argparse.Namespace) -> str:
+    """What runs one seed again."""
+    faults = "".join(f" --fault {fault}" for fault in options.fault)
+    return (
+        f".venv/bin/python -m tests.crash.simulate {seed} --mode {options.mode}"
+        f" --crash-points {options.crash_points}{faults} --jobs 1"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
+    parser.add_argument("seeds", type=parse_seeds, help="one seed, or first:stop")
+    parser.add_argument("--mode", choices=SIMULATIONS, default="store")
+    parser.add_argument("--crash-points", type=int, default=100, help="power cuts per seed")
+    parser.add_argument("--stop-at", type=int, default=5, help="failed seeds after which no more are run")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--fault", choices=FAULTS, action="append", default=[], help="besides power cuts and bit flips"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True)
+    columns = (
+        TextColumn("seeds"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[points]:,} crash points, {task.fields[rate]:.0f}/s"),
+        TimeRemainingColumn(),
+    )
+    failures, points, cpu_seconds, started = [], 0, 1e-9, time.monotonic()
+    with (
+        ProcessPoolExecutor(options.jobs) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
+        task = progress.add_task("", total=len(options.seeds), points=0, rate=0.0)
+        runs = [
+            pool.submit(run_seed, options.mode, seed, options.crash_points, options.fault)
+            for seed in options.seeds
+        ]
+        for run in as_completed(runs):
+            outcome = run.result()
+            if isinstance(outcome, Report):
+                points += len(outcome.crash_points)
+                cpu_seconds += outcome.cpu_seconds
+            else:
+                failures.append(outcome)
+            rate = points / (time.monotonic() - started)
+            progress.update(task, advance=1, points=points, rate=rate)
+            if len(failures) >= options.stop_at:
+                pool.shutdown(cancel_futures=True)
+                break
+    for seed, what in failures:
+        console.print(what, markup=False, highlight=False)
+        console.print(f"replay: {_command(seed, options)}", markup=False, highlight=False)
+    seconds = time.monotonic() - started
+    console.print(
+        f"{points:,} distinct crash points of {len(options.seeds):,} seeds in {seconds:.1f} s:"
+        f" {points / seconds:.0f}/s on {options.jobs} processes, {points / cpu_seconds:.0f} per CPU second;"
+        f" {len(failures)} seeds failed",
+        highlight=False,
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""A whole store under simulation: random use, power cuts at any media operation, an oracle that knows better.
+
+A run is a series of rounds. In each, the workload goes on until the power fails inside a media operation; the
+drive comes back with what was not synced kept, lost or torn at random; opening it may be cut short as well, up
+to depth 3. Then everything is read back and compared, and the next round starts from what was found. Many
+operations before that are tried as well: the power fails, all is checked, and then it has not happened.
+
+One seed gives the same run every time: no threads take part (the drive runs submitted commands where they are
+submitted, small attention commands always), no clock, one source of randomness. So a seed replays a failure.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+
+from accel.drive import Drive, DriveConfig
+from ftl.translation import FlashTranslationLayer
+from kvfs.errors import NvmeStatusError, OutOfSpace
+from kvfs.store import Store, format_volume
+from spdk_glue.status import NvmeError
+
+from .fault_schedule import FaultSchedule
+from .invariants import check_space
+from .oracle import FoundSequence, Lost, Oracle
+from .report import Report, SimulationFailed
+from .simulated_media import PowerCut, SimulatedMedia
+from .workload import Workload
+
+PATH = "simulated"
+CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
+CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
+
+
+class Simulation:
+    """One seed's run over a drive in memory."""
+
+    def __init__(self, seed: int, faults: Iterable[str] = ()):
+        """faults: names of fault_schedule.FAULTS."""
+        self.random = np.random.default_rng(seed)
+        self.schedule = FaultSchedule.draw(self.random, faults)
+        self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
+        self.oracle = Oracle()
+        self.workload = Workload(self.random, self.oracle)
+        self.report = Report(seed)
+        self.store: Store | None = None
+        self._what_if_failure: Exception | None = None
+
+    def run(self, num_crash_points: int) -> Report:
+        """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
+        logging.disable(logging.CRITICAL)  # bit flips are logged as errors; here they are expected
+        try:
+            self._format()
+            while len(self.report.crash_points) < num_crash_points:
+                self._round()
+            self._end()
+        except (Exception, PowerCut) as error:
+            cause = self._what_if_failure or error
+            raise SimulationFailed(self.report.seed, list(self.workload.done), cause) from cause
+        finally:
+            logging.disable(logging.NOTSET)
+            if self.store is not None:
+                self._power_off(self.store)
+        self.report.steps, self.report.refusals = self.workload.steps, self.workload.refusals
+        self.report.digest = self.media.digest
+        return self.report
+
+    # the drive
+
+    def _format(self) -> None:
+        FlashTranslationLayer.format(self.media).close()
+        drive = Drive.over(self.media, CONFIG)
+        format_volume(drive, PATH, self.schedule.metadata_lbas)
+        drive.close()
+        self._use(self._open())
+
+    def _open(self) -> Store:
+        return Store(
+            Drive.over(self.media, CONFIG),
+            PATH,
+            worker=CONFIG.worker,
+            writeback_tokens=self.schedule.writeback_tokens,
+            tail_bytes=self.schedule.tail_bytes,
+        )
+
+    def _use(self, store: Store) -> None:
+        self.store = self.workload.store = store
+
+    def _power_off(self, store: Store) -> None:
+        """The end of the process: memory is gone, nothing more is written."""
+        self.media.on_operation, self.media.cut_after = None, -1  # whatever closing might still write
+        with suppress(PowerCut, NvmeError):
+            store._catalogue.abandon()
+        with suppress(PowerCut):
+            store._stack.close()
+
+    def _crashed(self, depth: int) -> None:
+        """Count a power cut; the power is back afterwards."""
+        self.report.crash_points.add((self.media.all_operations, depth))
+        self.workload.done.append(f"-- power cut at media operation {self.media.all_operations}, depth {depth}")
+        self.media.reboot()
+
+    def _open_with_power_cuts(self) -> Store:
+        """The store once an opening has come through."""
+        depth = 1
+        for cut in self.schedule.opening_cuts(self.random):
+            self.media.cut_in(cut)
+            with self._power_cut():
+                store = self._open()
+                self.media.cut_after = None
+                return store
+            depth += 1
+            self._crashed(depth)
+        return self._open()
+
+    @contextmanager
+    def _power_cut(self) -> Iterator[None]:
+        """Ends where the power does, whatever the layers above made of it (SQLite: an error of its own)."""
+        try:
+            yield
+        except (PowerCut, Exception):
+            if not self.media.power_failed or self._what_if_failure:
+                raise
+
+    # rounds
+
+    def _round(self) -> None:
+        if self.random.random() < self.schedule.clean_close_chance:
+            self._work_and_reopen()
+        else:
+            self._work_until_power_cut()
+        found, models = _read_all(self.store)
+        self.oracle.settle(found, models)
+        check_space(self.store)
+        if self.random.integers(CHECK_EVERY) == 0:
+            self._check()
+        if self.random.random() < self.schedule.bit_flip_chance:
+            self._flip_bits()
+
+    def _work_until_power_cut(self) -> None:
+        self.media.cut_in(self.schedule.cut_distance(self.random))
+        self.media.on_operation = self._what_if
+        with self._power_cut():
+            while True:
+                self.workload.step()
+        self._power_off(self.store)
+        self._crashed(depth=1)
+        self._use(self._open_with_power_cuts())
+
+    def _work_and_reopen(self) -> None:
+        """A clean end, after which nothing may be missing. A drive too full for the tails may say so."""
+        self.media.on_operation = self._what_if
+        for _ in range(int(self.random.integers(1, 20))):
+            self.workload.step()
+        self.workload.done.append("-- close and open")
+        try:
+            self.store.close()
+        except OutOfSpace:
+            pass  # what was flushed before is there, as after a power cut
+        else:
+            self.oracle.promise(*self.oracle.sequences)
+        self.media.on_operation = None
+        self._use(self._open())
+
+    def _what_if(self, operation: Callable[[], None]) -> None:
+        """Now and then: would all be well if the power failed in this operation? The store in use goes on."""
+        if self.random.random() >= self.schedule.what_if_chance:
+            return
+        try:
+            with self.media.what_if():
+                self.media.cut_in(0)
+                with suppress(PowerCut):
+                    operation()
+                self._crashed(depth=1)
+                store = self._open_with_power_cuts()
+                try:
+                    self.oracle.check(*_read_all(store))
+                    check_space(store)
+                finally:
+                    self._power_off(store)
+        except Exception as error:
+            self._what_if_failure = error  # the layers between here and the run make something else of it
+            raise PowerCut from error
+        self.workload.done.append("-- (all that since the power cut did not happen)")
+
+    # checks
+
+    def _check(self) -> None:
+        problems = self.store.check()
+        if problems:
+            raise Lost("check finds: " + "; ".join(problems))
+
+    def _flip_bits(self) -> None:
+        """One bit of a page that is in use: an error that names the block, or right bytes; never wrong ones."""
+        self.store.flush()
+        self.oracle.promise(*self.oracle.sequences)
+        reopen = self.random.random() < self.schedule.reopen_chance
+        extents = list(self.store._catalogue.used_extents())
+        if reopen:
+            extents.append((0, self.store._volume.first_data_lba))  # these are in memory otherwise
+        lbas = np.concatenate([np.empty(0, np.int64)] + [np.arange(start, start + n) for start, n in extents])
+        pages = self.store._drive.ftl.resolve(lbas)
+        lbas, pages = lbas[pages >= 0], pages[pages >= 0]
+        if not len(lbas):
+            return
+        which = self.random.integers(len(lbas))
+        lba, page = int(lbas[which]), int(pages[which])
+        self.report.bit_flips += 1
+        self.workload.done.append(f"-- bit flip in LBA {lba}, page {page}" + ", then open again" * reopen)
+        self.media.flip_bit(page)
+        if not reopen or self._reopen_damaged(lba):
+            self._read_damaged(lba)
+            self.media.flip_bit(page)
+        else:
+            self.media.flip_bit(page)
+            self._use(self._open())
+
+    def _reopen_damaged(self, lba: int) -> bool:
+        """Whether the store opens although a block is corrupt; if not, the error has to name it."""
+        self._power_off(self.store)
+        self.media.cut_after = None
+        try:
+            self._use(self._open())
+        except NvmeStatusError as error:
+            if error.lba != lba:
+                raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error
+            return False
+        return True
+
+    def _read_damaged(self, lba: int) -> None:
+        in_data = lba >= self.store._volume.first_data_lba
+        if in_data and not any(f"LBA {lba} " in problem for problem in self.store.check()):
+            raise Lost(f"check does not name LBA {lba}, which is corrupt")
+        for sequence in self.store.sequences():
+            state = self.oracle.sequences[sequence.name]
+            try:
+                found = _read_back(sequence)
+            except NvmeStatusError as error:
+                if error.lba != lba:
+                    raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error
+            else:
+                if found.version_of(state) is None:
+                    raise Lost(f"LBA {lba} is corrupt, and was served")
+
+    def _end(self) -> None:
+        """With everything deleted, all space is free again."""
+        for name in sorted(self.oracle.sequences):
+            self.store.delete_sequence(name)
+        self.store.flush()
+        space = self.store.counters()["space"]
+        if space["free_bytes"] != space["capacity_bytes"]:
+            raise Lost(f"{space['free_bytes']} bytes free of {space['capacity_bytes']} with nothing stored")
+        check_space(self.store)
+        self.store.close()
+
+
+def _read_all(store: Store) -> tuple[dict[str, FoundSequence], frozenset[str]]:
+    """All sequences by name, and the names of the models."""
+    found = {sequence.name: _read_back(sequence) for sequence in store.sequences()}
+    return found, frozenset(model.name for model in store.models())
+
+
+def _read_back(sequence) -> FoundSequence:
+    words = []
+    for layer in range(sequence.model.num_layers):
+        rows = np.stack(sequence.read(layer))
+        words.append(rows.view(f"u{rows.itemsize}"))
+    return FoundSequence(sequence.model.name, words, sequence.tokens)
