@@ -44,13 +44,17 @@ class ChecksumTable:
         return found, known
 
     def set(self, pages: np.ndarray, crc32c: np.ndarray) -> None:
-        """Pages of one superblock were programmed."""
-        superblock = int(pages[0]) // self._per_superblock
-        with self._lock:
+        """Pages of one superblock, ascending, were programmed."""
+        superblock, first = divmod(int(pages[0]), self._per_superblock)
+        indices = slice(first, first + len(pages))
+        if pages[-1] - pages[0] != len(pages) - 1:  # not one run: bad blocks or parity between
             indices = pages - superblock * self._per_superblock
+        with self._lock:
             self._column(superblock)[indices] = crc32c
             if superblock in self._unreadable:  # read while it was being written
-                self._unreadable[superblock] = np.setdiff1d(self._unreadable[superblock], indices)
+                self._unreadable[superblock] = np.setdiff1d(
+                    self._unreadable[superblock], pages - superblock * self._per_superblock
+                )
 
     def begin(self, superblock: int) -> None:
         """An erased superblock begins to be written."""

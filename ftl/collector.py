@@ -29,6 +29,7 @@ from spdk_glue import dma
 
 log = logging.getLogger(__name__)
 
+LITTLE_GAIN = 1 / 8  # of a superblock
 COPY_PAGES = 64  # copied at once: what a reader or writer of the same flash may have to wait for
 
 
@@ -48,6 +49,9 @@ class CollectorOptions:
     rated_cycles: int = 3000
     wear_spread: float = 0.05
     read_disturb_limit: int = 0
+
+    def __post_init__(self):
+        make_policy(self.policy)  # raises ValueError
 
 
 class Collector:
@@ -118,6 +122,9 @@ class Collector:
             if self._finish_erases():
                 return True
             victim = self._choose()
+            if self._is_short(victim) and self._log.give_up_checkpoint():
+                self.erase_replaced()
+                return True
             if victim is None:
                 return self._erase_emptied()
             if not self._copy(victim, GC_STREAM):
@@ -142,6 +149,16 @@ class Collector:
             self._policy,
             state.next_program_number,
         )
+
+    def _is_short(self, victim: int | None) -> bool:
+        """Whether room is needed and collecting would give little of it."""
+        state = self._state
+        if state.superblocks.count(State.FREE) > GC_RESERVE or self._emptied:
+            return False
+        if victim is None:
+            return True
+        capacity = int(state.superblocks.capacity[victim])
+        return capacity - int(state.mapping.valid_pages[victim]) < capacity * LITTLE_GAIN
 
     def _disturbed(self) -> int | None:
         """A superblock that was read so often that its neighbours suffer."""

@@ -84,8 +84,8 @@ class Geometry:
         return self.num_superblocks * self.num_planes
 
     @classmethod
-    def for_capacity(cls, size_bytes: int, page_size: int = 4096) -> "Geometry":
-        """A geometry of at most size_bytes of physical flash.
+    def for_capacity(cls, size_bytes: int, page_size: int = 4096, **options: int) -> "Geometry":
+        """A geometry of at most size_bytes of physical flash. options: spare_percent, parity.
 
         The superblock is about size / 128, from 1 MiB to 16 MiB. Raises ValueError below 16 MiB.
         """
@@ -100,4 +100,5 @@ class Geometry:
             page_size=page_size,
             pages_per_erase_block=pages_per_erase_block,
             num_superblocks=size_bytes // superblock_bytes,
+            **options,
         )

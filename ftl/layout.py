@@ -67,6 +67,35 @@ assert LOG_HEADER.itemsize == 64
 # Versions of these LBAs below sequence_number are dead.
 DEALLOCATION = np.dtype([("lba", "<u8"), ("num_lbas", "<u8"), ("sequence_number", "<u8")])
 
+CHECKPOINT_MAGIC = 0x5043564B  # "KVCP"
+
+# Start of the payload of every checkpoint page.
+CHECKPOINT_HEADER = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("session", "<u4"),
+        ("part", "<u4"),
+        ("num_parts", "<u4"),
+        ("sequence_number", "<u8"),  # the next one when the checkpoint was taken
+        ("program_number", "<u8"),  # all up to it were durable and are in the map
+        ("payload_bytes", "<u8"),  # of all parts together
+        ("reserved", "V24"),
+    ]
+)
+assert CHECKPOINT_HEADER.itemsize == 64
+
+# What a checkpoint knows of each superblock; all zero where it held nothing.
+CHECKPOINT_SUPERBLOCK = np.dtype(
+    [
+        ("first_program_number", "<u8"),  # of the first page on a good block: tells one life from the next
+        ("newest_program_number", "<u8"),
+        ("fill", "<u4"),
+        ("is_closed", "u1"),  # nothing was programmed in it after the checkpoint
+        ("reserved", "V3"),
+    ]
+)
+assert CHECKPOINT_SUPERBLOCK.itemsize == 24
+
 DRIVE_MAGIC = 0x4456_5246_5356_4B00 | 0x31  # "1KVSFRVD" read as a little-endian u8
 
 DRIVE_HEADER = np.dtype(

@@ -16,13 +16,30 @@ def _resolve(entries, lbas, pages):
 
 
 @njit(nogil=True, cache=True)
-def _assign(entries, valid, pages_per_superblock, lbas, pages):
+def _any_outside(lbas, num_lbas):
+    outside = False
     for index in range(len(lbas)):
-        old = np.int64(entries[lbas[index]]) - 1
+        outside |= lbas[index] < 0 or lbas[index] >= num_lbas
+    return outside
+
+
+@njit(nogil=True, cache=True)
+def _assign(entries, valid, pages_per_superblock, lbas, pages):
+    old_superblock = new_superblock = 0  # neighbours mostly share theirs, and a division costs most here
+    old_first = new_first = 0
+    for index in range(len(lbas)):
+        lba, page = lbas[index], pages[index]
+        old = np.int64(entries[lba]) - 1
         if old >= 0:
-            valid[old // pages_per_superblock] -= 1
-        entries[lbas[index]] = pages[index] + 1
-        valid[pages[index] // pages_per_superblock] += 1
+            if not 0 <= old - old_first < pages_per_superblock:
+                old_superblock = old // pages_per_superblock
+                old_first = old_superblock * pages_per_superblock
+            valid[old_superblock] -= 1
+        entries[lba] = page + 1
+        if not 0 <= page - new_first < pages_per_superblock:
+            new_superblock = page // pages_per_superblock
+            new_first = new_superblock * pages_per_superblock
+        valid[new_superblock] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -51,7 +68,7 @@ def _unmap(entries, valid, pages_per_superblock, first, stop):
 def _keep_newest(entries, versions, lbas, sequence_numbers, pages):
     for index in range(len(lbas)):
         lba = lbas[index]
-        if entries[lba] == 0 or sequence_numbers[index] > versions[lba]:
+        if entries[lba] == 0 or sequence_numbers[index] >= versions[lba]:
             entries[lba] = pages[index] + 1
             versions[lba] = sequence_numbers[index]
 
@@ -78,6 +95,10 @@ class Mapping:
     @property
     def mapped_pages(self) -> int:
         return int(self.valid_pages.sum())
+
+    def holds(self, lbas: np.ndarray) -> bool:
+        """Whether all of int64 [n] LBAs are in range."""
+        return not _any_outside(lbas, len(self._entries))
 
     def resolve(self, lbas: np.ndarray) -> np.ndarray:
         """int64 physical pages of int64 [n] LBAs in range; PAGE_NONE where unmapped."""
@@ -117,6 +138,22 @@ class Mapping:
     def recover_deallocation(self, versions, first_lba: int, num_lbas: int, sequence_number: int) -> None:
         stop = min(first_lba + num_lbas, len(self._entries))
         _drop_older(self._entries, versions, first_lba, stop, np.uint64(sequence_number))
+
+    def take_over(self, entries: np.ndarray, alive: np.ndarray) -> None:
+        """Begin with a checkpoint's entries, those in superblocks that are as they were: bool
+        [num_superblocks].
+        """
+        mapped = np.flatnonzero(entries)
+        mapped = mapped[alive[(entries[mapped].astype(np.int64) - 1) // self._pages_per_superblock]]
+        self._entries[mapped] = entries[mapped]
+
+    def copy_entries(self) -> np.ndarray:
+        """The map as a checkpoint keeps it: page + 1 by LBA, zero where unmapped."""
+        return self._entries.copy()
+
+    @property
+    def entry_dtype(self) -> np.dtype:
+        return self._entries.dtype
 
     def finish_recovery(self) -> None:
         mapped = self._entries[self._entries != 0].astype(np.int64) - 1

@@ -57,6 +57,9 @@ class FlashMedia(Protocol):
     def read_oob(self, superblock: int) -> np.ndarray:
         """PAGE_OOB [pages_per_superblock]; magic 0 where never programmed."""
 
+    def read_oob_pages(self, pages: np.ndarray) -> np.ndarray:
+        """PAGE_OOB [n] of single pages, int64 [n], in one batch."""
+
     def programmed_superblocks(self) -> np.ndarray:
         """int64: superblocks that may hold programmed pages."""
 

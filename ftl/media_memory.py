@@ -50,6 +50,11 @@ class CountingMedia:
         self._rules.found(superblock, records["magic"] != 0)
         return records
 
+    def read_oob_pages(self, pages: np.ndarray) -> np.ndarray:
+        self._rules.check_range(pages)
+        self.counters.add(oob_pages_read=len(pages))
+        return self.oob[pages]
+
     def programmed_superblocks(self) -> np.ndarray:
         per_superblock = self.oob["magic"].reshape(self.geometry.num_superblocks, -1)
         return np.flatnonzero((per_superblock != 0).any(axis=1))

@@ -17,7 +17,6 @@ after it until `reboot`, which decides what the flash holds:
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -27,67 +26,15 @@ from ftl.errors import EraseFailed, ProgramFailed
 from ftl.geometry import Geometry
 from ftl.layout import PAGE_OOB
 from ftl.media_memory import MemoryMedia
+from ftl.nand_model import NandFaults, NandModel
 from spdk_glue import dma
 
-WEAR_OUT_SPAN = 0.1  # of the rated cycles: past them, failure grows to certainty over this many more
+__all__ = ["NandFaults", "NandMedia", "NandModel", "PowerCut"]
 
 
 class PowerCut(BaseException):
     """Raised by the operation that the power failed in, and by every one after it. No error handler that could
     still do something runs in a machine without power, so it is not an Exception."""
-
-
-@dataclass(frozen=True)
-class NandModel:
-    """How flash misbehaves; by default not at all within its rated cycles."""
-
-    program_failure_rate: float = 0.0  # per page programmed
-    erase_failure_rate: float = 0.0  # per block erased
-    factory_bad_fraction: float = 0.0  # of all blocks, bad from the start
-    grown_bad_fraction: float = (
-        0.0  # of all blocks, failing for ever from a point spread evenly over their life
-    )
-    rated_cycles: int = 3000  # erases of a block
-    bit_error_rate: float = 0.0  # per bit read, of a new block
-    bit_error_growth: float = 100.0  # times that at the rated cycles, exponentially between
-    read_disturb_limit: int | None = None  # reads of a block between erases that do no harm
-    read_disturb_error_rate: float = 1e-6  # per bit read, for each further such number of reads
-    lost_write_rate: float = 0.0  # per page: nothing is programmed, success is reported
-    misdirected_write_rate: float = 0.0  # per page: a free page of the same block is programmed instead
-    dead_dies: frozenset[int] = frozenset()
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if name.endswith(("rate", "fraction")) and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {value}")
-        if self.rated_cycles < 1:
-            raise ValueError(f"rated_cycles must be at least 1, not {self.rated_cycles}")
-
-    def wear_failure(self, cycles: np.ndarray) -> np.ndarray:
-        """float64: the probability that a block worn this much does not survive one more cycle."""
-        return np.clip((cycles / self.rated_cycles - 1) / WEAR_OUT_SPAN, 0, 1)
-
-    def bit_errors(self, cycles: np.ndarray, reads: np.ndarray) -> np.ndarray:
-        """float64: errors per bit read in a block with these erases, and reads since the last."""
-        rate = self.bit_error_rate * self.bit_error_growth ** (cycles / self.rated_cycles)
-        if self.read_disturb_limit is not None:
-            rate = rate + self.read_disturb_error_rate * np.maximum(reads / self.read_disturb_limit - 1, 0)
-        return rate
-
-
-@dataclass
-class NandFaults:
-    """What went wrong so far."""
-
-    program_failures: int = 0  # blocks of failed programs
-    erase_failures: int = 0  # blocks
-    bits_flipped: int = 0
-    lost_writes: int = 0  # pages
-    misdirected_writes: int = 0  # pages
-    power_cuts: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 class NandMedia(MemoryMedia):
@@ -219,7 +166,19 @@ class NandMedia(MemoryMedia):
             raise PowerCut
         records = super().read_oob(superblock)
         self._reads[superblock] += self.geometry.pages_per_erase_block
-        dead = self._is_dead(np.arange(len(records)) % self.geometry.num_planes)
+        return self._as_read(records, np.arange(len(records)) % self.geometry.num_planes)
+
+    def read_oob_pages(self, pages: np.ndarray) -> np.ndarray:
+        if self._step(self.count_reads):
+            raise PowerCut
+        records = super().read_oob_pages(pages)
+        superblock, _, plane = self._places(pages)
+        np.add.at(self._reads, (superblock, plane), 1)
+        return self._as_read(records, plane)
+
+    def _as_read(self, records: np.ndarray, planes: np.ndarray) -> np.ndarray:
+        """PAGE_OOB [n] with garbage in place of those on dead dies."""
+        dead = self._is_dead(planes)
         if dead.any():
             garbage = self.random.bytes(int(np.count_nonzero(dead)) * PAGE_OOB.itemsize)
             records[dead] = np.frombuffer(garbage, PAGE_OOB)

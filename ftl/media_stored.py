@@ -140,6 +140,22 @@ class StoredMedia:
         self._rules.found(superblock, records["magic"] != 0)
         return records
 
+    def read_oob_pages(self, pages: np.ndarray) -> np.ndarray:
+        self._rules.check_range(pages)
+        if not len(pages):
+            return np.empty(0, PAGE_OOB)
+        superblocks, indices = np.divmod(pages, self.geometry.pages_per_superblock)
+        offsets = self.layout.oob_start + superblocks * self.layout.oob_stride + indices * PAGE_OOB.itemsize
+        buffer = dma.allocate(len(pages) * BLOCK_BYTES)
+        extents = np.zeros(len(pages), EXTENT)
+        extents["address"] = dma.page_addresses(buffer, BLOCK_BYTES)
+        extents["offset"] = offsets // BLOCK_BYTES * BLOCK_BYTES
+        extents["length"] = BLOCK_BYTES
+        self._backing.read_extents(extents)
+        records = buffer.view(PAGE_OOB).reshape(-1, BLOCK_BYTES // PAGE_OOB.itemsize)
+        self.counters.add(oob_pages_read=len(pages))
+        return records[np.arange(len(pages)), offsets % BLOCK_BYTES // PAGE_OOB.itemsize].copy()
+
     def programmed_superblocks(self) -> np.ndarray:
         oob_start, stride = self.layout.oob_start, self.layout.oob_stride
         found = np.zeros(self.geometry.num_superblocks, bool)

@@ -7,15 +7,18 @@ in log superblocks of its own and is replaced as a whole.
 
 import numpy as np
 
-from ftl import deallocation_log
+from ftl import checkpoint, deallocation_log
+from ftl.checkpoint import Checkpoint
 from ftl.errors import OutOfFlash, ProgramFailed
-from ftl.layout import DEALLOCATION, PageKind
+from ftl.layout import CHECKPOINT_SUPERBLOCK, DEALLOCATION, PageKind
 from ftl.open_superblock import OpenSuperblock
 from ftl.page_writer import PageWriter, log_oob
+from ftl.provisioning import GC_RESERVE
 from ftl.state import FlashState
 from ftl.superblocks import State
 from spdk_glue import dma
 
+CHECKPOINT_SHARE = 256  # pages are programmed for each page of a checkpoint, at least
 MARK_PAGES = 256  # programs since the last durable mark after which a flush leaves a new one
 
 
@@ -61,9 +64,7 @@ class LogSuperblocks:
             try:
                 self._writer.program_with_parity(found, pages, addresses[done : done + len(pages)], oob)
             except ProgramFailed as failure:
-                self._writer.retire(failure, found)
-                if found.has_data:
-                    self._open = None  # its pages stay readable until the log is replaced
+                self._writer.retire(failure, found)  # its pages stay readable until the log is replaced
                 continue
             self._state.counters.metadata_pages_written += len(pages)
             done += len(pages)
@@ -74,12 +75,23 @@ class LogSuperblocks:
 
 
 class MetadataLog:
-    """Deallocations and durability. Methods are called with the lock held; one thread at a time writes the log."""
+    """Deallocations, durability, checkpoints. Methods are called with the lock held; one thread writes."""
 
-    def __init__(self, state: FlashState, writer: PageWriter, log_superblocks: list[int]):
+    def __init__(
+        self,
+        state: FlashState,
+        writer: PageWriter,
+        log_superblocks: list[int],
+        checkpoint_superblocks: list[int],
+        checkpoint_pages: int,
+    ):
+        """checkpoint_pages: programmed between two checkpoints, at least."""
         self._state = state
         self._writer = writer
         self._log = LogSuperblocks(state, writer, log_superblocks)
+        self._checkpoint_superblocks = checkpoint_superblocks
+        self._checkpoint_pages = checkpoint_pages
+        self._checkpoint_due = state.next_program_number + checkpoint_pages
         self._pending: list[tuple[int, int, int]] = []
         self._marked_program_number = state.durable_program_number
         self._is_busy = False
@@ -124,6 +136,67 @@ class MetadataLog:
         finally:
             self._release()
 
+    # checkpoints
+
+    def checkpoint_if_due(self) -> None:
+        """Take a checkpoint after many programs, if there is room for one."""
+        if self._state.next_program_number >= self._checkpoint_due:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        state = self._state
+        self._claim()
+        try:
+            with self._writer.quiesced():
+                taken = Checkpoint(
+                    state.mapping.copy_entries(),
+                    self._superblock_table(),
+                    state.next_sequence_number,
+                    state.next_program_number - 1,
+                    state.session,
+                )
+            self.sync()
+            with state.unlocked():
+                pages = checkpoint.encode(taken, state.page_size)
+            self._checkpoint_due = state.next_program_number + max(
+                self._checkpoint_pages, CHECKPOINT_SHARE * len(pages)
+            )
+            needed = -(-len(pages) // state.pages_per_superblock) + 1
+            if state.superblocks.count(State.FREE) <= GC_RESERVE + needed:
+                return
+            taken_by = LogSuperblocks(state, self._writer, [])
+            try:
+                taken_by.append(PageKind.CHECKPOINT, pages, taken.sequence_number)
+                if state.geometry.parity:
+                    taken_by.complete_row()
+                self.sync()
+            except BaseException:
+                self.replaced.extend(taken_by.superblocks)
+                raise
+            self.replaced.extend(self._checkpoint_superblocks)
+            self._checkpoint_superblocks = taken_by.superblocks
+        finally:
+            self._release()
+
+    def _superblock_table(self) -> np.ndarray:
+        superblocks = self._state.superblocks
+        table = np.zeros(len(superblocks.states), CHECKPOINT_SUPERBLOCK)
+        holds = np.isin(superblocks.states, (State.OPEN, State.FULL, State.LOG, State.QUARANTINED))
+        holds[self._checkpoint_superblocks] = False
+        table["fill"] = np.where(holds, superblocks.fill, 0)
+        table["first_program_number"] = np.where(holds, superblocks.first, 0)
+        table["newest_program_number"] = np.where(holds, superblocks.newest, 0)
+        table["is_closed"] = np.isin(superblocks.states, (State.FULL, State.LOG, State.QUARANTINED))
+        table["is_closed"][self._log.superblocks[-1:]] = 0
+        return table
+
+    def give_up_checkpoint(self) -> bool:
+        """Have its superblocks erased, when room is short; whether there were any. Nothing depends on it."""
+        self.replaced.extend(self._checkpoint_superblocks)
+        gained = bool(self._checkpoint_superblocks)
+        self._checkpoint_superblocks = []
+        return gained
+
     def sync(self) -> None:
         """Everything that was programmed when this is called is on stable media when it returns."""
         state = self._state
@@ -148,7 +221,7 @@ class MetadataLog:
         self._log.append(kind, payload, self._state.next_sequence_number)
 
     def _rotate(self) -> None:
-        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased afterwards."""
+        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased then."""
         state = self._state
         old = list(self._log.superblocks)
         self._log.begin_superblock()

@@ -39,6 +39,10 @@ class OpenSuperblock:
         tried = int(self._order[self._position - 1]) + 1
         self._begin(bad_planes, -(-tried // self._geometry.num_planes) * self._geometry.num_planes)
 
+    def abandon(self) -> None:
+        """Nothing more is written here."""
+        self._position = len(self._order)
+
     @property
     def num_left(self) -> int:
         """Pages for data that are still to be written."""

@@ -137,18 +137,15 @@ class PageWriter:
             try:
                 pages = found.take(len(lbas) - done)
                 part = slice(done, done + len(pages))
-                oob = np.zeros(len(pages), PAGE_OOB)
-                oob["kind"] = PageKind.DATA
-                oob["stream"] = stream if stream in INTERNAL_STREAMS else stream % CHECKPOINT_STREAM
-                oob["lba"] = lbas[part]
+                while self._is_held:
+                    self._state.changed.wait()
                 if sequence_numbers is None:
-                    while self._is_held:
-                        self._state.changed.wait()
                     version = self._state.new_sequence_numbers(len(pages))
                     self._uncommitted.add(version)
-                    oob["sequence_number"] = np.arange(version, version + len(pages))
+                    versions = np.arange(version, version + len(pages), dtype=np.uint64)
                 else:
-                    oob["sequence_number"] = sequence_numbers[part]
+                    versions = sequence_numbers[part]
+                oob = data_oob(stream, lbas[part], versions)
                 try:
                     self.program_with_parity(found, pages, sources[part], oob)
                 except ProgramFailed as failure:
@@ -226,17 +223,21 @@ class PageWriter:
         oob["program_number"] = np.arange(first, first + len(oob))
 
     def program(self, superblock: int, pages, sources, oob) -> None:
-        """Program numbered pages of one superblock with the lock released. Raises what the media raises."""
+        """Program pages of one superblock, ascending, with the lock released. Their records have just got the
+        newest program numbers, in any order. Raises what the media raises."""
         state = self._state
         oob["magic"] = OOB_MAGIC
         oob["session"] = state.session
         oob["durable_program_number"] = state.durable_program_number
-        first = int(oob["program_number"].min())
+        last = state.next_program_number - 1
+        first = last - len(oob) + 1
         state.has_changed = True
         self._programming.add(first)
         superblocks = state.superblocks
-        superblocks.fill[superblock] = int(pages.max()) + 1 - superblock * state.pages_per_superblock
-        superblocks.newest[superblock] = int(oob["program_number"].max())
+        if superblocks.first[superblock] == 0:
+            superblocks.first[superblock] = first
+        superblocks.fill[superblock] = int(pages[-1]) + 1 - superblock * state.pages_per_superblock
+        superblocks.newest[superblock] = last
         try:
             with state.unlocked():
                 state.media.program(pages, sources, oob)
@@ -256,6 +257,7 @@ class PageWriter:
         state.media.mark_bad(failure.superblock, failure.planes)
         state.superblocks.planes_failed(failure.superblock, failure.planes)
         if found.has_data:
+            found.abandon()
             state.superblocks.retiring.add(failure.superblock)
             self._close(failure.superblock)
             state.pressure.notify()
@@ -275,15 +277,25 @@ class PageWriter:
 
     @contextmanager
     def quiesced(self):
-        """No batch of the host is under way inside: each is wholly in the map or has no version yet."""
+        """No batch is under way inside: each is wholly in the map or has no version yet."""
         self._is_held = True
         try:
-            while self._uncommitted:
+            while self._uncommitted or self._programming:
                 self._state.changed.wait()
             yield
         finally:
             self._is_held = False
             self._state.changed.notify_all()
+
+
+def data_oob(stream: int, lbas: np.ndarray, sequence_numbers: np.ndarray) -> np.ndarray:
+    """PAGE_OOB [n] for data pages: int64 [n] LBAs in uint64 [n] versions."""
+    oob = np.zeros(len(lbas), PAGE_OOB)
+    oob["kind"] = PageKind.DATA
+    oob["stream"] = stream if stream in INTERNAL_STREAMS else stream % CHECKPOINT_STREAM
+    oob["lba"] = lbas
+    oob["sequence_number"] = sequence_numbers
+    return oob
 
 
 def log_oob(count: int, kind: PageKind, sequence_number: int) -> np.ndarray:

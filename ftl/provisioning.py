@@ -35,3 +35,12 @@ def num_lbas(geometry: Geometry) -> int:
     if found < 1:
         raise ValueError(f"num_superblocks: {geometry.num_superblocks} leave no room for data")
     return found
+
+
+def spare_left(geometry: Geometry, usable_pages: int) -> float:
+    """Share, 0 to 1, of the pages beyond the logical blocks that are left when `usable_pages` are good."""
+    total = geometry.num_pages
+    if geometry.parity:
+        total = total * (geometry.num_dies - 1) // geometry.num_dies
+    blocks = num_lbas(geometry)
+    return max(0.0, (usable_pages - blocks) / (total - blocks))

@@ -8,16 +8,21 @@ durable when it was programmed. So:
    whose payload does not match. An older version of their LBA shows through.
 3. The highest version of each LBA wins; then the log's deallocations drop versions older than they are.
 
+A checkpoint (checkpoint.py) saves most of step 1: superblocks that it knows and that were not written since are
+not read, and the map starts from its own.
+
 Sessions (one per opening that changed the drive) are told apart because a later session's durability
 says nothing of an earlier one's torn pages, which lie on the flash until their superblock is erased.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftl import deallocation_log
+from ftl import checkpoint, deallocation_log
+from ftl.checkpoint import Checkpoint
 from ftl.deallocation_log import LogPage
 from ftl.direct_io.api import crc32c_records
 from ftl.layout import OOB_MAGIC, PAGE_OOB, PageKind
@@ -25,69 +30,164 @@ from ftl.mapping import Mapping
 from ftl.media import FlashMedia
 from ftl.parity import lost_records
 from ftl.provisioning import num_lbas
+from ftl.repair import repair_page
 from spdk_glue import dma
 
 log = logging.getLogger(__name__)
 
-LOG_KINDS = (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT, PageKind.CHECKPOINT)
 VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
 
 
 @dataclass
 class Recovered:
-    """What a scan found out.
+    """What was found out.
 
-    fill: int64 [num_superblocks], pages up to the last programmed one; newest: their highest program number
+    fill: int64 [num_superblocks], pages up to the last programmed one; first, newest: their lowest and highest
+    program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
+    checkpoint: the one that was built upon, None after a scan of everything
     """
 
     mapping: Mapping
     fill: np.ndarray
+    first: np.ndarray
     newest: np.ndarray
     last_stream: dict[int, int] = field(default_factory=dict)
     log_superblocks: list[int] = field(default_factory=list)
+    checkpoint_superblocks: list[int] = field(default_factory=list)
     next_sequence_number: int = 1
     next_program_number: int = 1
     session: int = 1
     torn_pages: int = 0
+    scanned_superblocks: int = 0
+    checkpoint: Checkpoint | None = None
 
 
-def recover(media: FlashMedia) -> Recovered:
-    """The map of a drive that was used before. Raises MediaIoError."""
+def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
+    """The map of a drive that was used before.
+
+    progress: called with (superblocks scanned, superblocks to scan). Raises MediaIoError.
+    """
     geometry = media.geometry
     mapping = Mapping(num_lbas(geometry), geometry.num_superblocks, geometry.pages_per_superblock)
-    empty = np.zeros(geometry.num_superblocks, np.int64)
-    found = Recovered(mapping, empty, empty.copy())
-    records, pages = _scan(media, found)
+    nothing = np.zeros(geometry.num_superblocks, np.int64)
+    found = Recovered(mapping, nothing, nothing.copy(), nothing.copy())
+    programmed = media.programmed_superblocks()
+    heads = _heads(media, programmed)
+    found.checkpoint_superblocks = programmed[heads["kind"] == PageKind.CHECKPOINT].tolist()
+    found.checkpoint = _load_checkpoint(media, found.checkpoint_superblocks, mapping)
+    known = _take_over_checkpoint(found, programmed, heads)
+    records, pages = _scan(media, programmed[~known], found, progress)
+    versions = mapping.start_recovery()
+    if found.checkpoint is not None:
+        _take_over_map(found, geometry.pages_per_superblock, programmed[known], records, pages)
     if not len(records):
+        mapping.finish_recovery()
         return found
-    good = _without_torn(media, records, pages, found)
+    good = _whole(media, records, pages, found)
     records, pages = records[good], pages[good]
     if geometry.parity:
         lost, lost_pages = lost_records(geometry, records, pages)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
 
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
-    log_kind = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
-    versions = mapping.start_recovery()
+    if found.checkpoint is not None:
+        # what was programmed before the checkpoint is in its map, or was superseded by then
+        data &= records["program_number"] > found.checkpoint.program_number
     mapping.recover_pages(
         versions,
         records["lba"][data].astype(np.int64),
         records["sequence_number"][data].astype(np.uint64),
         pages[data],
     )
+    log_kind = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
     log_pages = _read_log(media, records[log_kind], pages[log_kind])
-    _apply_log(mapping, versions, log_pages)
+    _apply_log(mapping, versions, log_pages, found.checkpoint.sequence_number if found.checkpoint else 0)
     mapping.finish_recovery()
     return found
 
 
-def _scan(media: FlashMedia, found: Recovered) -> tuple[np.ndarray, np.ndarray]:
+def _holds(records: np.ndarray) -> np.ndarray:
+    return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+
+
+def _heads(media: FlashMedia, superblocks: np.ndarray) -> np.ndarray:
+    """PAGE_OOB [n]: of each superblock's first page that is not parity; zeros where that does not hold."""
+    geometry = media.geometry
+    good = ~media.bad_blocks()[superblocks]
+    # in the first row the first good plane of a die has the parity
+    place = np.argmax(np.cumsum(good, axis=1) == 1 + geometry.parity, axis=1)
+    heads = media.read_oob_pages(superblocks * geometry.pages_per_superblock + place)
+    heads[~_holds(heads)] = np.zeros((), PAGE_OOB)
+    return heads
+
+
+def _load_checkpoint(media: FlashMedia, superblocks: list[int], mapping: Mapping) -> Checkpoint | None:
+    page_size = media.geometry.page_size
+    all_pages = []
+    for superblock in superblocks:
+        records = media.read_oob(superblock)
+        chosen = np.flatnonzero(_holds(records) & (records["kind"] == PageKind.CHECKPOINT))
+        pages = superblock * media.geometry.pages_per_superblock + chosen
+        buffer = dma.allocate(max(1, len(pages)) * page_size).reshape(-1, page_size)
+        crc32c = media.read(pages, dma.page_addresses(buffer, page_size)[: len(pages)])
+        all_pages.append(buffer[: len(pages)][crc32c == records["payload_crc32c"][chosen]])
+    if not all_pages:
+        return None
+    found = checkpoint.decode(
+        np.concatenate(all_pages), len(mapping), media.geometry.num_superblocks, mapping.entry_dtype
+    )
+    if found is None:
+        log.info("no whole checkpoint: every page's OOB is read")
+    return found
+
+
+def _take_over_checkpoint(found: Recovered, programmed: np.ndarray, heads: np.ndarray) -> np.ndarray:
+    """bool: which of the programmed superblocks hold what the checkpoint says, and nothing newer."""
+    if found.checkpoint is None:
+        return np.zeros(len(programmed), bool)
+    table = found.checkpoint.superblocks[programmed]
+    numbers = heads["program_number"]
+    same = (table["fill"] > 0) & (heads["magic"] != 0)
+    same &= (table["first_program_number"] <= numbers) & (numbers <= table["newest_program_number"])
+    known = same & (table["is_closed"] != 0)
+    superblocks = programmed[known]
+    found.fill[superblocks] = table["fill"][known]
+    found.first[superblocks] = table["first_program_number"][known]
+    found.newest[superblocks] = table["newest_program_number"][known]
+    is_log = np.isin(heads["kind"][known], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
+    found.log_superblocks.extend(superblocks[is_log].tolist())
+    found.next_sequence_number = found.checkpoint.sequence_number
+    found.next_program_number = found.checkpoint.program_number + 1
+    found.session = found.checkpoint.session + 1
+    return known
+
+
+def _take_over_map(found: Recovered, per_superblock: int, known: np.ndarray, records, pages) -> None:
+    """The checkpoint's map, without what has been erased since."""
+    taken = found.checkpoint
+    table = taken.superblocks
+    alive = np.zeros(len(table), bool)
+    alive[known] = True
+    # one that was being written is still the same if it shows a page of that life
+    superblocks = pages // per_superblock
+    numbers = records["program_number"]
+    same = (table["first_program_number"][superblocks] <= numbers) & (table["fill"][superblocks] > 0)
+    same &= numbers <= table["newest_program_number"][superblocks]
+    alive[superblocks[same]] = True
+    found.mapping.take_over(taken.entries, alive)
+
+
+def _scan(
+    media: FlashMedia, superblocks: np.ndarray, found: Recovered, progress
+) -> tuple[np.ndarray, np.ndarray]:
     """All OOB records that hold, and their pages; notes counters and fill in `found`."""
     per_superblock = media.geometry.pages_per_superblock
     bad_planes = media.bad_blocks()
-    all_records, all_pages = [], []
-    for superblock in media.programmed_superblocks().tolist():
+    all_records, all_pages = [np.empty(0, PAGE_OOB)], [np.empty(0, np.int64)]
+    for number, superblock in enumerate(superblocks.tolist()):
+        if progress is not None:
+            progress(number, len(superblocks))
         records = media.read_oob(superblock)
         programmed = np.flatnonzero(records["magic"] != 0)
         if not len(programmed):
@@ -96,36 +196,49 @@ def _scan(media: FlashMedia, found: Recovered) -> tuple[np.ndarray, np.ndarray]:
         on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         records = records[programmed]
-        holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+        holds = _holds(records)
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])
         if not holds.any():
             continue
         records = records[holds]
+        found.first[superblock] = records["program_number"].min()
         found.newest[superblock] = records["program_number"].max()
-        if np.isin(records["kind"], LOG_KINDS).any():
+        if np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT)).any():
             found.log_superblocks.append(superblock)
+        elif (records["kind"] == PageKind.CHECKPOINT).any():
+            if superblock not in found.checkpoint_superblocks:
+                found.checkpoint_superblocks.append(superblock)
         elif found.fill[superblock] < per_superblock:
             data = records[records["kind"] == PageKind.DATA]
             if len(data):
                 found.last_stream[superblock] = int(data["stream"][-1])
-    if not all_records:
-        return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
+    found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
+    # a copy is programmed after its original: of equal versions it comes last, and counts
+    order = np.argsort(records["program_number"], kind="stable")
+    records, pages = records[order], pages[order]
     if len(records):
         versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
-        found.next_sequence_number = int(versions.max(initial=0)) + 1
-        found.next_program_number = int(records["program_number"].max()) + 1
-        found.session = int(records["session"].max()) + 1
+        found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
+        found.next_program_number = max(found.next_program_number, int(records["program_number"].max()) + 1)
+        found.session = max(found.session, int(records["session"].max()) + 1)
     return records, pages
 
 
-def _without_torn(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
+def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
     """bool: the records whose payload is known, or now seen, to be whole."""
     sessions, which = np.unique(records["session"], return_inverse=True)
     durable = np.zeros(len(sessions), np.uint64)
     np.maximum.at(durable, which, records["durable_program_number"])
-    doubtful = np.flatnonzero(records["program_number"] > durable[which])
+    if found.checkpoint is not None:
+        own = sessions == found.checkpoint.session
+        durable[own] = np.maximum(durable[own], found.checkpoint.program_number)
+    doubtful = records["program_number"] > durable[which]
+    # a failed program leaves anything behind, and its block is marked bad before it is durable
+    superblocks, indices = np.divmod(pages, media.geometry.pages_per_superblock)
+    doubtful |= media.bad_blocks()[superblocks, indices % media.geometry.num_planes]
+    doubtful = np.flatnonzero(doubtful)
     good = np.ones(len(records), bool)
     page_size = media.geometry.page_size
     step = max(1, VERIFY_BYTES // page_size)
@@ -150,6 +263,10 @@ def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
     buffer = dma.allocate(len(pages) * page_size).reshape(len(pages), page_size)
     crc32c = media.read(pages[order], dma.page_addresses(buffer, page_size))
     whole = crc32c == records["payload_crc32c"][order]
+    for position in np.flatnonzero(~whole).tolist():
+        record = records[order[position]]
+        page, address = int(pages[order[position]]), dma.address_of(buffer[position])
+        whole[position] = repair_page(media, page, int(record["lba"]), address)
     if not whole.all():
         log.error("%d pages of the deallocation log fail their checksum", np.count_nonzero(~whole))
     decoded = []
@@ -163,11 +280,14 @@ def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
     return decoded
 
 
-def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage]) -> None:
+def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage], from_number: int) -> None:
+    """Deallocations with versions from `from_number` on: a checkpoint's map knows those before it."""
     snapshot_number, snapshot = deallocation_log.newest_snapshot(pages)
     later = [page for page in pages if page.kind == PageKind.DEALLOCATE]
     for page in snapshot + later:
         for lba, count, sequence_number in page.records.tolist():
             if page.kind == PageKind.DEALLOCATE and sequence_number < snapshot_number:
+                continue
+            if sequence_number < from_number:
                 continue
             mapping.recover_deallocation(versions, lba, count, sequence_number)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftl.errors import CorruptPage
+from ftl.errors import CorruptPage, MediaIoError
 from ftl.mapping import PAGE_NONE
 from spdk_glue import dma
 
@@ -23,6 +23,32 @@ class ScrubProgress:
     pages_read: int
     repaired: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
+
+
+def verify(ftl, first_lba: int, num_lbas: int) -> None:
+    """Read and check what is mapped of a range. Raises CorruptPage for the first page that is lost, also
+    where the medium cannot be read at all (then with checksums of zero)."""
+    buffer = dma.allocate(min(num_lbas, PAGES_AT_ONCE) * ftl.page_size)
+    addresses = dma.page_addresses(buffer, ftl.page_size)
+    for first in range(first_lba, first_lba + num_lbas, PAGES_AT_ONCE):
+        lbas = np.arange(first, min(first + PAGES_AT_ONCE, first_lba + num_lbas))
+        with ftl.read_guard():
+            pages = ftl.resolve(lbas)
+            mapped = pages != PAGE_NONE
+            lbas, pages = lbas[mapped], pages[mapped]
+            try:
+                ftl.read_physical(pages, lbas, addresses[: len(lbas)])
+            except MediaIoError:  # of a batch: which page it was is found one by one
+                _verify_each(ftl, lbas, pages, addresses)
+
+
+def _verify_each(ftl, lbas, pages, addresses) -> None:
+    for position in range(len(lbas)):
+        one = slice(position, position + 1)
+        try:
+            ftl.read_physical(pages[one], lbas[one], addresses[:1])
+        except MediaIoError as error:
+            raise CorruptPage(int(lbas[position]), int(pages[position]), 0, 0) from error
 
 
 def scrub(ftl) -> Iterator[ScrubProgress]:

@@ -5,7 +5,6 @@ them; whoever releases it must look again at what it relied on.
 """
 
 import threading
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from ftl.checksums import ChecksumTable
@@ -37,6 +36,19 @@ class FtlCounters:
         return asdict(self)
 
 
+class Unlocked:
+    """A context in which a lock is released."""
+
+    def __init__(self, lock: threading.Lock):
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.release()
+
+    def __exit__(self, *exception) -> None:
+        self._lock.acquire()
+
+
 class FlashState:
     """See the module. `changed` is notified whenever somebody may go on who waits."""
 
@@ -60,15 +72,11 @@ class FlashState:
         self.session = 1
         self.has_changed = False
         self.closed = False
+        self._unlocked = Unlocked(self.lock)
 
-    @contextmanager
-    def unlocked(self):
+    def unlocked(self) -> "Unlocked":
         """Let others in meanwhile. The caller holds the lock, once, before and after."""
-        self.lock.release()
-        try:
-            yield
-        finally:
-            self.lock.acquire()
+        return self._unlocked
 
     def new_sequence_numbers(self, count: int) -> int:
         """The first of `count` versions that no other data have."""

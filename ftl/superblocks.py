@@ -42,8 +42,10 @@ class Superblocks:
     states: uint8; erase_counts: int64; bad_planes: bool [num_superblocks, num_planes]
     capacity: int64, pages that can hold data, as of the last erase
     fill: int64, one past the index of the last page programmed
-    newest: int64, program number of the last page programmed: what it holds has not changed since
+    first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
+        since
     retiring: set of those with a block that failed; what they hold is moved before all else
+    damaged: set of those with a page that only parity could give back
     """
 
     def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
@@ -53,8 +55,10 @@ class Superblocks:
         self.states = np.where(bad_planes.all(axis=1), State.BAD, State.FREE).astype(np.uint8)
         self.erase_counts = erase_counts
         self.fill = np.zeros(len(self.states), np.int64)
+        self.first = np.zeros(len(self.states), np.int64)
         self.newest = np.zeros(len(self.states), np.int64)
         self.retiring: set[int] = set()
+        self.damaged: set[int] = set()
 
     def move(self, superblock: int, state: State) -> None:
         old = State(self.states[superblock])
@@ -63,9 +67,10 @@ class Superblocks:
 
     def erased(self, superblock: int) -> None:
         """It is empty, one cycle older, and free unless all its blocks are bad."""
-        self.fill[superblock] = self.newest[superblock] = 0
+        self.fill[superblock] = self.first[superblock] = self.newest[superblock] = 0
         self.erase_counts[superblock] += 1
         self.retiring.discard(superblock)
+        self.damaged.discard(superblock)
         self.capacity[superblock] = self._data_pages(self.bad_planes[superblock : superblock + 1])[0]
         self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ftl.check import Finding, check
 from ftl.collector import BackgroundCollector, Collector, CollectorOptions
 from ftl.direct_io.api import zero_pages
 from ftl.errors import CorruptPage, LbaOutOfRange, MediaClosed, OutOfFlash, ReadOnlyMedia
@@ -25,17 +26,21 @@ from ftl.provisioning import num_streams
 from ftl.recovery import Recovered, recover
 from ftl.repair import repair_page
 from ftl.state import FlashState, FtlCounters
-from ftl.superblocks import State
+from ftl.superblocks import State, Superblocks
 
 __all__ = ["PAGE_NONE", "CollectorOptions", "FlashTranslationLayer", "FtlCounters"]
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_PAGES = 1 << 15  # 128 MiB at 4 KiB: some 10 ms of scanning
+
 
 class FlashTranslationLayer:
     """One drive's map, streams and recovery. Made by `format` or `open`; thread-safe."""
 
-    def __init__(self, media: FlashMedia, options, background: bool, found: Recovered | None):
+    def __init__(
+        self, media: FlashMedia, options, background: bool, checkpoint_pages: int, found: Recovered | None
+    ):
         self.media = media
         self.geometry = media.geometry
         self.page_size = media.geometry.page_size
@@ -43,10 +48,12 @@ class FlashTranslationLayer:
         self.num_streams = num_streams(media.geometry)
         self._state = FlashState(media)
         self.num_lbas = self._state.num_lbas
-        self._collector = Collector(self._state, options or CollectorOptions(), self._read_checked)
+        self.options = options or CollectorOptions()
+        self._collector = Collector(self._state, self.options, self._read_checked)
         self._writer = PageWriter(self._state, self.num_streams, self._collector.make_room)
         log_superblocks = self._take_over(found) if found else []
-        self._log = MetadataLog(self._state, self._writer, log_superblocks)
+        checkpoints = list(found.checkpoint_superblocks) if found else []
+        self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
         self._collector.connect(self._writer, self._log)
         self._background = None
         if background and not media.read_only:
@@ -56,18 +63,30 @@ class FlashTranslationLayer:
 
     @classmethod
     def format(
-        cls, media: FlashMedia, options: CollectorOptions | None = None, background: bool = False
+        cls,
+        media: FlashMedia,
+        options: CollectorOptions | None = None,
+        background: bool = False,
+        checkpoint_pages: int = CHECKPOINT_PAGES,
     ) -> "FlashTranslationLayer":
-        """A layer over erased flash. background: collect in a thread, too, ahead of need."""
-        return cls(media, options, background, None)
+        """A layer over erased flash.
+
+        background: collect in a thread, too, ahead of need; checkpoint_pages: see MetadataLog
+        """
+        return cls(media, options, background, checkpoint_pages, None)
 
     @classmethod
     def open(
-        cls, media: FlashMedia, options: CollectorOptions | None = None, background: bool = False
+        cls,
+        media: FlashMedia,
+        options: CollectorOptions | None = None,
+        background: bool = False,
+        checkpoint_pages: int = CHECKPOINT_PAGES,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "FlashTranslationLayer":
-        """A layer over flash that was used before: see recovery.py."""
-        found = recover(media)
-        ftl = cls(media, options, background, found)
+        """A layer over flash that was used before: see recovery.py, also for `progress`."""
+        found = recover(media, progress)
+        ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
         return ftl
@@ -82,11 +101,12 @@ class FlashTranslationLayer:
         state.durable_program_number = found.next_program_number - 1
         state.session = found.session
         state.superblocks.fill[:] = found.fill
+        state.superblocks.first[:] = found.first
         state.superblocks.newest[:] = found.newest
         for superblock in np.flatnonzero(found.fill).tolist():
             if state.superblocks.states[superblock] == State.BAD:
                 continue
-            is_log = superblock in found.log_superblocks
+            is_log = superblock in found.log_superblocks or superblock in found.checkpoint_superblocks
             state.superblocks.move(superblock, State.LOG if is_log else State.OPEN)
             if not is_log:
                 state.superblocks.move(superblock, State.FULL)
@@ -118,10 +138,9 @@ class FlashTranslationLayer:
 
     def _check_range(self, lbas: np.ndarray) -> np.ndarray:
         lbas = np.ascontiguousarray(lbas, np.int64)
-        if len(lbas):
+        if not self._state.mapping.holds(lbas):
             low, high = int(lbas.min()), int(lbas.max())
-            if low < 0 or high >= self.num_lbas:
-                raise LbaOutOfRange(low if low < 0 else high, self.num_lbas)
+            raise LbaOutOfRange(low if low < 0 else high, self.num_lbas)
         return lbas
 
     # writing
@@ -170,6 +189,7 @@ class FlashTranslationLayer:
             self._collector.finish_retiring()  # a row that a failure cut short has no parity
         self._log.make_durable()
         self._log.mark()
+        self._log.checkpoint_if_due()
         self._collector.erase_replaced()
 
     def collect(self, max_superblocks: int | None = None) -> int:
@@ -224,18 +244,29 @@ class FlashTranslationLayer:
             if not repair_page(self.media, page, lba, int(destinations[wrong])):
                 raise CorruptPage(lba, page, int(expected[wrong]), int(found[wrong]))
             self._state.counters.repaired_pages += 1
+            self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)
             log.warning("LBA %d at physical page %d was corrupt; parity gave it back", lba, page)
 
-    def renew(self, superblocks: set[int]) -> None:
-        """Move what these hold elsewhere before anything else is collected: something in them is damaged."""
+    def renew(self, superblocks: set[int] | None = None) -> int:
+        """Move what these hold elsewhere, as long as there is room; how many were moved.
+
+        None: those with a page that, since the drive was opened, only parity could give back.
+        """
         with self._state.lock:
             self._check_usable("renew")
-            states = self._state.superblocks.states
-            self._state.superblocks.retiring |= {s for s in superblocks if states[s] == State.FULL}
+            found = self._state.superblocks
+            wanted = {s for s in superblocks or found.damaged if found.states[s] == State.FULL}
+            found.retiring |= wanted
             try:
                 self._collector.finish_retiring()
             except OutOfFlash as error:
                 log.error("no room to write damaged data anew: %s", error)
+            return sum(found.states[s] != State.FULL for s in wanted)
+
+    def check(self) -> list[Finding]:
+        """What does not hold of the invariants between map, OOB and superblocks: see check.py."""
+        self.flush()
+        return check(self._state)
 
     def on_erase(self, callback: Callable[[int, int], None]) -> None:
         """Have `callback(first page, number of pages)` called before each erase."""
@@ -254,6 +285,21 @@ class FlashTranslationLayer:
     @property
     def free_superblocks(self) -> int:
         return self._state.superblocks.count(State.FREE)
+
+    @property
+    def superblocks(self) -> Superblocks:
+        """For looking at."""
+        return self._state.superblocks
+
+    @property
+    def lifetime_pages_programmed(self) -> int:
+        """Since the drive was made."""
+        return self._state.next_program_number - 1
+
+    @property
+    def lifetime_versions(self) -> int:
+        """Given since the drive was made: one for each page that the host wrote and each deallocation."""
+        return self._state.next_sequence_number - 1
 
     def superblock_states(self) -> np.ndarray:
         """uint8 [num_superblocks], State."""

@@ -216,6 +216,10 @@ class TimedMedia:
         self.clock.read(np.arange(superblock * size, (superblock + 1) * size), PAGE_OOB.itemsize)
         return self._media.read_oob(superblock)
 
+    def read_oob_pages(self, pages: np.ndarray) -> np.ndarray:
+        self.clock.read(np.ascontiguousarray(pages, np.int64), PAGE_OOB.itemsize)
+        return self._media.read_oob_pages(pages)
+
     def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
         self.clock.program(np.ascontiguousarray(pages, np.int64))
         self._media.program(pages, addresses, oob)

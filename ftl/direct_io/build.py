@@ -48,7 +48,8 @@ def build_in_place() -> Path:
     """Compiles in a scratch directory and leaves only the shared object beside this file."""
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(ffibuilder.compile(tmpdir=scratch))
-        return Path(shutil.copy2(built, HERE / built.name))
+        fresh = shutil.copy2(built, HERE / f".{built.name}")
+        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
 
 
 if __name__ == "__main__":

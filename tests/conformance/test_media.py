@@ -145,7 +145,11 @@ def test_oob(media):
     assert found.tobytes() == oob.tobytes()
     np.testing.assert_array_equal(found["oob_crc32c"], crc32c_records(found))
     np.testing.assert_array_equal(found["payload_crc32c"], crc32c_pages(addresses, GEOMETRY.page_size))
-    records["lba"] = 0  # a copy of what the flash holds
+    pages = np.array([7, PER_SUPERBLOCK, 1, 6])
+    single = media.read_oob_pages(pages)
+    assert single.tobytes() == np.concatenate([oob[[4]], np.zeros(1, PAGE_OOB), oob[[1, 3]]]).tobytes()
+    assert len(media.read_oob_pages(np.empty(0, np.int64))) == 0
+    records["lba"] = single["lba"] = 0  # copies of what the flash holds
     assert media.read_oob(0)["lba"][1] == 1 << 40
     del buffer
 

@@ -9,6 +9,7 @@ from ftl.media_nand import NandModel
 
 # (pages_per_erase_block, num_superblocks): small, so that collection runs all the time
 STORE_SHAPES = ((8, 24), (16, 24), (8, 32), (16, 16))
+METADATA_AREAS = ((48, 48), (32, 24), (11, 32))  # blocks for the catalogue and its log; the last soon full
 FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
 # Faults that a run has only if asked for, as changes of the medium. Bit flips and power cuts are always there.
 FAULTS = {
@@ -48,11 +49,11 @@ class FaultSchedule:
         return cls(
             geometry,
             NandModel(**{name: value for fault in faults for name, value in FAULTS[fault].items()}),
-            metadata_lbas=(48, 48),
+            metadata_lbas=METADATA_AREAS[random.integers(len(METADATA_AREAS))],
             writeback_tokens=[None, None, 1, 8, 40][random.integers(5)],
             tail_bytes=int(random.choice([1 << 30, 1 << 30, 128 << 10, 32 << 10])),
             longest_cut=int(random.choice([20, 60, 150])),
-            what_if_chance=0.3,
+            what_if_chance=float(random.choice([0.1, 0.3, 0.6])),
             clean_close_chance=0.1,
             bit_flip_chance=0.05,
             reopen_chance=0.5 if "flip-and-reopen" in faults else 0,

@@ -5,10 +5,12 @@
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from rich.console import Console
@@ -50,6 +52,20 @@ def _command(seed: int, options: argparse.Namespace) -> str:
     )
 
 
+def _outcomes(options: argparse.Namespace) -> Iterator[Report | tuple[int, str]]:
+    """Of all seeds, as they end; one job needs no process of its own."""
+    arguments = [(options.mode, seed, options.crash_points, options.fault) for seed in options.seeds]
+    if options.jobs == 1:
+        yield from itertools.starmap(run_seed, arguments)
+        return
+    with ProcessPoolExecutor(options.jobs) as pool:
+        try:
+            for run in as_completed([pool.submit(run_seed, *each) for each in arguments]):
+                yield run.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
     parser.add_argument("seeds", type=parse_seeds, help="one seed, or first:stop")
@@ -61,7 +77,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--fault", choices=FAULTS, action="append", default=[], help="besides power cuts and bit flips"
     )
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True)
     columns = (
         TextColumn("seeds"),
         BarColumn(),
@@ -69,39 +84,27 @@ def main(arguments: list[str] | None = None) -> int:
         TextColumn("{task.fields[points]:,} crash points, {task.fields[rate]:.0f}/s"),
         TimeRemainingColumn(),
     )
-    failures, points, cpu_seconds, started = [], 0, 1e-9, time.monotonic()
-    with (
-        ProcessPoolExecutor(options.jobs) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
+    num_failures, points, cpu_seconds, started = 0, 0, 1e-9, time.monotonic()
+    with Progress(*columns, console=Console(soft_wrap=True, highlight=False, markup=False)) as progress:
         task = progress.add_task("", total=len(options.seeds), points=0, rate=0.0)
-        runs = [
-            pool.submit(run_seed, options.mode, seed, options.crash_points, options.fault)
-            for seed in options.seeds
-        ]
-        for run in as_completed(runs):
-            outcome = run.result()
+        for outcome in _outcomes(options):
             if isinstance(outcome, Report):
                 points += len(outcome.crash_points)
                 cpu_seconds += outcome.cpu_seconds
             else:
-                failures.append(outcome)
+                seed, what = outcome
+                num_failures += 1
+                progress.print(f"{what}\nreplay: {_command(seed, options)}")
             rate = points / (time.monotonic() - started)
             progress.update(task, advance=1, points=points, rate=rate)
-            if len(failures) >= options.stop_at:
-                pool.shutdown(cancel_futures=True)
+            if num_failures >= options.stop_at:
                 break
-    for seed, what in failures:
-        console.print(what, markup=False, highlight=False)
-        console.print(f"replay: {_command(seed, options)}", markup=False, highlight=False)
-    seconds = time.monotonic() - started
-    console.print(
-        f"{points:,} distinct crash points of {len(options.seeds):,} seeds in {seconds:.1f} s:"
-        f" {points / seconds:.0f}/s on {options.jobs} processes, {points / cpu_seconds:.0f} per CPU second;"
-        f" {len(failures)} seeds failed",
-        highlight=False,
-    )
-    return 1 if failures else 0
+        seconds = time.monotonic() - started
+        progress.print(
+            f"{points:,} distinct crash points in {seconds:.1f} s: {points / seconds:.0f}/s on {options.jobs}"
+            f" processes, {points / cpu_seconds:.0f} per CPU second; {num_failures} seeds failed"
+        )
+    return 1 if num_failures else 0
 
 
 if __name__ == "__main__":

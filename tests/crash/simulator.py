@@ -29,6 +29,7 @@ from .simulated_media import PowerCut, SimulatedMedia
 from .workload import Workload
 
 PATH = "simulated"
+FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs and space is short
 CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 
@@ -52,6 +53,8 @@ class Simulation:
         logging.disable(logging.CRITICAL)  # bit flips are logged as errors; here they are expected
         try:
             self._format()
+            for _ in range(FIRST_STEPS):
+                self.workload.step()
             while len(self.report.crash_points) < num_crash_points:
                 self._round()
             self._end()

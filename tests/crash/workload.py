@@ -39,10 +39,10 @@ class Workload:
             self._append_layer: 10,
             self._append_token_ids: 6,
             self._create: 8,
-            self._truncate: 8,
+            self._truncate: 6,
             self._fork: 7,
             self._rename: 4,
-            self._delete: 4,
+            self._delete: 2,
             self._flush_sequence: 12,
             self._flush_store: 5,
             self._attend: 5,
@@ -56,7 +56,7 @@ class Workload:
         weights = np.array(list(self._operations.values()), float)
         if self._shrinking:
             names = [operation.__name__ for operation in self._operations]
-            weights[names.index("_delete")] *= 8
+            weights[names.index("_delete")] *= 12
             weights[names.index("_truncate")] *= 4
             self._shrinking = self.random.random() < 0.95
         choice = self.random.choice(len(weights), p=weights / weights.sum())
@@ -80,7 +80,7 @@ class Workload:
             return 1
         if kind < 0.75:
             return int(self.random.integers(1, shape.group_tokens + 1))
-        return int(self.random.integers(1, 3 * shape.group_tokens))
+        return int(self.random.integers(1, 8 * shape.group_tokens))
 
     def _pick(self) -> tuple[str, SequenceState, Sequence] | None:
         """An existing sequence; one is made when there is none."""

@@ -4,7 +4,9 @@ KVFS_FUZZ_IMAGES=10000 for the long run, KVFS_FUZZ_SEED to replay one.
 """
 
 import os
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,9 +35,16 @@ def program(media, pages):
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory):
+def folder():
+    """Memory where there is some to write files to: thousands of synced images would wear a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def image(folder):
     """The bytes of a drive with content, wear and a bad block."""
-    path = tmp_path_factory.mktemp("fuzz") / "whole"
+    path = folder / "whole"
     media = FileMedia.create(path, GEOMETRY)
     program(media, PAGES)
     media.erase(5)
@@ -151,12 +160,12 @@ def check(path, image, seed):
         media.close()
 
 
-def test_mutated_images(image, tmp_path, caplog):
+def test_mutated_images(image, folder, caplog):
     """Damage must be told or harmless: a crash, or an answer made up from it, would lose the caller's data."""
     outcomes = {"refused": 0, "read-only": 0, "opened": 0}
     for seed in range(FIRST_SEED, FIRST_SEED + NUM_IMAGES):
         try:
-            outcomes[check(tmp_path / "image", image, seed)] += 1
+            outcomes[check(folder / "image", image, seed)] += 1
         except BaseException as error:
             error.add_note(f"KVFS_FUZZ_SEED={seed} KVFS_FUZZ_IMAGES=1 replays it")
             raise

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -329,3 +330,28 @@ def test_a_damaged_table_makes_the_drive_read_only(path, caplog):
         media.close()
         path.write_bytes(content)
     FileMedia.open(path).close()
+
+
+# threads
+
+
+def test_superblocks_at_once(path):
+    """Records of several superblocks share a block of the table: a mark of one must not undo another's."""
+    media = FileMedia.open(path)
+
+    def work(superblock):
+        for _ in range(30):
+            program(media, superblock * PER_SUPERBLOCK + np.arange(4))
+            media.erase(superblock)
+        media.mark_bad(superblock, np.array([superblock % 4]))
+        program(media, superblock * PER_SUPERBLOCK + (superblock + np.array([1])) % 4, superblock)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    media.close()
+    media = FileMedia.open(path)
+    assert media.erase_counts().tolist() == [30] * 8
+    assert np.argwhere(media.bad_blocks()).tolist() == [[superblock, superblock % 4] for superblock in range(8)]
+    for superblock in range(8):
+        assert np.flatnonzero(media.read_oob(superblock)["magic"]).tolist() == [(superblock + 1) % 4]
+    media.close()

@@ -237,6 +237,8 @@ def test_reading_oob_disturbs():
     media = nand()
     media.read_oob(3)
     assert media.read_counts()[3] == GEOMETRY.pages_per_erase_block
+    media.read_oob_pages(np.array([3 * PER_SUPERBLOCK]))
+    assert media.read_counts()[3] == GEOMETRY.pages_per_erase_block + 1
 
 
 def test_bit_errors_grow_with_wear():
@@ -266,6 +268,7 @@ def test_dead_die():
     np.testing.assert_array_equal(holds(media, pages), ~on_die)
     records = media.read_oob(0)
     np.testing.assert_array_equal(records["lba"] == pages, ~on_die)
+    np.testing.assert_array_equal(media.read_oob_pages(pages[:8])["lba"] == pages[:8], ~on_die[:8])
     with pytest.raises(EraseFailed) as caught:
         media.erase(0)
     assert caught.value.planes.tolist() == [1, 5]
