@@ -1,5 +1,8 @@
 """The checksum that each page must have: kept on flash in its OOB, in memory for the superblocks in use.
 
+Each checksum is kept mixed with the LBA of its page, so that a whole page of another LBA, as a write to the
+wrong place leaves it, does not pass either.
+
 A table for the whole drive would take as much memory as the map. One superblock's column is loaded in one read
 of its OOB when a page of it is first read, and the column used longest ago makes room.
 """
@@ -10,11 +13,17 @@ from collections import OrderedDict
 import numpy as np
 
 from ftl.direct_io.api import crc32c_records
-from ftl.layout import OOB_MAGIC
+from ftl.layout import OOB_MAGIC, PageKind
 from ftl.media import FlashMedia
 
 COLUMNS_MIN = 64
+SPREAD, HALF = np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(32)  # Fibonacci hashing
 SHARE_OF_SUPERBLOCKS = 8  # one in so many has its column in memory
+
+
+def _mixed(crc32c: np.ndarray, lbas: np.ndarray) -> np.ndarray:
+    """uint32 [n]; mixing again gives the checksum back."""
+    return crc32c ^ (lbas.astype(np.uint64) * SPREAD >> HALF).astype(np.uint32)
 
 
 class ChecksumTable:
@@ -29,8 +38,10 @@ class ChecksumTable:
         self._unreadable: dict[int, np.ndarray] = {}  # superblock to pages whose OOB does not hold
         self._lock = threading.Lock()
 
-    def expected(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(uint32 [n], bool [n]) of programmed pages, int64 [n]: their checksums; which are known."""
+    def expected(self, pages: np.ndarray, lbas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(uint32 [n], bool [n]) of int64 [n] programmed pages: the checksums they have if they are of these
+        LBAs; which are known.
+        """
         superblocks = pages // self._per_superblock
         found = np.empty(len(pages), np.uint32)
         known = np.ones(len(pages), bool)
@@ -41,16 +52,17 @@ class ChecksumTable:
                 found[here] = self._column(superblock)[indices]
                 if superblock in self._unreadable:
                     known[here] = ~np.isin(indices, self._unreadable[superblock])
-        return found, known
+        return _mixed(found, lbas), known
 
-    def set(self, pages: np.ndarray, crc32c: np.ndarray) -> None:
-        """Pages of one superblock, ascending, were programmed."""
+    def set(self, pages: np.ndarray, oob: np.ndarray) -> None:
+        """Pages of one superblock, ascending, were programmed with PAGE_OOB [n]."""
+        mixed = _mixed(oob["payload_crc32c"], oob["lba"])
         superblock, first = divmod(int(pages[0]), self._per_superblock)
         indices = slice(first, first + len(pages))
         if pages[-1] - pages[0] != len(pages) - 1:  # not one run: bad blocks or parity between
             indices = pages - superblock * self._per_superblock
         with self._lock:
-            self._column(superblock)[indices] = crc32c
+            self._column(superblock)[indices] = mixed
             if superblock in self._unreadable:  # read while it was being written
                 self._unreadable[superblock] = np.setdiff1d(
                     self._unreadable[superblock], pages - superblock * self._per_superblock
@@ -75,9 +87,10 @@ class ChecksumTable:
         if superblock not in self._columns:
             records = self._media.read_oob(superblock)
             holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+            holds &= records["kind"] == PageKind.DATA  # only these are ever asked for
             if not holds.all():
                 self._unreadable[superblock] = np.flatnonzero(~holds)
-            self._keep(superblock, records["payload_crc32c"].copy())
+            self._keep(superblock, _mixed(records["payload_crc32c"], records["lba"]))
         self._columns.move_to_end(superblock)
         return self._columns[superblock]
 

@@ -71,6 +71,15 @@ class PageWriter:
                 del self._open[stream]
                 self._state.superblocks.move(superblock, State.FULL)
 
+    def close(self, superblocks: set[int]) -> None:
+        """Write no more into those that are open, so that they can be collected."""
+        for found in [found for found in self._open.values() if found.superblock in superblocks]:
+            while found.is_busy:
+                self._state.changed.wait()
+            if found.parity is not None:
+                self.complete_row(found)
+            self._close(found.superblock)
+
     def _acquire(self, stream: int) -> OpenSuperblock:
         """The stream's open superblock, with room, marked busy. Waits for the batch before this one."""
         state = self._state
@@ -236,7 +245,9 @@ class PageWriter:
         superblocks = state.superblocks
         if superblocks.first[superblock] == 0:
             superblocks.first[superblock] = first
-        superblocks.fill[superblock] = int(pages[-1]) + 1 - superblock * state.pages_per_superblock
+        fill = int(pages[-1]) + 1 - superblock * state.pages_per_superblock
+        # a row's parity may lie before its last data
+        superblocks.fill[superblock] = max(fill, superblocks.fill[superblock])
         superblocks.newest[superblock] = last
         try:
             with state.unlocked():
@@ -244,7 +255,7 @@ class PageWriter:
         finally:
             self._programming.discard(first)
             state.changed.notify_all()
-        state.checksums.set(pages, oob["payload_crc32c"])
+        state.checksums.set(pages, oob)
 
     def retire(self, failure: ProgramFailed, found: OpenSuperblock) -> None:
         """Erase blocks could not be programmed: they are bad from now on.

@@ -29,7 +29,9 @@ def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> boo
     lost, lost_pages = lost_records(geometry, records, pages)
     if lost_pages.tolist() != [page] or int(lost["lba"][0]) != lba:
         return False
-    if own is not None and own["payload_crc32c"] != lost["payload_crc32c"][0]:
+    # its own OOB is to be believed, unless it is another page's
+    is_own = own is not None and own["kind"] == PageKind.DATA and own["lba"] == lba
+    if is_own and own["payload_crc32c"] != lost["payload_crc32c"][0]:
         return False
     is_parity = records["kind"] == PageKind.PARITY
     parity = int(np.argmax(np.where(is_parity, records["program_number"], 0)))

@@ -237,7 +237,7 @@ class FlashTranslationLayer:
 
     def _read_checked(self, pages: np.ndarray, lbas: np.ndarray, destinations: np.ndarray) -> None:
         found = self.media.read(pages, destinations)
-        expected, known = self._state.checksums.expected(pages)
+        expected, known = self._state.checksums.expected(pages, lbas)
         for wrong in np.flatnonzero((found != expected) | ~known).tolist():
             self._state.counters.corrupt_pages += 1
             page, lba = int(pages[wrong]), int(lbas[wrong])
@@ -255,13 +255,15 @@ class FlashTranslationLayer:
         with self._state.lock:
             self._check_usable("renew")
             found = self._state.superblocks
+            self._writer.close(superblocks or found.damaged)
             wanted = {s for s in superblocks or found.damaged if found.states[s] == State.FULL}
             found.retiring |= wanted
             try:
                 self._collector.finish_retiring()
             except OutOfFlash as error:
                 log.error("no room to write damaged data anew: %s", error)
-            return sum(found.states[s] != State.FULL for s in wanted)
+            waiting = {s for s in found.retiring if found.states[s] == State.FULL}
+            return len(wanted - waiting - set(found.of(State.QUARANTINED).tolist()))
 
     def check(self) -> list[Finding]:
         """What does not hold of the invariants between map, OOB and superblocks: see check.py."""
