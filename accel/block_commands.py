@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ftl.errors import CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyMedia
+from ftl.errors import BackingFull, CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyMedia
+from ftl.scrub import verify
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import DATASET_DEALLOCATE, DATASET_RANGE, DIRECTIVE_DATA_PLACEMENT, IoOpcode
@@ -26,6 +27,9 @@ def flash_errors_as_status(otherwise: Status):
         raise CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=error.lba, detail="page checksum") from error
     except OutOfFlash as error:
         raise CommandFailed(Status.CAPACITY_EXCEEDED, detail="no free flash") from error
+    except BackingFull as error:
+        log.error("%s", error)
+        raise CommandFailed(Status.CAPACITY_EXCEEDED, detail="disk of drive full") from error
     except LbaOutOfRange as error:
         raise CommandFailed(Status.LBA_OUT_OF_RANGE) from error
     except ReadOnlyMedia as error:
@@ -36,7 +40,7 @@ def flash_errors_as_status(otherwise: Status):
 
 
 class BlockCommands:
-    """Read, Write, Flush and Dataset Management."""
+    """Read, Write, Flush, Dataset Management and Verify."""
 
     def __init__(self, ftl: FlashTranslationLayer):
         self._ftl = ftl
@@ -47,6 +51,7 @@ class BlockCommands:
             IoOpcode.WRITE: self.write,
             IoOpcode.FLUSH: self.flush,
             IoOpcode.DATASET_MANAGEMENT: self.dataset_management,
+            IoOpcode.VERIFY: self.verify,
         }
 
     def _check(self, request: Request) -> bool:
@@ -56,6 +61,17 @@ class BlockCommands:
         elif request.data.nbytes != request.num_lbas * self._ftl.page_size:
             request.fail(CommandFailed(Status.SGL_LENGTH_INVALID, lba=request.first_lba))
         return request.status == Status.SUCCESS
+
+    def verify(self, requests: Sequence[Request]) -> None:
+        """Read and check without transfer; a failure names the first LBA that is lost."""
+        for request in requests:
+            try:
+                if request.first_lba + request.num_lbas > self._ftl.num_lbas:
+                    raise CommandFailed(Status.LBA_OUT_OF_RANGE, lba=request.first_lba)
+                with flash_errors_as_status(Status.UNRECOVERED_READ_ERROR):
+                    verify(self._ftl, request.first_lba, request.num_lbas)
+            except CommandFailed as failure:
+                request.fail(failure)
 
     def _scatter(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
         """(lbas int64, addresses uint64) of all pages of some requests."""

@@ -124,8 +124,7 @@ def _compare(superblock: int, lbas, pages, record_lbas, record_pages) -> list[Fi
     known = place < len(record_pages)
     known[known] = record_pages[place[known]] == pages[known]
     found = [
-        Finding(Kind.OOB_LOST, superblock, int(pages[i]), int(lbas[i]))
-        for i in np.flatnonzero(~known).tolist()
+        Finding(Kind.OOB_LOST, superblock, int(pages[i]), int(lbas[i])) for i in np.flatnonzero(~known).tolist()
     ]
     wrong = known.copy()
     wrong[known] = record_lbas[place[known]] != lbas[known]
@@ -144,6 +143,7 @@ class _Newest:
         self._versions = np.zeros(len(lbas), np.uint64)
         self.pages = mapped.copy()
         self.crc32c = np.zeros(len(lbas), np.uint32)
+        self._seen = np.zeros(len(lbas), bool)  # those whose mapped page has a record
 
     def add(self, records: np.ndarray, pages: np.ndarray) -> None:
         if not len(self._lbas):
@@ -162,10 +162,11 @@ class _Newest:
         self._versions[place[better]] = records["sequence_number"][better]
         self.pages[place[better]] = pages[better]
         self.crc32c[place[better]] = records["payload_crc32c"][better]
+        self._seen[place[is_mapped]] = True
 
     def superseded(self) -> np.ndarray:
         """int64: positions of LBAs that are mapped to an older version."""
-        return np.flatnonzero(self.pages != self._mapped)
+        return np.flatnonzero(self._seen & (self.pages != self._mapped))
 
 
 def _held(state: FlashState, superblock: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

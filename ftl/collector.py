@@ -151,11 +151,12 @@ class Collector:
         )
 
     def _is_short(self, victim: int | None) -> bool:
-        """Whether room is needed and collecting would give little of it."""
+        """Whether room is needed and collecting would give little of it, or has hardly any to work in."""
         state = self._state
-        if state.superblocks.count(State.FREE) > GC_RESERVE or self._emptied:
+        num_free = state.superblocks.count(State.FREE)
+        if num_free > GC_RESERVE or self._emptied:
             return False
-        if victim is None:
+        if victim is None or num_free <= 1:
             return True
         capacity = int(state.superblocks.capacity[victim])
         return capacity - int(state.mapping.valid_pages[victim]) < capacity * LITTLE_GAIN

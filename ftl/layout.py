@@ -44,7 +44,8 @@ PAGE_OOB = np.dtype(
         ("durable_program_number", "<u8"),
         ("session", "<u4"),  # one number per opening of the drive that changed it
         ("member_dies", "<u4"),  # of a parity page: a bit per die with a member
-        ("xor_program_number", "<u8"),
+        ("xor_program_number", "<u4"),  # the lower halves
+        ("members_check", "<u4"),  # of a parity page: XOR over the members of a hash of what each is
     ]
 )
 assert PAGE_OOB.itemsize == 64

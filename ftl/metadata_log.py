@@ -228,6 +228,9 @@ class MetadataLog:
         with self._writer.quiesced():  # what is on its way would look unmapped
             number = state.new_sequence_numbers(1)
             ranges = state.mapping.unmapped_ranges()
+        # What the snapshot leaves out is mapped, by writes that must not be lost once it supersedes the log: a
+        # version that was deallocated before them would come back.
+        self.sync()
         records = np.zeros(len(ranges), DEALLOCATION)
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)

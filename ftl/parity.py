@@ -15,6 +15,8 @@ from ftl.geometry import Geometry
 from ftl.layout import PAGE_OOB, PageKind
 from spdk_glue import dma
 
+LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
+SPREAD_1, SPREAD_2 = np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(0xC2B2_AE3D_27D4_EB4F)  # odd, of even bit mix
 # fields of PAGE_OOB: of a member, and of the parity page where their XOR is kept
 SUMMED = {
     "lba": "lba",
@@ -91,7 +93,8 @@ class ParityRows:
         oob_sums[: self._num_groups] = self._oob_sums
         xor_pages(dma.page_addresses(sums, self._page_size)[slots], addresses, self._page_size)
         for member, parity in SUMMED.items():
-            np.bitwise_xor.at(oob_sums[parity], slots, oob[member])
+            np.bitwise_xor.at(oob_sums[parity], slots, oob[member].astype(PAGE_OOB[parity]))
+        np.bitwise_xor.at(oob_sums["members_check"], slots, _identity(oob))
         np.bitwise_or.at(oob_sums["member_dies"], slots, _bits(dies))
         is_complete = indices[-1] >= self._last_data[rows[-1]]
         complete_rows = num_rows if is_complete else num_rows - 1
@@ -131,6 +134,13 @@ def _bits(dies: np.ndarray) -> np.ndarray:
     return np.uint32(1) << dies.astype(np.uint32)
 
 
+def _identity(oob: np.ndarray) -> np.ndarray:
+    """uint32 [n]: a hash of what a page is, and when it was programmed."""
+    mixed = oob["sequence_number"] * SPREAD_1 + oob["lba"]
+    mixed = (mixed ^ mixed >> HALF) * SPREAD_2 + oob["program_number"]
+    return ((mixed ^ mixed >> HALF) * SPREAD_1 >> HALF).astype(np.uint32)
+
+
 def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
 
@@ -164,8 +174,15 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     member, place = member[kept], row[place[kept]]
     chosen = records[parity[lost]]
     for name, summed in SUMMED.items():
-        found[name] = chosen[summed]
-        np.bitwise_xor.at(found[name], place, records[name][member])
+        total = chosen[summed].copy()
+        np.bitwise_xor.at(total, place, records[name][member].astype(total.dtype))
+        found[name] = total
+    # members come before their parity, so the upper half is known too
+    number = chosen["program_number"]
+    found["program_number"] += number & ~LOWER_HALF
+    found["program_number"] -= np.where(
+        found["program_number"] > number, LOWER_HALF + np.uint64(1), np.uint64(0)
+    )
     found["payload_crc32c"] = chosen["payload_crc32c"]
     np.bitwise_xor.at(found["payload_crc32c"], place, records["payload_crc32c"][member])
     count = 1 + np.bincount(place, minlength=len(lost))
@@ -174,5 +191,9 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     found["payload_crc32c"] ^= np.where(count % 2 == 0, crc_of_zeros, np.uint32(0))
     for name in ("magic", "session", "durable_program_number"):
         found[name] = chosen[name]
+    # an erase that a power cut undid in part mixes lives: parity and members must belong together
+    check = _identity(found)
+    np.bitwise_xor.at(check, place, _identity(records[member]))
+    fits = check == chosen["members_check"]
     die = np.log2(lacking[lost]).astype(np.int64)
-    return found, groups[lost] * num_dies + die
+    return found[fits], (groups[lost] * num_dies + die)[fits]

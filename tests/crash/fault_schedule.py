@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ftl.collector import CollectorOptions
+from ftl.garbage_collection import POLICIES
 from ftl.geometry import Geometry
 from ftl.media_nand import NandModel
 
@@ -30,6 +32,8 @@ class FaultSchedule:
 
     geometry: Geometry
     nand: NandModel
+    collector: CollectorOptions
+    checkpoint_pages: int
     metadata_lbas: tuple[int, int]  # database and log
     writeback_tokens: int | None
     tail_bytes: int
@@ -43,19 +47,25 @@ class FaultSchedule:
     def draw(cls, random: np.random.Generator, faults=(), shapes=STORE_SHAPES) -> "FaultSchedule":
         """faults: names of FAULTS."""
         pages_per_erase_block, num_superblocks = shapes[random.integers(len(shapes))]
+        parity = int(random.choice([0, 0, 1]))
         geometry = Geometry(
-            num_channels=2, pages_per_erase_block=pages_per_erase_block, num_superblocks=num_superblocks
+            num_channels=4 if parity else 2,
+            pages_per_erase_block=pages_per_erase_block // (1 + parity),
+            num_superblocks=num_superblocks + 4 * parity,
+            parity=parity,
         )
         return cls(
             geometry,
             NandModel(**{name: value for fault in faults for name, value in FAULTS[fault].items()}),
+            collector=CollectorOptions(policy=str(random.choice(sorted(POLICIES)))),
+            checkpoint_pages=int(random.choice([30, 150, 1 << 20])),
             metadata_lbas=METADATA_AREAS[random.integers(len(METADATA_AREAS))],
             writeback_tokens=[None, None, 1, 8, 40][random.integers(5)],
             tail_bytes=int(random.choice([1 << 30, 1 << 30, 128 << 10, 32 << 10])),
             longest_cut=int(random.choice([20, 60, 150])),
             what_if_chance=float(random.choice([0.1, 0.3, 0.6])),
             clean_close_chance=0.1,
-            bit_flip_chance=0.05,
+            bit_flip_chance=0.2,
             reopen_chance=0.5 if "flip-and-reopen" in faults else 0,
         )
 

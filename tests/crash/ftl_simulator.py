@@ -65,7 +65,11 @@ class FtlSimulation:
         self.report = Report(seed)
         self.done: deque[str] = deque(maxlen=40)
         self._next_value = 1
-        self._ftl = FlashTranslationLayer.format(self.media)
+        self._options = {
+            "options": self.schedule.collector,
+            "checkpoint_pages": self.schedule.checkpoint_pages,
+        }
+        self._ftl = FlashTranslationLayer.format(self.media, **self._options)
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -161,12 +165,12 @@ class FtlSimulation:
         for cut in self.schedule.opening_cuts(self.random):
             self.media.cut_in(cut)
             with suppress(PowerCut):
-                ftl = FlashTranslationLayer.open(self.media)
+                ftl = FlashTranslationLayer.open(self.media, **self._options)
                 self.media.cut_after = None
                 return ftl
             depth += 1
             self._crashed(depth)
-        return FlashTranslationLayer.open(self.media)
+        return FlashTranslationLayer.open(self.media, **self._options)
 
     def _read_all(self, ftl: FlashTranslationLayer) -> np.ndarray:
         ftl.read(np.arange(ftl.num_lbas), self._addresses)

@@ -52,16 +52,10 @@ _METADATA_VFS = _of(
         "indices[stop] == indices[stop - 1] + 1",
         "indices[stop] <= indices[stop - 1] + 2",
     ),
-    ("dirty blocks read ahead over", "i in self._dirty or i in self._clean", "i in self._clean"),
     (
         "data area begins in the log",
         "self.first_data_lba = 1 + database_lbas + wal_lbas",
         "self.first_data_lba = 1 + database_lbas",
-    ),
-    (
-        "database forgotten when dirty",
-        "        self.database.forget_dirty()\n        self.wal",
-        "        self.database._clean.clear()\n        self.wal",
     ),
     (
         "blocks forgotten before they are written",
@@ -184,7 +178,6 @@ _SEQUENCE = _of(
         "whole = num_tokens - num_tokens % self._geometry.group_tokens",
         "whole = num_tokens",
     ),
-    ("truncated beyond the flash", "if old.num_spilled < whole:", "if False:"),
     (
         "first layer's tail for all",
         "self._refill(tail, record[layer, 0], record[layer, 1])",
@@ -217,11 +210,6 @@ _SEQUENCE = _of(
         "written groups reused undeallocated",
         "                self._store._allocator.hold(group.base_lba, group.num_lbas)\n        del self",
         "                self._store._allocator.give_back(group.base_lba, group.num_lbas)\n        del self",
-    ),
-    (
-        "part pages stored as spilled",
-        "spilled = position * group_tokens + row - row % per_page",
-        "spilled = position * group_tokens + row",
     ),
     ("part group not named", "named = -(-spilled // group_tokens)", "named = spilled // group_tokens"),
     (
@@ -339,7 +327,6 @@ _ALLOCATOR = _of(
         "            self._starts[index] = first\n",
         "            self._starts[index] = stop\n",
     ),
-    ("held counts for nothing", "return bool(self._held)", "return len(self._held) > 3"),
 )
 
 _TAIL = _of(
@@ -359,14 +346,6 @@ _TAIL = _of(
 )
 
 _HOST = [
-    *_of(
-        "kvfs/host_attention.py",
-        (
-            "rows seen by drive and host",
-            "visible_start=np.maximum(starts, spilled[:, None])",
-            "visible_start=starts",
-        ),
-    ),
     *_of(
         "kvfs/attention_request.py",
         (
@@ -390,11 +369,6 @@ _SPDK_GLUE = [
             "ranges deallocated short",
             'data["num_lbas"] = [count for _, count in batch]',
             'data["num_lbas"] = [count - 1 for _, count in batch]',
-        ),
-        (
-            "first error instead of the newest",
-            'mine[np.argmax(mine["error_count"])]',
-            'mine[np.argmin(mine["error_count"])]',
         ),
     ),
     *_of(
@@ -496,7 +470,7 @@ _FTL = [
             'oob["durable_program_number"] = state.next_program_number',
         ),
         ("one session for all", 'oob["session"] = state.session', 'oob["session"] = 1'),
-        ("checksums not kept", 'state.checksums.set(pages, oob["payload_crc32c"])', "pass"),
+        ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
     ),
     *_of(
         "ftl/recovery.py",

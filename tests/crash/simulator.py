@@ -12,6 +12,7 @@ submitted, small attention commands always), no clock, one source of randomness.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,6 +42,9 @@ class Simulation:
         """faults: names of fault_schedule.FAULTS."""
         self.random = np.random.default_rng(seed)
         self.schedule = FaultSchedule.draw(self.random, faults)
+        self._config = replace(
+            CONFIG, collector=self.schedule.collector, checkpoint_pages=self.schedule.checkpoint_pages
+        )
         self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
         self.oracle = Oracle()
         self.workload = Workload(self.random, self.oracle)
@@ -73,14 +77,14 @@ class Simulation:
 
     def _format(self) -> None:
         FlashTranslationLayer.format(self.media).close()
-        drive = Drive.over(self.media, CONFIG)
+        drive = Drive.over(self.media, self._config)
         format_volume(drive, PATH, self.schedule.metadata_lbas)
         drive.close()
         self._use(self._open())
 
     def _open(self) -> Store:
         return Store(
-            Drive.over(self.media, CONFIG),
+            Drive.over(self.media, self._config),
             PATH,
             worker=CONFIG.worker,
             writeback_tokens=self.schedule.writeback_tokens,

@@ -12,6 +12,7 @@ from kvfs import errors
 from kvfs.sequence import Sequence
 from kvfs.store import Store
 
+from .invariants import check_space
 from .oracle import Lost, Oracle, SequenceState
 from .token_content import MODEL_SHAPES, ModelShape, attention
 
@@ -67,6 +68,7 @@ class Workload:
             self.refusals += 1
             self._shrinking = True
             self._note(f"  refused: {error}")
+            check_space(self.store)
 
     def _note(self, text: str) -> None:
         self.done.append(text)
@@ -190,6 +192,7 @@ class Workload:
         self._note("flush")
         self.store.flush()
         self.oracle.promise(*self.oracle.sequences)
+        check_space(self.store)
 
     def _compact(self) -> None:
         name, _, sequence = self._pick()

@@ -26,7 +26,8 @@ LAYOUTS = {
             "xor_stream": (15, 1),
             "session": (48, 4),
             "member_dies": (52, 4),
-            "xor_program_number": (56, 8),
+            "xor_program_number": (56, 4),
+            "members_check": (60, 4),
         },
     ),
     "LOG_HEADER": (
