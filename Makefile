@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # needed to build the cffi glue, and fio to measure the disk against
 APT_PACKAGES := gcc libc6-dev python3-dev python3-venv fio
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test sim mutations lint bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,16 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# crash simulation: make sim SEEDS=1000:2000 ARGS="--mode ftl --crash-points 1000"
+SEEDS ?= 0:100
+
+sim: setup
+	$(BIN)/python -m tests.crash.simulate $(SEEDS) $(ARGS)
+
+# whether the simulator notices lines that are broken on purpose
+mutations: setup
+	$(BIN)/python -m tests.crash.mutations $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import numpy as np
 
 from accel import descriptor
 from accel.attention_unit import MAX_TICKETS, AttentionUnit
+from accel.flash_commands import FlashCommands
 from accel.page_cache import PageCache
 from ftl.translation import FlashTranslationLayer
 from spdk_glue.command import NSID, NSID_ALL, AdminOpcode
@@ -13,13 +14,12 @@ from spdk_glue.controller import ErrorLog, Handler, Request
 from spdk_glue.identify import (
     ATTENTION_COUNTERS_LOG,
     CAPABILITIES_SIGNATURE,
-    FLASH_HEALTH_LOG,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
+    OACS_GET_LBA_STATUS,
     ONCS_DATASET_MANAGEMENT,
-    SMART_LOG,
+    ONCS_VERIFY,
     VWC_PRESENT,
-    WEAR_BINS,
     Cns,
     LogPage,
 )
@@ -27,7 +27,6 @@ from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import ATTENTION_VERSION, KvDtype
 
 NVME_VERSION = 0x00020000  # 2.0
-BYTES_PER_DATA_UNIT = 512 * 1000
 
 
 class AdminCommands:
@@ -36,10 +35,15 @@ class AdminCommands:
         self._unit = unit
         self._cache = cache
         self._worker_name = worker_name
+        self._flash = FlashCommands(ftl)
         self.error_log: ErrorLog | None = None  # the controller's, once there is one
 
     def handlers(self) -> dict[int, Handler]:
-        return {AdminOpcode.IDENTIFY: self.identify, AdminOpcode.GET_LOG_PAGE: self.get_log_page}
+        return {
+            AdminOpcode.IDENTIFY: self.identify,
+            AdminOpcode.GET_LOG_PAGE: self.get_log_page,
+            **self._flash.handlers(),
+        }
 
     def identify(self, requests: Sequence[Request]) -> None:
         structures: dict[int, Callable[[], np.ndarray]] = {
@@ -65,7 +69,8 @@ class AdminCommands:
         record["cntlid"] = 1
         record["sqes"], record["cqes"] = 0x66, 0x44  # entries of 2**6 and 2**4 bytes
         record["nn"] = 1
-        record["oncs"] = ONCS_DATASET_MANAGEMENT
+        record["oacs"] = OACS_GET_LBA_STATUS
+        record["oncs"] = ONCS_DATASET_MANAGEMENT | ONCS_VERIFY
         record["vwc"] = VWC_PRESENT
         record["subnqn"] = f"nqn.2014-08.org.nvmexpress:uuid:{self._ftl.uuid}".encode()
         attention = record["attention"]
@@ -100,9 +105,8 @@ class AdminCommands:
     def get_log_page(self, requests: Sequence[Request]) -> None:
         pages: dict[int, Callable[[], np.ndarray]] = {
             LogPage.ERROR_INFORMATION: lambda: self.error_log.page(),
-            LogPage.SMART: self._smart,
-            LogPage.FLASH_HEALTH: self._flash_health,
             LogPage.ATTENTION_COUNTERS: self._attention_counters,
+            **self._flash.log_pages(),
         }
         for request in requests:
             page = pages.get(request.cdw10 & 0xFF)
@@ -110,47 +114,6 @@ class AdminCommands:
                 request.fail(CommandFailed(Status.INVALID_LOG_PAGE, detail=f"log {request.cdw10 & 0xFF:#x}"))
             else:
                 _answer(request, page(), request.cdw12 | request.cdw13 << 32)
-
-    def _smart(self) -> np.ndarray:
-        flash, record = self._ftl.counters, np.zeros(1, SMART_LOG)
-        page_size = self._ftl.page_size
-        record["available_spare"] = 100
-        record["available_spare_threshold"] = 10
-        record["data_units_read"] = -(-flash.host_pages_read * page_size // BYTES_PER_DATA_UNIT)
-        record["data_units_written"] = -(-flash.host_pages_written * page_size // BYTES_PER_DATA_UNIT)
-        record["media_errors"] = flash.corrupt_pages
-        record["num_error_log_entries"] = self.error_log.count
-        return record
-
-    def _flash_health(self) -> np.ndarray:
-        ftl, flash, media = self._ftl, self._ftl.counters, self._ftl.media.counters
-        record = np.zeros(1, FLASH_HEALTH_LOG)
-        counts = ftl.erase_counts()
-        for name, value in {
-            "version": 1,
-            "num_channels": ftl.geometry.num_channels,
-            "num_superblocks": ftl.geometry.num_superblocks,
-            "free_superblocks": ftl.free_superblocks,
-            "page_size": ftl.page_size,
-            "num_pages": ftl.geometry.num_pages,
-            "mapped_pages": ftl.mapped_pages,
-            "host_pages_written": flash.host_pages_written,
-            "host_pages_read": flash.host_pages_read,
-            "gc_pages_written": flash.gc_pages_written,
-            "metadata_pages_written": flash.metadata_pages_written,
-            "media_pages_programmed": media.pages_programmed,
-            "media_pages_read": media.pages_read,
-            "superblocks_erased": flash.superblocks_erased,
-            "media_syncs": media.syncs,
-            "corrupt_pages": flash.corrupt_pages,
-            "erase_count_min": counts.min(),
-            "erase_count_max": counts.max(),
-            "erase_count_mean": counts.mean(),
-        }.items():
-            record[name] = value
-        top = max(int(counts.max()), 1)
-        record["wear_histogram"] = np.histogram(counts, bins=WEAR_BINS, range=(0, top))[0]
-        return record
 
     def _attention_counters(self) -> np.ndarray:
         record = np.zeros(1, ATTENTION_COUNTERS_LOG)

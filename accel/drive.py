@@ -6,7 +6,7 @@ undoes the earlier ones.
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accel.admin_commands import AdminCommands
 from accel.attention_unit import AttentionUnit
@@ -18,12 +18,12 @@ from ftl import errors as flash_errors
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
 from ftl.media_file import FileMedia
-from ftl.translation import FlashTranslationLayer
+from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
 from spdk_glue.transports.inproc import InprocTransport
 
 # what a host that embeds a drive needs to know of the flash below it
-__all__ = ["Drive", "DriveConfig", "Geometry", "flash_errors"]
+__all__ = ["CollectorOptions", "Drive", "DriveConfig", "Geometry", "flash_errors"]
 
 DEFAULT_CACHE_BYTES = 256 << 20
 MIN_CACHE_BYTES = 8 << 20  # a few windows of the attention unit
@@ -35,7 +35,9 @@ class DriveConfig:
 
     cache_bytes: DRAM read cache; num_workers: compute threads, None for one per CPU this process may
     use; worker: a name of accel.workers.WORKERS; num_command_threads: 0 to run background commands where
-    they are submitted, so that the drive does the same thing each time.
+    they are submitted and to collect only when a write needs room, so that the drive does the same thing
+    each time; collector: see ftl.collector; checkpoint_pages: pages programmed between two checkpoints of the
+    map, at least.
     """
 
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -43,6 +45,8 @@ class DriveConfig:
     worker: str = "numba"
     num_command_threads: int = 2
     read_only: bool = False
+    collector: CollectorOptions = field(default_factory=CollectorOptions)
+    checkpoint_pages: int = CHECKPOINT_PAGES
 
     def __post_init__(self):
         if self.cache_bytes < MIN_CACHE_BYTES:
@@ -94,7 +98,12 @@ class Drive:
         """Open a drive on media, which it closes in the end. Raises FlashError."""
         with ExitStack() as stack:
             stack.callback(media.close)
-            ftl = FlashTranslationLayer.open(media)
+            ftl = FlashTranslationLayer.open(
+                media,
+                config.collector,
+                background=config.num_command_threads > 0,
+                checkpoint_pages=config.checkpoint_pages,
+            )
             stack.callback(ftl.close)
             drive = cls(ftl, config, stack)
             drive._stack = stack.pop_all()

@@ -123,10 +123,13 @@ class MetadataLog:
         finally:
             self._release()
 
-    def mark(self) -> None:
-        """After many programs, leave a page that tells the next recovery which of them need not be read."""
+    def mark(self, after_pages: int = MARK_PAGES) -> None:
+        """After so many programs, leave a page that tells the next recovery which of them need not be read.
+
+        Nor may be doubted: what was durable and does not match its checksum is damage, no write that was cut.
+        """
         state = self._state
-        if state.next_program_number - self._marked_program_number <= MARK_PAGES:
+        if state.next_program_number - self._marked_program_number <= after_pages:
             return
         self._claim()
         try:

@@ -167,13 +167,14 @@ class PageWriter:
                     # how far it came is unknown: nothing is programmed there again before an erase
                     self._close(found.superblock)
                     raise
-                if not found.num_left:
-                    self._close(found.superblock)
                 while version is not None and min(self._uncommitted) < version:
                     self._state.changed.wait()
                 yield part, pages
                 done += len(pages)
             finally:
+                if not found.num_left:
+                    # Only now that its last pages are in the map: to collection, a full one looks empty before.
+                    self._close(found.superblock)
                 found.is_busy = False
                 self._uncommitted.discard(version)
                 self._state.changed.notify_all()

@@ -127,8 +127,16 @@ class FlashTranslationLayer:
             try:
                 if self._state.has_changed and not self.media.read_only:
                     self._flush()
+                    self._leave_mark()
             finally:
                 self._state.closed = True
+
+    def _leave_mark(self) -> None:
+        try:
+            self._log.mark(after_pages=1)
+            self._log.sync()
+        except OutOfFlash as error:
+            log.info("closed without a mark: %s", error)
 
     def _check_usable(self, change: str | None = None) -> None:
         if self._state.closed:

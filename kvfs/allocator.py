@@ -40,6 +40,11 @@ class Allocator:
         return [(start, stop - start) for start, stop in zip(self._starts, self._stops, strict=True)]
 
     @property
+    def held_extents(self) -> list[Extent]:
+        """What waits for the next `release`."""
+        return list(self._held)
+
+    @property
     def largest_free_lbas(self) -> int:
         return max((b - a for a, b in zip(self._starts, self._stops, strict=True)), default=0)
 

@@ -3,17 +3,17 @@
 import os
 from pathlib import Path
 
-from accel.drive import Drive, DriveConfig, Geometry, flash_errors
+from accel.drive import CollectorOptions, Drive, DriveConfig, Geometry, flash_errors
 from kvfs.errors import DriveBusy, DriveExists, MediaFailure, NotADrive
 
-__all__ = ["Drive", "DriveConfig", "Geometry", "format_drive", "open_drive"]
+__all__ = ["CollectorOptions", "Drive", "DriveConfig", "Geometry", "format_drive", "open_drive"]
 
 
-def format_drive(path: str | os.PathLike, size_bytes: int, geometry: Geometry | None, page_size: int) -> None:
-    """Make an empty drive of at most `size_bytes` in a new file."""
+def format_drive(path: str | os.PathLike, size_bytes: int, geometry: Geometry | None, **options: int) -> None:
+    """Make an empty drive of at most `size_bytes` in a new file; options: see Geometry.for_capacity."""
     if Path(path).exists():
         raise DriveExists(path)
-    geometry = geometry or Geometry.for_capacity(size_bytes, page_size)
+    geometry = geometry or Geometry.for_capacity(size_bytes, **options)
     try:
         Drive.format(path, geometry)
     except FileExistsError as error:

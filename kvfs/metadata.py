@@ -97,6 +97,9 @@ class SequenceRow:
 _SEQUENCE_COLUMNS = "id, model_id, name, created_ns, changed_ns, num_tokens, num_spilled, tail_lba, tail_lbas"
 
 
+_LINKED = "(SELECT group_id FROM sequence_group)"
+
+
 class Catalogue:
     """Typed access to the tables above."""
 
@@ -132,6 +135,8 @@ class Catalogue:
         # room is left for the transaction that crosses the mark
         wal_pages = self._volume.wal.capacity // page_size
         self._db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, wal_pages // 4)}")
+        # or the log takes what no checkpoint can bring home
+        self._db.execute(f"PRAGMA max_page_count = {self._volume.database.capacity // page_size}")
         self._db.execute("PRAGMA cache_size = -16384")
         if create:
             with self.transaction():
@@ -142,12 +147,20 @@ class Catalogue:
     @contextmanager
     def transaction(self):
         """All of what is done inside or none of it; those inside others are part of them."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN")
         try:
-            with self._db:
-                yield
+            yield
+            self._db.execute("COMMIT")
             self.is_durable = False
-        except apsw.FullError as error:
-            raise CatalogueFull(self._volume.database.capacity) from error
+        except BaseException as error:
+            if self._db.in_transaction:  # a full database has ended it by itself
+                self._db.execute("ROLLBACK")
+            if isinstance(error, apsw.FullError):
+                raise CatalogueFull(self._volume.database.capacity) from error
+            raise
 
     def sync(self) -> None:
         """Make every transaction so far durable."""
@@ -318,6 +331,39 @@ class Catalogue:
         """Every extent that a row names."""
         yield from self._db.execute("SELECT base_lba, num_lbas FROM kv_group")
         yield from self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
+
+    def links(self) -> Iterable[tuple[int, int, int, int | None, int | None]]:
+        """(sequence id, position, group id, base LBA, number of LBAs), the last two None without a group."""
+        return self._db.execute(
+            "SELECT sequence_id, position, group_id, base_lba, num_lbas FROM sequence_group"
+            " LEFT JOIN kv_group ON kv_group.id = group_id ORDER BY sequence_id, position"
+        )
+
+    def unlinked_groups(self) -> Iterable[Extent]:
+        """Extents of groups that no sequence has."""
+        return self._db.execute(f"SELECT base_lba, num_lbas FROM kv_group WHERE id NOT IN {_LINKED}")
+
+    def mend_references(self) -> tuple[int, int, list[Extent]]:
+        """Forget what is linked to nothing, and make reference counts what the links say.
+
+        Returns how many rows led nowhere, how many counts were wrong, and the extents of groups that no
+        sequence has.
+        """
+        with self.transaction():
+            start = self._db.total_changes()
+            for table in ("sequence_group", "token_chunk"):
+                self._db.execute(f"DELETE FROM {table} WHERE sequence_id NOT IN (SELECT id FROM sequence)")
+            nowhere = "position < 0 OR group_id NOT IN (SELECT id FROM kv_group)"
+            self._db.execute(f"DELETE FROM sequence_group WHERE {nowhere}")
+            num_broken = self._db.total_changes() - start
+            freed = list(self.unlinked_groups())
+            self._db.execute(f"DELETE FROM kv_group WHERE id NOT IN {_LINKED}")
+            before = self._db.total_changes()
+            links = "(SELECT count(*) FROM sequence_group WHERE group_id = kv_group.id)"
+            self._db.execute(
+                f"UPDATE kv_group SET reference_count = {links} WHERE reference_count != {links}"
+            )
+            return num_broken, self._db.total_changes() - before, freed
 
     def problems(self) -> list[str]:
         """What contradicts itself in the catalogue, one line each; empty when all is well."""

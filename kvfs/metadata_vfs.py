@@ -57,7 +57,7 @@ class BlockFile:
 
     def __init__(self, namespace: Namespace, first_lba: int, num_lbas: int, size: int):
         self._namespace = namespace
-        self._first_lba = first_lba
+        self.first_lba = first_lba
         self._block_bytes = namespace.block_bytes
         self.capacity = num_lbas * self._block_bytes
         self.size = size
@@ -77,7 +77,7 @@ class BlockFile:
         stop = min(index + READ_AHEAD_BLOCKS, -(-self.size // self._block_bytes))
         known = (i for i in range(index + 1, stop) if i in self._dirty or i in self._clean)
         count = max(1, next(known, stop) - index)
-        data = self._namespace.read(self._first_lba + index, count).tobytes()
+        data = self._namespace.read(self.first_lba + index, count).tobytes()
         blocks = [data[start : start + self._block_bytes] for start in range(0, len(data), self._block_bytes)]
         for position, block in enumerate(blocks):
             self._keep(index + position, block)
@@ -133,7 +133,7 @@ class BlockFile:
                 start = position * self._block_bytes
                 buffer[start : start + self._block_bytes] = np.frombuffer(self._dirty[index], np.uint8)
                 self._keep(index, bytes(self._dirty[index]))
-            extents.append((self._first_lba + indices[first], buffer))
+            extents.append((self.first_lba + indices[first], buffer))
             first = stop
         return extents
 

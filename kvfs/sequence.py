@@ -19,7 +19,7 @@ from spdk_glue import dma
 from spdk_glue.namespace import QUEUE_DEPTH
 
 PLACEMENT_TAIL = 1
-PLACEMENT_KV = 2  # and up: one per sequence, as far as the drive tells them apart
+PLACEMENT_KV = 3  # and up: see placement.py
 READ_BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
 SPILL_BATCH_BYTES = 8 << 20  # written by one: long runs on flash, few hand-overs
 SPILL_BATCH_EXTENTS = QUEUE_DEPTH // 2  # the rest for a group that goes out by head
@@ -38,6 +38,7 @@ class Sequence:
         self._tokens = store._catalogue.tokens(row.id)
         self._tokens_changed_from = len(self._tokens)
         self._layers: list[LayerTail] | None = None  # None: not in memory, all of it is on flash
+        self._bytes_spilled = 0  # since this object was made
         self._dirty = False
         self._deleted = False
 
@@ -181,12 +182,15 @@ class Sequence:
         self._store._limit_spilling(num_bytes)
         pending = self._store._namespace.submit_write(extents, self._placement_id)
         tail.spills.append(Spill(pending, tail.num_submitted))
+        self._bytes_spilled += num_bytes
         self._store._note_spill(self, layer, num_bytes)
 
     @property
     def _placement_id(self) -> int:
-        num_kv_ids = max(1, self._store._num_placement_ids - PLACEMENT_KV)
-        return PLACEMENT_KV + self._row.id % num_kv_ids
+        num_bytes = len(self._groups) * self._layout.group_lbas * self._store._namespace.block_bytes
+        # nothing says yet when a sequence will be deleted
+        placement = self._store._placement.place(self._row.id, num_bytes, now=0, expected_death=None)
+        return placement.identifier(self._bytes_spilled)
 
     def _complete_spills(self, layer: int) -> None:
         while self._layers[layer].spills:
@@ -287,7 +291,7 @@ class Sequence:
             )
         except BaseException:
             if tail_lbas:
-                self._store._allocator.give_back(tail_lba, tail_lbas)
+                self._store._allocator.hold(tail_lba, tail_lbas)
             raise
         if self._row.tail_lbas:
             self._store._allocator.hold(self._row.tail_lba, self._row.tail_lbas)
@@ -387,15 +391,19 @@ class Sequence:
             self._store._check_new_name(name)
             if self._dirty:
                 self._store_state()  # gives the shared groups their rows
-            with self._store._catalogue.transaction():  # the name and what it holds, or neither
-                row = self._store._catalogue.create_sequence(self.model.id, name)
-                child = Sequence(self._store, self.model, row)
-                try:
+            child = None
+            try:
+                with self._store._catalogue.transaction():  # the name and what it holds, or neither
+                    row = self._store._catalogue.create_sequence(self.model.id, name)
+                    child = Sequence(self._store, self.model, row)
                     child._take_tokens(self)
                     child._store_state()
-                except BaseException:
+            except BaseException:
+                if child is not None:
                     child._clear_tails()
-                    raise
+                    if child._row.tail_lbas:  # written, and then the catalogue was full
+                        self._store._allocator.hold(child._row.tail_lba, child._row.tail_lbas)
+                raise
             self._store._sequences[name] = child
             return child
 
@@ -422,8 +430,9 @@ class Sequence:
 
     def _forget(self) -> None:
         """Give back what only memory knows of this sequence, which is being deleted."""
-        if self._layers is not None:
-            self._wait_for_spills()
+        for tail in self._layers or ():
+            while tail.spills:  # whether they come to a good end is of no interest any more
+                self._store._namespace.wait(tail.spills.popleft().pending)
         for group in self._groups:
             if group.id is None:
                 self._store._allocator.hold(group.base_lba, group.num_lbas)

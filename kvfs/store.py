@@ -10,10 +10,19 @@ import numpy as np
 
 from accel.merge import merge_states
 from accel.workers import load_worker
-from kvfs.allocator import Allocator
+from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array, to_query
 from kvfs.attention_request import build_descriptor, parse_answer
-from kvfs.embedded_drive import Drive, DriveConfig, Geometry, format_drive, open_drive
+from kvfs.block_owners import BlockOwners
+from kvfs.check import (
+    Report,
+    check_allocator,
+    check_catalogue,
+    check_extents,
+    check_flash,
+    check_payloads,
+)
+from kvfs.embedded_drive import CollectorOptions, Drive, DriveConfig, Geometry, format_drive, open_drive
 from kvfs.errors import (
     EmptySequence,
     InvalidArgument,
@@ -30,8 +39,11 @@ from kvfs.host_attention import attend_tails
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
 from kvfs.metadata_vfs import Volume
-from kvfs.sequence import Sequence
+from kvfs.placement import PlacementPolicy
+from kvfs.sequence import PLACEMENT_KV, Sequence
 from kvfs.sizes import parse_size
+from kvfs.write_amplification import write_amplification
+from spdk_glue.flash_admin import FlashAdmin
 from spdk_glue.identify import ATTENTION_COUNTERS_LOG, FLASH_HEALTH_LOG, LogPage
 from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC, answer_bytes
@@ -99,8 +111,13 @@ class Store:
             except BaseException:
                 self._catalogue.abandon()
                 raise
-            self._num_placement_ids = int(self._namespace.attention["num_placement_ids"])
+            self._placement = PlacementPolicy(self._reclaim_unit_bytes(), PLACEMENT_KV, horizon=1)
             self._stack = stack.pop_all()
+
+    def _reclaim_unit_bytes(self) -> int:
+        """What the drive erases at once."""
+        health = self._namespace.log_page(LogPage.FLASH_HEALTH, FLASH_HEALTH_LOG)[0]
+        return int(health["num_pages"]) // int(health["num_superblocks"]) * int(health["page_size"])
 
     def _load_catalogue(self) -> None:
         for row in self._catalogue.models():
@@ -199,7 +216,10 @@ class Store:
                 row = self._catalogue.sequence(name)
                 if row is None:
                     raise NoSuchSequence(name)
-                model = next(model for model in self._models.values() if model.id == row.model_id)
+                model = next((model for model in self._models.values() if model.id == row.model_id), None)
+                if model is None:
+                    why = f"the catalogue has no model {row.model_id}, which sequence {name!r} is of"
+                    raise NotADrive(self.path, why)
                 self._sequences[name] = Sequence(self, model, row)
             return self._sequences[name]
 
@@ -218,9 +238,9 @@ class Store:
         """Forget a sequence; its blocks are free once the catalogue is durable. Raises NoSuchSequence."""
         with self._lock:
             sequence = self.sequence(name)
-            sequence._forget()
             for extent in self._catalogue.delete_sequence(sequence._row):
                 self._allocator.hold(*extent)
+            sequence._forget()
             del self._sequences[name]
 
     def rename_sequence(self, old_name: str, new_name: str) -> None:
@@ -440,16 +460,20 @@ class Store:
             self._check_open()
             flash = self._namespace.log_page(LogPage.FLASH_HEALTH, FLASH_HEALTH_LOG)[0]
             attention = self._namespace.log_page(LogPage.ATTENTION_COUNTERS, ATTENTION_COUNTERS_LOG)[0]
+            smart = FlashAdmin(self._namespace).smart()
             page_size = int(flash["page_size"])
-            written, programmed = int(flash["host_pages_written"]), int(flash["media_pages_programmed"])
+            waf = write_amplification(flash)
             block_bytes = self._namespace.block_bytes
             return {
+                "waf": waf,
                 "link": self._drive.transport.counters.as_dict(),
                 "flash": {
                     "bytes_read": int(flash["media_pages_read"]) * page_size,
-                    "bytes_written": programmed * page_size,
-                    "host_bytes_written": written * page_size,
-                    "waf": programmed / written if written else None,
+                    "bytes_written": int(flash["media_pages_programmed"]) * page_size,
+                    "host_bytes_written": int(flash["host_pages_written"]) * page_size,
+                    "waf": waf["total"],
+                    "available_spare_percent": int(smart["available_spare"]),
+                    "percentage_used": int(smart["percentage_used"]),
                     **_plain(flash),
                 },
                 "attention": _plain(attention),
@@ -461,23 +485,33 @@ class Store:
             }
 
     def check(self) -> list[str]:
-        """What is wrong with the store, one line each: catalogue, and every page of every sequence."""
+        """What is damaged, one line each: the drive's map, the catalogue, its blocks, every page on flash.
+
+        A drive that is damaged further than opens is looked into by kvfs.inspection.
+        """
         with self._lock:
             self._check_open()
             self.flush()
-            found = self._catalogue.problems()
-            for first_lba, num_lbas in sorted(self._catalogue.used_extents()):
-                found.extend(self._check_extent(first_lba, num_lbas))
-            return found
+            report = Report()
+            owners = BlockOwners(self._volume, self._catalogue, self._namespace.block_bytes)
+            check_flash(FlashAdmin(self._namespace), owners.owner, report)
+            check_catalogue(self._catalogue, owners, report)
+            in_memory = self._extents_in_memory()
+            first = self._volume.first_data_lba
+            named = check_extents(self._namespace, owners, first, in_memory, report)
+            check_allocator(self._allocator.free_extents, named, report)
+            check_payloads(self._namespace, owners.owner, report)
+            return [problem.text for problem in report.problems if problem.is_damage]
 
-    def _check_extent(self, first_lba: int, num_lbas: int) -> list[str]:
-        from spdk_glue.status import NvmeStatusError
-
-        try:
-            self._namespace.read(first_lba, num_lbas)
-        except NvmeStatusError as error:
-            return [f"blocks {first_lba} to {first_lba + num_lbas - 1}: {error}"]
-        return []
+    def _extents_in_memory(self) -> list[Extent]:
+        """Handed out or held back, and named by no row."""
+        new = [
+            (group.base_lba, group.num_lbas)
+            for sequence in self._sequences.values()
+            for group in sequence._groups
+            if group.id is None
+        ]
+        return new + self._allocator.held_extents
 
 
 def _plain(record: np.void) -> dict:
@@ -514,15 +548,27 @@ def _visible(sequences, layer: int, num_queries: int, causal: bool, token_ranges
     return starts, limits - behind
 
 
-def format(path, size="1GiB", *, geometry: Geometry | None = None, page_size: int = 4096) -> None:
+def format(
+    path,
+    size="1GiB",
+    *,
+    geometry: Geometry | None = None,
+    page_size: int = 4096,
+    spare_percent: int = 7,
+    parity: bool = False,
+) -> None:
     """Make an empty drive in a new file.
 
-    size: bytes, or text such as "8GiB"; the file is sparse and grows as it is written. geometry: the
-    flash's channels, dies, planes and blocks, chosen by size when None. Raises DriveExists, MediaFailure,
-    InvalidArgument.
+    size: bytes, or text such as "8GiB"; the file is sparse and grows as it is written
+    geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
+    spare_percent: of the flash, 1 to 50, kept from the logical blocks so that collection stays cheap
+    parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
+
+    Raises DriveExists, MediaFailure, InvalidArgument.
     """
     try:
-        format_drive(path, parse_size(size), geometry, page_size)
+        options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
+        format_drive(path, parse_size(size), geometry, **options)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
     drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
@@ -553,6 +599,7 @@ def open(
     worker: str = "numba",
     writeback_tokens: int | None = None,
     tail_bytes: int | str = DEFAULT_TAIL_BYTES,
+    collection: str = "greedy",
 ) -> Store:
     """Open the drive in a file.
 
@@ -560,12 +607,18 @@ def open(
     "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
     memory before they are written, None for a whole token group; tail_bytes: host memory for such tokens of
     all sequences, beyond which those not used longest are stored and leave memory (what one call works on
-    stays, however large).
+    stays, however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or
+    "d-choices".
 
     Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument.
     """
     try:
-        config = DriveConfig(cache_bytes=parse_size(cache_bytes), num_workers=num_workers, worker=worker)
+        config = DriveConfig(
+            cache_bytes=parse_size(cache_bytes),
+            num_workers=num_workers,
+            worker=worker,
+            collector=CollectorOptions(policy=collection),
+        )
         tail_limit = parse_size(tail_bytes)
         load_worker(worker)
     except ValueError as error:

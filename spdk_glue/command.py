@@ -1,8 +1,8 @@
 """NVMe submission and completion queue entries, opcodes, and builders of the commands that kvfs sends.
 
 Source: NVM Express Base Specification 2.0, figures 87 and 91 (entries), and NVM Command Set
-Specification 1.0 (Read, Write, Dataset Management). Entries are NumPy records, so a batch of commands
-is one array and the bytes are the ones that go on a wire.
+Specification 1.0 (Read, Write, Dataset Management, Verify, Get LBA Status). Entries are NumPy records, so a
+batch of commands is one array and the bytes are the ones that go on a wire.
 """
 
 from enum import IntEnum
@@ -44,6 +44,14 @@ assert COMPLETION_ENTRY.itemsize == 16
 DATASET_RANGE = np.dtype([("attributes", "<u4"), ("num_lbas", "<u4"), ("first_lba", "<u8")])
 assert DATASET_RANGE.itemsize == 16
 
+# What Get LBA Status returns: the header, then so many descriptors.
+LBA_STATUS_HEADER = np.dtype([("num_descriptors", "<u4"), ("completion_condition", "u1"), ("reserved", "V3")])
+LBA_STATUS_DESCRIPTOR = np.dtype(
+    [("first_lba", "<u8"), ("num_lbas", "<u4"), ("reserved0", "u1"), ("status", "u1"), ("reserved1", "<u2")]
+)
+assert LBA_STATUS_HEADER.itemsize == 8 and LBA_STATUS_DESCRIPTOR.itemsize == 16
+LBA_STATUS_ALLOCATED = 0x02  # action type: which LBAs are allocated (not deallocated)
+
 NSID = 1  # a kvfs drive has one namespace
 NSID_ALL = 0xFFFFFFFF
 MAX_LBAS_PER_COMMAND = 1 << 16  # NLB is a 16-bit count minus one
@@ -55,6 +63,17 @@ DATASET_DEALLOCATE = 1 << 2  # CDW11 bit AD
 class AdminOpcode(IntEnum):
     GET_LOG_PAGE = 0x02
     IDENTIFY = 0x06
+    GET_LBA_STATUS = 0x86
+    # Vendor command; see FORMAT.md.
+    FLASH_MAINTENANCE = 0xC0
+
+
+class Maintenance(IntEnum):
+    """CDW10 of FLASH_MAINTENANCE; CDW0 of the completion counts what was done."""
+
+    COLLECT = 1  # garbage, up to CDW11 superblocks; 0 for as long as that gains something
+    RENEW = 2  # superblocks with pages that only parity could give back
+    CHECK = 3  # map against flash; the findings are in the FLASH_CHECK log page
 
 
 class IoOpcode(IntEnum):
@@ -62,6 +81,7 @@ class IoOpcode(IntEnum):
     WRITE = 0x01
     READ = 0x02
     DATASET_MANAGEMENT = 0x09
+    VERIFY = 0x0C
     # Vendor commands; what they mean is in vendor_command.py.
     ATTENTION_SUBMIT = 0x81
     ATTENTION_FETCH = 0x82
@@ -118,6 +138,11 @@ def write(first_lba, num_lbas, placement_id: int = 0) -> np.ndarray:
     )
 
 
+def verify(first_lba, num_lbas) -> np.ndarray:
+    """As `read`, without transfer: the drive reads the blocks and checks them."""
+    return _lba_ranges(IoOpcode.VERIFY, first_lba, num_lbas)
+
+
 def flush() -> np.ndarray:
     return _entry(IoOpcode.FLUSH, NSID)
 
@@ -143,6 +168,22 @@ def get_log_page(log_id: int, size_bytes: int, offset_bytes: int = 0, nsid: int 
         cdw12=offset_bytes & 0xFFFFFFFF,
         cdw13=offset_bytes >> 32,
     )
+
+
+def get_lba_status(first_lba: int, size_bytes: int) -> np.ndarray:
+    """Which LBAs from `first_lba` on are allocated, as far as `size_bytes` of descriptors tell it."""
+    return _entry(
+        AdminOpcode.GET_LBA_STATUS,
+        NSID,
+        cdw10=first_lba & 0xFFFFFFFF,
+        cdw11=first_lba >> 32,
+        cdw12=size_bytes // 4 - 1,
+        cdw13=LBA_STATUS_ALLOCATED << 24,  # range length 0: to the end of the namespace
+    )
+
+
+def flash_maintenance(action: Maintenance, limit: int = 0) -> np.ndarray:
+    return _entry(AdminOpcode.FLASH_MAINTENANCE, NSID_ALL, cdw10=action, cdw11=limit)
 
 
 def vendor(opcode: IoOpcode, ticket: int, num_pages: int = 1) -> np.ndarray:

@@ -21,6 +21,8 @@ class LogPage(IntEnum):
     SMART = 0x02
     FLASH_HEALTH = 0xC0  # vendor: what the flash translation layer did
     ATTENTION_COUNTERS = 0xC1  # vendor: what the attention unit did
+    SUPERBLOCKS = 0xC2  # vendor: a SUPERBLOCK_RECORD for each
+    FLASH_CHECK = 0xC3  # vendor: what the latest check of map against flash found
 
 
 def _record(size_bytes: int, fields: dict[str, tuple[int, str]]) -> np.dtype:
@@ -67,6 +69,7 @@ IDENTIFY_CONTROLLER = _record(
         "mdts": (77, "u1"),  # maximum data transfer size, 2**mdts pages; 0 is no limit
         "cntlid": (78, "<u2"),
         "ver": (80, "<u4"),
+        "oacs": (256, "<u2"),
         "sqes": (512, "u1"),
         "cqes": (513, "u1"),
         "maxcmd": (514, "<u2"),
@@ -78,7 +81,9 @@ IDENTIFY_CONTROLLER = _record(
         "attention": (VENDOR_AREA_OFFSET, ATTENTION_CAPABILITIES),
     },
 )
+OACS_GET_LBA_STATUS = 1 << 9
 ONCS_DATASET_MANAGEMENT = 1 << 2
+ONCS_VERIFY = 1 << 7
 VWC_PRESENT = 1
 
 LBA_FORMAT = np.dtype([("ms", "<u2"), ("lbads", "u1"), ("rp", "u1")])
@@ -95,14 +100,16 @@ IDENTIFY_NAMESPACE = _record(
     },
 )
 
+WARNING_SPARE = 1 << 0
+WARNING_READ_ONLY = 1 << 3
 SMART_LOG = _record(
     512,
     {
-        "critical_warning": (0, "u1"),
+        "critical_warning": (0, "u1"),  # WARNING_*
         "temperature_kelvin": (1, "<u2"),
-        "available_spare": (3, "u1"),
+        "available_spare": (3, "u1"),  # percent of what the drive had when it was made
         "available_spare_threshold": (4, "u1"),
-        "percentage_used": (5, "u1"),
+        "percentage_used": (5, "u1"),  # mean erase count over rated cycles; more than 100 is allowed
         # 128-bit counters; the low half is enough for 2**64 units
         "data_units_read": (32, "<u8"),  # thousands of 512 bytes
         "data_units_written": (48, "<u8"),
@@ -153,8 +160,60 @@ FLASH_HEALTH_LOG = np.dtype(
         ("erase_count_max", "<u8"),
         ("erase_count_mean", "<f8"),
         ("wear_histogram", "<u8", WEAR_BINS),  # superblocks per equal bin of erase count, 0..erase_count_max
+        # version 2
+        ("wear_leveling_pages_written", "<u8"),  # of gc_pages_written
+        ("parity_pages_written", "<u8"),
+        ("padding_pages", "<u8"),  # left unwritten to complete a parity row
+        ("repaired_pages", "<u8"),  # corrupt, and given back by parity
+        ("program_failures", "<u8"),  # erase blocks
+        ("erase_failures", "<u8"),
+        ("num_erase_blocks", "<u8"),
+        ("bad_erase_blocks", "<u8"),  # factory and grown
+        ("open_superblocks", "<u8"),
+        ("full_superblocks", "<u8"),
+        ("log_superblocks", "<u8"),
+        ("erasing_superblocks", "<u8"),
+        ("quarantined_superblocks", "<u8"),  # hold a page that cannot be read
+        ("bad_superblocks", "<u8"),
+        ("damaged_superblocks", "<u8"),  # hold a page that only parity gives back
+        ("rated_cycles", "<u8"),  # erases that a block is made for
+        ("num_parity_dies", "<u8"),  # of each row: 0 or 1
+        # Over the drive's whole life: pages programmed, and versions given (host pages and deallocations).
+        ("lifetime_pages_programmed", "<u8"),
+        ("lifetime_versions", "<u8"),
     ]
 )
+
+SUPERBLOCK_RECORD = np.dtype(
+    [
+        ("state", "S12"),  # ftl.superblocks.State, in lower case
+        ("bad_erase_blocks", "<u2"),
+        ("is_damaged", "u1"),
+        ("reserved", "u1"),
+        ("valid_pages", "<u4"),
+        ("capacity_pages", "<u4"),
+        ("erase_count", "<u4"),
+        ("newest_program_number", "<u8"),  # of the last page programmed: its age
+        ("reserved1", "V4"),
+    ]
+)
+assert SUPERBLOCK_RECORD.itemsize == 40
+
+# The FLASH_CHECK log page: a header, then up to MAX_FINDINGS records.
+FLASH_CHECK_HEADER = np.dtype([("num_findings", "<u8"), ("num_records", "<u8")])
+FLASH_FINDING = np.dtype(
+    [
+        ("kind", "S16"),  # ftl.check.Kind
+        ("superblock", "<u8"),
+        ("page", "<u8"),  # physical
+        ("lba", "<u8"),
+        ("expected", "<u8"),
+        ("found", "<u8"),
+    ]
+)
+assert FLASH_FINDING.itemsize == 56
+MAX_FINDINGS = 1024
+NOT_GIVEN = 0xFFFFFFFFFFFFFFFF  # in a FLASH_FINDING: the field says nothing
 
 ATTENTION_COUNTERS_LOG = np.dtype(
     [

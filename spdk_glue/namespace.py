@@ -6,7 +6,7 @@ completions into NvmeStatusError with what the drive's error log says.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from spdk_glue import command, dma, status
-from spdk_glue.command import DATASET_RANGE, IoOpcode
+from spdk_glue.command import DATASET_RANGE, LBA_STATUS_DESCRIPTOR, LBA_STATUS_HEADER, IoOpcode
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.identify import (
     CAPABILITIES_SIGNATURE,
@@ -30,6 +30,8 @@ from spdk_glue.queue_pair import QueuePair
 from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
 QUEUE_DEPTH = 1024
+STATUS_DESCRIPTORS = 4095  # of one Get LBA Status: with its header 64 KiB less 8 bytes
+VERIFY_STEP_MIN = 32  # blocks read again at most for each lost one
 MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS counts
 
 
@@ -75,19 +77,21 @@ class BlockNamespace:
 
     def _identify(self, cns: int, record: np.dtype, nsid: int = 0) -> np.void:
         data = np.zeros(record.itemsize, np.uint8)
-        self._admin(command.identify(cns, nsid), data)
+        self.admin(command.identify(cns, nsid), data)
         return data.view(record)[0]
 
     def log_page(self, log_id: int, record: np.dtype, count: int = 1) -> np.ndarray:
         """`count` records of a log page."""
         data = np.zeros(record.itemsize * count, np.uint8)
-        self._admin(command.get_log_page(log_id, data.nbytes), data)
+        self.admin(command.get_log_page(log_id, data.nbytes), data)
         return data.view(record)
 
-    def _admin(self, entry: np.ndarray, data: np.ndarray) -> None:
+    def admin(self, entry: np.ndarray, data: np.ndarray | None = None) -> int:
+        """Execute one admin command; CDW0 of its completion."""
         with self._admin_lock:
             completions = self._transport.admin.execute(entry, [data])
         self._check(entry, completions, ADMIN_QUEUE)
+        return int(completions["cdw0"][0])
 
     # blocks
 
@@ -189,6 +193,60 @@ class BlockNamespace:
             data["first_lba"] = [first for first, _ in batch]
             data["num_lbas"] = [count for _, count in batch]
             self._run(command.deallocate(len(batch)), [data.view(np.uint8)])
+
+    # what the drive holds
+
+    def allocated(self) -> Iterator[tuple[int, int]]:
+        """(first LBA, number of LBAs) of every run of blocks that were written and not deallocated."""
+        first_lba, run = 0, None
+        size = LBA_STATUS_HEADER.itemsize + STATUS_DESCRIPTORS * LBA_STATUS_DESCRIPTOR.itemsize
+        while first_lba < self.num_lbas:
+            data = np.zeros(size, np.uint8)
+            self.admin(command.get_lba_status(first_lba, size), data)
+            count = int(data[: LBA_STATUS_HEADER.itemsize].view(LBA_STATUS_HEADER)["num_descriptors"][0])
+            records = data[LBA_STATUS_HEADER.itemsize :].view(LBA_STATUS_DESCRIPTOR)[:count]
+            for first, num_lbas in records[["first_lba", "num_lbas"]].tolist():
+                if run is not None and sum(run) == first:  # the drive may cut a run in two
+                    run = (run[0], run[1] + num_lbas)
+                    continue
+                if run is not None:
+                    yield run
+                run = (first, num_lbas)
+            if count < STATUS_DESCRIPTORS:
+                break
+            first_lba = sum(run)
+        if run is not None:
+            yield run
+
+    def verify(self, first_lba: int, num_lbas: int) -> None:
+        """Have the drive read blocks and check them, without transfer.
+
+        Raises NvmeStatusError with the first LBA that is lost.
+        """
+        step = command.MAX_LBAS_PER_COMMAND
+        starts = range(first_lba, first_lba + num_lbas, step)
+        for start in starts:
+            self._run(command.verify(start, min(step, first_lba + num_lbas - start)), [None])
+
+    def lost(self, first_lba: int, num_lbas: int) -> list[int]:
+        """Every LBA of a range that the drive cannot give back: Verify goes on behind each that it reports."""
+        found: list[int] = []
+        stop = first_lba + num_lbas
+        step = num_lbas
+        while first_lba < stop:
+            count = min(step, stop - first_lba)
+            try:
+                self.verify(first_lba, count)
+            except NvmeStatusError as error:
+                if error.status != Status.UNRECOVERED_READ_ERROR or error.lba is None:
+                    raise
+                found.append(error.lba)
+                first_lba = error.lba + 1
+                step = VERIFY_STEP_MIN  # where one is lost, others are
+            else:
+                first_lba += count
+                step *= 2
+        return found
 
     # errors
 

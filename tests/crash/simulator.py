@@ -218,7 +218,8 @@ class Simulation:
         self.media.flip_bit(page)
         if not reopen or self._reopen_damaged(lba):
             self._read_damaged(lba)
-            self.media.flip_bit(page)
+            if int(self.store._drive.ftl.resolve(np.array([lba]))[0]) == page:  # not written anew meanwhile
+                self.media.flip_bit(page)
         else:
             self.media.flip_bit(page)
             self._use(self._open())
@@ -237,14 +238,16 @@ class Simulation:
 
     def _read_damaged(self, lba: int) -> None:
         in_data = lba >= self.store._volume.first_data_lba
-        if in_data and not any(f"LBA {lba} " in problem for problem in self.store.check()):
+        if self.schedule.geometry.parity:
+            self._check()  # parity gives it back
+        elif in_data and not any(f"LBA {lba} " in problem for problem in self.store.check()):
             raise Lost(f"check does not name LBA {lba}, which is corrupt")
         for sequence in self.store.sequences():
             state = self.oracle.sequences[sequence.name]
             try:
                 found = _read_back(sequence)
             except NvmeStatusError as error:
-                if error.lba != lba:
+                if error.lba != lba or self.schedule.geometry.parity:
                     raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error
             else:
                 if found.version_of(state) is None:

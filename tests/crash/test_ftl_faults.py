@@ -146,6 +146,23 @@ def test_bit_flips(parity):
         drive.ftl.read(np.array([lba]), address)
 
 
+def test_damage_after_a_clean_end_is_damage():
+    """Bits that flip in the pages written last: an error, not the version before, as after a cut."""
+    random = np.random.default_rng(11)
+    drive = Drive(NandMedia(geometry(0), random), random)
+    drive.churn(50)
+    for value in (1, 2):
+        _buffer, addresses = make_pages([value], drive.ftl.page_size)
+        drive.ftl.write(np.array([5]), addresses)
+        drive.ftl.flush()
+    page = int(drive.ftl.resolve(np.array([5]))[0])
+    drive.ftl.close()
+    drive.media.pages[page, 17] ^= 1
+    drive.reopen()
+    with pytest.raises(CorruptPage, match="LBA 5 "):
+        drive.read()
+
+
 @pytest.mark.parametrize("parity", [0, 1])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_checkpoint_changes_nothing(seed, parity, monkeypatch):

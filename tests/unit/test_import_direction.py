@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "ftl": {"spdk_glue"},  # DMA memory, and flash on an NVMe namespace
     "accel": {"ftl", "spdk_glue"},
     "kvfs": {"spdk_glue", "accel"},  # of accel only what is named below
-    "kvfs_bench": {"kvfs", "accel", "spdk_glue"},  # a benchmark of a layer alone calls that layer
+    "kvfs_bench": {"kvfs", "accel", "ftl", "spdk_glue"},  # a benchmark of a layer alone calls that layer
     "kvfsctl": {"kvfs", "kvfs_bench"},
 }
 HOST_ARITHMETIC = {"accel.merge", "accel.page_plan", "accel.workers"}

@@ -34,3 +34,50 @@ def attention(
         print(json.dumps(result, indent=2))
     else:
         print_report(result)
+
+
+@app.command()
+def churn(
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file for the curves of write amplification over fullness.")
+    ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="Seconds, small drives: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """Write amplification: uniform overwrites against known values, and sequences that come and go.
+
+    Simulated over flash that keeps no payload; the same on every machine. Takes some minutes. --plot needs
+    matplotlib.
+    """
+    from kvfs_bench import churn as bench
+
+    figures, lines = bench.measure(short)
+    if plot is not None:
+        bench.plot(lines, plot)
+    _print("churn", figures, json_output)
+
+
+@app.command()
+def ftl(
+    directory: Annotated[Path, typer.Option(help="Where the drive for the reads is made.")] = Path("."),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """What the flash translation layer costs: CPU per page, time per read, memory; and how evenly it wears."""
+    from kvfs_bench import ftl_overhead as bench
+
+    _print("ftl", bench.measure(directory, quick), json_output)
+
+
+def _print(bench: str, figures: list, json_output: bool) -> None:
+    from kvfs_bench.figures import print_report, report
+
+    result = report(bench, figures)
+    if json_output:
+        print(json.dumps(result, indent=2))
+    else:
+        print_report(result)

@@ -11,11 +11,18 @@ def format_drive(
     drive: DriveArgument,
     size: Annotated[str, typer.Option(help="Flash capacity, such as 500MB or 8GiB.")] = "1GiB",
     page_size: Annotated[str, typer.Option(help="Flash page and logical block: 4KiB to 64KiB.")] = "4KiB",
+    spare_percent: Annotated[
+        int, typer.Option(min=1, max=50, help="Share of the flash kept back: more makes collection cheaper.")
+    ] = 7,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Keep parity across dies: a lost page or die can be given back.")
+    ] = False,
     json_output: JsonOption = False,
 ):
     """Make an empty drive in a new file.
 
-    The file is sparse: it takes space as it is written. An existing file is never overwritten.
+    The file is sparse: it takes space as it is written. An existing file is never overwritten. Parity takes
+    one die's worth of the flash (an eighth), and lets `kvfsctl scrub` repair what it finds damaged.
     """
     import kvfs
     from kvfs.sizes import format_size, parse_size
@@ -24,7 +31,7 @@ def format_drive(
         page_bytes = parse_size(page_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--page-size") from error
-    kvfs.format(drive, size, page_size=page_bytes)
+    kvfs.format(drive, size, page_size=page_bytes, spare_percent=spare_percent, parity=parity)
     with kvfs.open(drive, cache_bytes="8MiB") as store:
         space = store.counters()["space"]
     if json_output:

@@ -2,6 +2,8 @@
 
 from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
 
+WAF_PARTS = ("host", "garbage_collection", "wear_levelling", "padding", "parity", "metadata")
+
 
 def info(drive: DriveArgument, json_output: JsonOption = False):
     """Show a drive's geometry, space, flash health, and the models it knows."""
@@ -25,7 +27,18 @@ def info(drive: DriveArgument, json_output: JsonOption = False):
             "num_pages",
             "mapped_pages",
         )
-        wear = ("erase_count_min", "erase_count_max", "erase_count_mean")
+        wear = (
+            "erase_count_min",
+            "erase_count_max",
+            "erase_count_mean",
+            "rated_cycles",
+            "percentage_used",
+            "available_spare_percent",
+            "num_erase_blocks",
+            "bad_erase_blocks",
+            "quarantined_superblocks",
+            "num_parity_dies",
+        )
         print_json(
             "info",
             drive=str(drive),
@@ -33,6 +46,7 @@ def info(drive: DriveArgument, json_output: JsonOption = False):
             models=models,
             space=space,
             flash={name: flash[name] for name in fields + wear},
+            waf=counters["waf"],
         )
         return
     used = space["capacity_bytes"] - space["free_bytes"]
@@ -46,9 +60,11 @@ def info(drive: DriveArgument, json_output: JsonOption = False):
             ["flash", format_size(flash["num_pages"] * flash["page_size"])],
             ["page", format_size(flash["page_size"])],
             ["channels", str(flash["num_channels"])],
+            ["parity across dies", "yes" if flash["num_parity_dies"] else "no"],
             ["superblocks, free", f"{flash['num_superblocks']}, {flash['free_superblocks']}"],
-            ["erases per superblock, most", str(flash["erase_count_max"])],
             ["sequences", str(num_sequences)],
+            *_wear_rows(flash),
+            *_waf_rows(counters["waf"]),
         ],
     )
     if models:
@@ -68,3 +84,24 @@ def info(drive: DriveArgument, json_output: JsonOption = False):
                 for model in models
             ],
         )
+
+
+def _wear_rows(flash: dict) -> list[list[str]]:
+    counts = f"{flash['erase_count_min']:,}, {flash['erase_count_mean']:,.1f}, {flash['erase_count_max']:,}"
+    return [
+        ["erases: least, mean, most", f"{counts} of {flash['rated_cycles']:,}"],
+        ["bad erase blocks", f"{flash['bad_erase_blocks']:,} of {flash['num_erase_blocks']:,}"],
+        ["spare left", f"{flash['available_spare_percent']} %"],
+        ["superblocks with lost pages", str(flash["quarantined_superblocks"])],
+    ]
+
+
+def _waf_rows(waf: dict) -> list[list[str]]:
+    """Write amplification over the drive's life, and by cause since it was opened if anything was written."""
+    rows = []
+    if waf["lifetime"] is not None:
+        rows.append(["write amplification, lifetime", f"at least {waf['lifetime']:.3f}"])
+    if waf["total"] is not None:
+        rows.append(["since opening", f"{waf['total']:.3f}"])
+        rows += [[f"  {name.replace('_', ' ')}", f"{waf[name]:.3f}"] for name in WAF_PARTS]
+    return rows

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kvfsctl import bench, check, demo, format, info, ls, rm, stats
+from kvfsctl import bench, check, demo, format, gc, info, ls, rm, scrub, stats, wear
 from kvfsctl.output import EXIT_FAILED, fail
 
 app = typer.Typer(
@@ -22,6 +22,9 @@ app.command("ls")(ls.ls)
 app.command("stats")(stats.stats)
 app.command("rm")(rm.rm)
 app.command("check")(check.check)
+app.command("scrub")(scrub.scrub)
+app.command("wear")(wear.wear)
+app.command("gc")(gc.gc)
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 

@@ -1,13 +1,16 @@
 """What all verbs share: tables, JSON with a versioned schema, errors as one line."""
 
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 EXIT_FAILED = 1
@@ -26,6 +29,22 @@ def fail(message: str) -> None:
 
 def print_json(verb: str, **fields) -> None:
     print(json.dumps({"schema": JSON_SCHEMA, "verb": verb, **fields}, indent=2))
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calls of (blocks done, of how many); nothing where nobody looks.
+
+    The drive's log is silent meanwhile: who looks for damage reports it in words of his own.
+    """
+    console = Console(stderr=True)
+    logging.disable(logging.ERROR)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

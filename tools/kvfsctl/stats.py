@@ -3,12 +3,16 @@
 from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
 
 # counters whose unit is not in their name
-_UNITS = {"waf": "pages programmed / pages written"}
+_UNITS = {
+    "total": "pages of flash per page that the host wrote",
+    "lifetime": "at least, since the drive was made",
+}
 
 
 def stats(drive: DriveArgument, json_output: JsonOption = False):
-    """Show the counters of link, flash and attention unit since the drive was opened, and its wear.
+    """Show write amplification by cause, and the counters of link, flash and attention unit.
 
+    The split of write amplification is since the drive was opened; its lifetime total is a lower bound.
     Counters start at zero when a process opens the drive: on a drive that no one has open they show what
     opening it took. An engine reads its own through Store.counters().
     """
@@ -23,7 +27,7 @@ def stats(drive: DriveArgument, json_output: JsonOption = False):
     for layer, values in counters.items():
         rows = []
         for name, value in values.items():
-            if name == "version" or isinstance(value, list):
+            if name in ("version", "waf") or isinstance(value, list):
                 continue
             if value is None:
                 text = "–"

@@ -1,0 +1,75 @@
+"""Mending what is safe to mend, from what a check found. Every change is one line.
+
+Safe is: giving back what nothing names, counting references anew, moving what only parity gives back, and, of a
+sequence with lost blocks, keeping its tokens up to the first page that is lost. Never: guessing bytes.
+"""
+
+from dataclasses import replace
+
+from kvfs.check import Report, check_extents
+from kvfs.inspection import Inspection
+from kvfs.metadata import SequenceRow
+
+
+def repair(inspection: Inspection, report: Report) -> list[str]:
+    """What was done, a line each. The drive is open for writing. Raises NvmeStatusError, CatalogueFull."""
+    done: list[str] = []
+    if inspection.owners is not None:
+        done += _mend_catalogue(inspection, report)
+        done += _give_back(inspection, report)
+    if inspection.flash.health()["damaged_superblocks"]:
+        done.append(f"wrote {inspection.flash.renew()} superblocks anew, of which parity gave pages back")
+    inspection.namespace.flush()
+    return done
+
+
+def _mend_catalogue(inspection: Inspection, report: Report) -> list[str]:
+    catalogue, owners, done = inspection.catalogue, inspection.owners, []
+    with catalogue.transaction():
+        for sequence_id, num_tokens in sorted(report.whole_tokens.items()):
+            row = owners.sequences[sequence_id]
+            _cut(inspection, row, num_tokens)
+            done.append(f"truncated sequence {row.name!r} from {row.num_tokens} to {num_tokens} tokens")
+        num_broken, num_counts, freed = catalogue.mend_references()
+    if num_broken:
+        done.append(f"removed {num_broken} rows of the catalogue that led nowhere")
+    if num_counts:
+        done.append(f"counted the references of {num_counts} groups anew")
+    if freed:
+        blocks = sum(num_lbas for _, num_lbas in freed)
+        done.append(f"gave back {len(freed)} groups of {blocks} blocks that no sequence has")
+    if done:
+        catalogue.sync()  # before blocks that it named are given back
+        inspection.look_again()
+    return done
+
+
+def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> None:
+    """Keep the first tokens, which are whole pages of the groups."""
+    group_tokens = inspection.owners.layout(row).geometry.group_tokens
+    num_groups = -(-num_tokens // group_tokens)
+    groups = inspection.catalogue.groups(row.id)[:num_groups]
+    tokens = inspection.catalogue.tokens(row.id)[:num_tokens]
+    cut = replace(row, num_tokens=num_tokens, num_spilled=num_tokens, tail_lba=0, tail_lbas=0)
+    inspection.catalogue.store_sequence(cut, groups, num_groups, tokens, num_tokens)
+
+
+def _give_back(inspection: Inspection, report: Report) -> list[str]:
+    """Deallocate what nothing names now, and lost blocks that are named but hold no token."""
+    if inspection.owners.bad_models:
+        return []  # what a damaged row does not name may be somebody's all the same
+    done, now = [], Report()
+    check_extents(inspection.namespace, inspection.owners, inspection.volume.first_data_lba, (), now)
+    if now.leaked:
+        inspection.namespace.deallocate(now.leaked)
+        done.append(f"gave back {sum(count for _, count in now.leaked)} blocks that nothing names")
+    leaked = {lba for first, count in now.leaked for lba in range(first, first + count)}
+    unused = [
+        (lba, 1)
+        for lba in report.lost
+        if lba not in leaked and inspection.owner(lba).area in ("nothing", "slack")
+    ]
+    if unused:
+        inspection.namespace.deallocate(unused)
+        done.append(f"gave back {len(unused)} lost blocks that hold no token")
+    return done
