@@ -5,6 +5,7 @@ undoes the earlier ones.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -37,7 +38,7 @@ class DriveConfig:
     use; worker: a name of accel.workers.WORKERS; num_command_threads: 0 to run background commands where
     they are submitted and to collect only when a write needs room, so that the drive does the same thing
     each time; collector: see ftl.collector; checkpoint_pages: pages programmed between two checkpoints of the
-    map, at least.
+    map, at least; progress: called with (superblocks scanned, superblocks to scan) while the drive opens.
     """
 
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -47,6 +48,7 @@ class DriveConfig:
     read_only: bool = False
     collector: CollectorOptions = field(default_factory=CollectorOptions)
     checkpoint_pages: int = CHECKPOINT_PAGES
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self):
         if self.cache_bytes < MIN_CACHE_BYTES:
@@ -103,6 +105,7 @@ class Drive:
                 config.collector,
                 background=config.num_command_threads > 0,
                 checkpoint_pages=config.checkpoint_pages,
+                progress=config.progress,
             )
             stack.callback(ftl.close)
             drive = cls(ftl, config, stack)

@@ -5,6 +5,7 @@ whoever wants to see such things opens the drive here.
 """
 
 import os
+from collections.abc import Callable
 
 import apsw
 
@@ -32,8 +33,15 @@ UNREADABLE = (apsw.Error, NvmeError, KvfsError, TypeError, ValueError)  # what a
 class Inspection:
     """volume, catalogue, owners: None where they cannot be read; `why` says why. Use as a context manager."""
 
-    def __init__(self, path: str | os.PathLike, *, read_only: bool = True, collection: str = "greedy"):
-        """collection: see kvfs.open. Raises NotADrive, DriveBusy, MediaFailure, InvalidArgument."""
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        read_only: bool = True,
+        collection: str = "greedy",
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        """collection, progress: see kvfs.open. Raises NotADrive, DriveBusy, MediaFailure, InvalidArgument."""
         self.path = path
         self.read_only = read_only
         try:
@@ -41,7 +49,7 @@ class Inspection:
         except ValueError as error:
             raise InvalidArgument(str(error)) from error
         # no threads: nothing happens on the drive but what is asked here
-        config = DriveConfig(CACHE_BYTES, 1, "reference", 0, read_only, options)
+        config = DriveConfig(CACHE_BYTES, 1, "reference", 0, read_only, options, progress=progress)
         self._drive = open_drive(path, config)
         try:
             self.namespace = Namespace(self._drive.transport)

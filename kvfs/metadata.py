@@ -360,9 +360,7 @@ class Catalogue:
             self._db.execute(f"DELETE FROM kv_group WHERE id NOT IN {_LINKED}")
             before = self._db.total_changes()
             links = "(SELECT count(*) FROM sequence_group WHERE group_id = kv_group.id)"
-            self._db.execute(
-                f"UPDATE kv_group SET reference_count = {links} WHERE reference_count != {links}"
-            )
+            self._db.execute(f"UPDATE kv_group SET reference_count = {links} WHERE reference_count != {links}")
             return num_broken, self._db.total_changes() - before, freed
 
     def problems(self) -> list[str]:

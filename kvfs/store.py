@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -600,6 +601,7 @@ def open(
     writeback_tokens: int | None = None,
     tail_bytes: int | str = DEFAULT_TAIL_BYTES,
     collection: str = "greedy",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Store:
     """Open the drive in a file.
 
@@ -608,7 +610,7 @@ def open(
     memory before they are written, None for a whole token group; tail_bytes: host memory for such tokens of
     all sequences, beyond which those not used longest are stored and leave memory (what one call works on
     stays, however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or
-    "d-choices".
+    "d-choices"; progress: called with (done, all) while a drive without a checkpoint is scanned.
 
     Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument.
     """
@@ -618,6 +620,7 @@ def open(
             num_workers=num_workers,
             worker=worker,
             collector=CollectorOptions(policy=collection),
+            progress=progress,
         )
         tail_limit = parse_size(tail_bytes)
         load_worker(worker)

@@ -27,6 +27,8 @@ ROUNDS = 7
 ROUND_SECONDS = 0.15
 SETTLE_SECONDS = 0.05  # threads of the last call may still spin
 DISK_ROUNDS = 3
+APPEND_ROUNDS = 4
+DISK_REST_SECONDS = 2
 READ_REQUEST_BYTES = 256 << 10  # the drive's, so fio reads with the same
 GB = 1e9
 
@@ -150,9 +152,11 @@ def _append_and_cold(directory: Path, num_tokens: int) -> Iterator[Figure]:
     keys, values = _tokens(num_tokens, seed=3)
     total_bytes = num_layers * (keys.nbytes + values.nbytes)
     path = directory / "cold.kvfs"
-    ours, raw = [], []
-    for _ in range(DISK_ROUNDS):
-        raw.append(limits.fio_write_bandwidth(directory, total_bytes))
+    best = limits.fio_write_bandwidth(directory, total_bytes // 4)
+    depths = (best[1],) if best else ()
+
+    def append() -> float:
+        nonlocal waf
         path.unlink(missing_ok=True)
         kvfs.format(path, 2 * total_bytes + (256 << 20))
         with kvfs.open(path, cache_bytes=64 << 20) as store:
@@ -166,8 +170,20 @@ def _append_and_cold(directory: Path, num_tokens: int) -> Iterator[Figure]:
             for layer in range(num_layers):
                 sequence.append(layer, keys, values)
             sequence.flush()
-            ours.append(total_bytes / (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
             waf = store.counters()["flash"]["waf"]
+        return total_bytes / seconds
+
+    waf = 0.0
+    ours, raw = [], []
+    for number in range(APPEND_ROUNDS):
+        # a disk with a burst allowance is kinder to whoever comes first
+        for measure in ("ours", "raw") if number % 2 else ("raw", "ours"):
+            time.sleep(DISK_REST_SECONDS)
+            if measure == "ours":
+                ours.append(append())
+            else:
+                raw.append(limits.fio_write_bandwidth(directory, total_bytes, depths=depths))
     yield from _against_disk("append", ours, raw, goal=0.7, rival="fio write 1 MiB, best depth")
     yield Figure("append.waf", waf, "ratio", limit=1.0)
     with kvfs.open(path, cache_bytes=64 << 20) as store:

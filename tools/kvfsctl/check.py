@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvfsctl.opening import open_inspection
 from kvfsctl.output import EXIT_DAMAGED, DriveArgument, JsonOption, print_json, progress_bar
 
 
@@ -24,10 +25,9 @@ def check(
 
     Exit code 3 when something is damaged (and stays so); each problem is one line.
     """
-    from kvfs.inspection import Inspection
     from kvfs.repair import repair as mend
 
-    with Inspection(drive, read_only=not repair) as inspection:
+    with open_inspection(drive, read_only=not repair) as inspection:
         report, done = _examine(inspection), []
         found = report
         if repair and report.problems:

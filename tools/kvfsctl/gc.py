@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kvfsctl.opening import open_inspection
 from kvfsctl.output import DriveArgument, JsonOption, print_json
 
 
@@ -23,10 +24,9 @@ def gc(
     itself is copied: do it before a burst of writes, not by habit.
     """
     from kvfs.errors import InvalidArgument
-    from kvfs.inspection import Inspection
 
     try:
-        inspection = Inspection(drive, read_only=False, collection=collection)
+        inspection = open_inspection(drive, read_only=False, collection=collection)
     except InvalidArgument as error:
         raise typer.BadParameter(str(error), param_hint="--collection") from error
     with inspection:

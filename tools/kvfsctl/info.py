@@ -1,5 +1,6 @@
 """`kvfsctl info`: what a drive is and how full."""
 
+from kvfsctl.opening import open_store
 from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
 
 WAF_PARTS = ("host", "garbage_collection", "wear_levelling", "padding", "parity", "metadata")
@@ -7,10 +8,9 @@ WAF_PARTS = ("host", "garbage_collection", "wear_levelling", "padding", "parity"
 
 def info(drive: DriveArgument, json_output: JsonOption = False):
     """Show a drive's geometry, space, flash health, and the models it knows."""
-    import kvfs
     from kvfs.sizes import format_size
 
-    with kvfs.open(drive, cache_bytes="8MiB") as store:
+    with open_store(drive) as store:
         counters = store.counters()
         models = [
             {"name": model.name, **vars(model.geometry), "token_bytes": model.geometry.token_bytes}

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvfsctl.opening import open_store
 from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
 
 
@@ -14,10 +15,9 @@ def ls(
     json_output: JsonOption = False,
 ):
     """List sequences with their model, tokens, size and time of last change."""
-    import kvfs
     from kvfs.sizes import format_size
 
-    with kvfs.open(drive, cache_bytes="8MiB") as store:
+    with open_store(drive) as store:
         models = {known.id: known for known in store.models()}
         if model is not None:
             store.model(model)  # a wrong name is an error, not an empty list

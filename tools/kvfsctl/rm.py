@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvfsctl.opening import open_store
 from kvfsctl.output import DriveArgument, JsonOption, print_json
 
 
@@ -21,9 +22,8 @@ def rm(
 
     Asks first on a terminal; elsewhere --yes is needed.
     """
-    import kvfs
 
-    with kvfs.open(drive, cache_bytes="8MiB") as store:
+    with open_store(drive) as store:
         num_tokens = {name: store.sequence(name).num_tokens for name in dict.fromkeys(sequences)}
         if not dry_run:
             if not yes and not sys.stdin.isatty():

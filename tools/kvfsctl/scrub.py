@@ -2,6 +2,7 @@
 
 import sys
 
+from kvfsctl.opening import open_inspection
 from kvfsctl.output import EXIT_DAMAGED, DriveArgument, JsonOption, print_json, progress_bar
 
 
@@ -14,10 +15,9 @@ def scrub(drive: DriveArgument, json_output: JsonOption = False):
 
     Exit code 3 when something is lost.
     """
-    from kvfs.inspection import Inspection
     from kvfs.scrub import verify_all
 
-    with Inspection(drive, read_only=False) as inspection:
+    with open_inspection(drive, read_only=False) as inspection:
         num_blocks, lost = 0, []
         with progress_bar("scrubbing") as progress:
             for step in verify_all(inspection.namespace):

@@ -1,5 +1,6 @@
 """`kvfsctl stats`: counters of all layers."""
 
+from kvfsctl.opening import open_store
 from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
 
 # counters whose unit is not in their name
@@ -16,10 +17,9 @@ def stats(drive: DriveArgument, json_output: JsonOption = False):
     Counters start at zero when a process opens the drive: on a drive that no one has open they show what
     opening it took. An engine reads its own through Store.counters().
     """
-    import kvfs
     from kvfs.sizes import format_size
 
-    with kvfs.open(drive, cache_bytes="8MiB") as store:
+    with open_store(drive) as store:
         counters = store.counters()
     if json_output:
         print_json("stats", drive=str(drive), counters=counters)

@@ -6,6 +6,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kvfsctl.opening import open_inspection
 from kvfsctl.output import DriveArgument, JsonOption, fail, print_json, print_table
 
 MAX_BINS = 16
@@ -23,11 +24,10 @@ def wear(
     A superblock's count is that of its most worn block. Wear levelling keeps the counts within 5% of the
     rated cycles of each other.
     """
-    from kvfs.inspection import Inspection
 
     if plot is not None and plot.suffix != ".png":
         raise typer.BadParameter("the plot is a .png file", param_hint="--plot")
-    with Inspection(drive) as inspection:
+    with open_inspection(drive) as inspection:
         superblocks = inspection.flash.superblocks()
         health, smart = inspection.flash.health(), inspection.flash.smart()
     counts = superblocks["erase_count"].astype(np.int64)

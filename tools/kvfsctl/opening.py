@@ -1,0 +1,44 @@
+"""Opening a drive for a verb, with a progress bar where that takes long."""
+
+import time
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress
+
+CACHE_BYTES = "8MiB"
+PATIENCE_SECONDS = 1.0  # after which a scan shows itself
+
+
+@contextmanager
+def scan_progress():
+    """A callback for kvfs.open's `progress`: a bar on the terminal once a scan has gone on for a while."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal task
+            if task is None and time.monotonic() - started > PATIENCE_SECONDS:
+                task = bars.add_task("scanning the flash", total=total)
+            if task is not None:
+                bars.update(task, completed=done)
+
+        yield progress
+
+
+def open_store(drive):
+    """The store of a drive, for verbs that look at it or change little. Raises what kvfs.open raises."""
+    import kvfs
+
+    with scan_progress() as progress:
+        return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress)
+
+
+def open_inspection(drive, **options):
+    """See kvfs.inspection.Inspection."""
+    from kvfs.inspection import Inspection
+
+    with scan_progress() as progress:
+        return Inspection(drive, progress=progress, **options)
