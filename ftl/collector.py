@@ -270,8 +270,9 @@ class Collector:
             for callback in self._erase_callbacks:
                 callback(superblock * state.pages_per_superblock, state.pages_per_superblock)
             try:
-                with state.unlocked():
-                    state.media.erase(superblock)
+                if not state.superblocks.bad_planes[superblock].all():
+                    with state.unlocked():
+                        state.media.erase(superblock)
             except EraseFailed as failure:
                 log.warning("%s", failure)
                 state.counters.erase_failures += len(failure.planes)

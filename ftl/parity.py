@@ -141,6 +141,24 @@ def _identity(oob: np.ndarray) -> np.ndarray:
     return ((mixed ^ mixed >> HALF) * SPREAD_1 >> HALF).astype(np.uint32)
 
 
+def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
+    """bool [n]: members that are what their parity summed.
+
+    Where a group is complete but does not add up, a page of an earlier life (an erase that a power cut undid in
+    part) stands where a lost member was: the one that was programmed first.
+    """
+    found = np.zeros(len(parity), np.uint32)
+    np.bitwise_or.at(found, place, bits)
+    check = np.zeros(len(parity), np.uint32)
+    np.bitwise_xor.at(check, place, _identity(records[member]))
+    wrong = (found == records["member_dies"][parity]) & (check != records["members_check"][parity])
+    current = np.ones(len(member), bool)
+    for group in np.flatnonzero(wrong):
+        own = np.flatnonzero(place == group)
+        current[own[np.argmin(records["program_number"][member[own]])]] = False
+    return current
+
+
 def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
 
@@ -161,6 +179,8 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     bits = _bits(pages[member] % num_dies)
     counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]
+    current = _without_strangers(records, parity, member, place, bits)
+    member, place, bits = member[current], place[current], bits[current]
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
     lacking = wanted & ~present

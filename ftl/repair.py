@@ -31,6 +31,7 @@ def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> boo
         return False
     # its own OOB is to be believed, unless it is another page's
     is_own = own is not None and own["kind"] == PageKind.DATA and own["lba"] == lba
+    is_own = is_own and own["sequence_number"] == lost["sequence_number"][0]
     if is_own and own["payload_crc32c"] != lost["payload_crc32c"][0]:
         return False
     is_parity = records["kind"] == PageKind.PARITY

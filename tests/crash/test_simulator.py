@@ -31,6 +31,16 @@ def test_ftl(seed):
     assert len(report.crash_points) >= FTL_CRASH_POINTS
 
 
+# Seeds that found something, and what: parity with members of another life (17, 9, 20690), out of flash with a
+# checkpoint to give up (27), erasing a superblock without a good block (30110).
+@pytest.mark.parametrize(
+    ("seed", "faults"),
+    [(9, ()), (17, ()), (27, ()), (20690, ()), (30110, ("program", "erase", "bad-blocks"))],
+)
+def test_found_seeds(seed, faults):
+    FtlSimulation(seed, faults).run(100)
+
+
 @pytest.mark.parametrize("simulation", [Simulation, FtlSimulation])
 def test_a_seed_replays(simulation):
     """A failure that its seed does not bring back cannot be mended."""
