@@ -92,14 +92,14 @@ def _check_records(state: FlashState, lbas, pages, states, durable_program_numbe
         records = state.media.read_oob(superblock)
         if states[superblock] == State.FREE:
             found.extend(_check_erased(state, superblock, records))
-        records, physical = _held(state, superblock, records)
+        records, physical, is_lost = _held(state, superblock, records)
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
-        records, physical = records[data], physical[data]
+        records, physical, is_lost = records[data], physical[data], is_lost[data]
         first = superblock * state.pages_per_superblock
         low, high = np.searchsorted(pages, [first, first + state.pages_per_superblock], sorter=order)
         mapped, record_lbas = order[low:high], records["lba"].astype(np.int64)
         found.extend(_compare(superblock, lbas[mapped], pages[mapped], record_lbas, physical))
-        newest.add(records, physical)
+        newest.add(records, physical, is_lost)
     for position in newest.superseded().tolist():
         other = int(newest.pages[position])
         if _is_whole(state, other, newest.crc32c[position]):  # torn ones never count
@@ -145,14 +145,15 @@ class _Newest:
         self.crc32c = np.zeros(len(lbas), np.uint32)
         self._seen = np.zeros(len(lbas), bool)  # those whose mapped page has a record
 
-    def add(self, records: np.ndarray, pages: np.ndarray) -> None:
+    def add(self, records: np.ndarray, pages: np.ndarray, is_lost: np.ndarray) -> None:
+        """is_lost: those that follow from parity only. Opening may have had good reason not to believe them."""
         if not len(self._lbas):
             return
         lbas = records["lba"].astype(np.int64)
         place = np.minimum(np.searchsorted(self._lbas, lbas), len(self._lbas) - 1)
         is_mapped = self._mapped[place] == pages
         durable = records["program_number"] <= self._durable_program_number
-        wanted = (self._lbas[place] == lbas) & (is_mapped | durable)
+        wanted = (self._lbas[place] == lbas) & (is_mapped | durable & ~is_lost)
         records, pages, place, is_mapped = (array[wanted] for array in (records, pages, place, is_mapped))
         # ascending, so that the last assignment stands; copies keep their version, and the mapped one counts
         order = np.lexsort((is_mapped, records["sequence_number"]))
@@ -169,15 +170,15 @@ class _Newest:
         return np.flatnonzero(self._seen & (self.pages != self._mapped))
 
 
-def _held(state: FlashState, superblock: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(PAGE_OOB [n], int64 [n] pages): records that hold, or follow from parity."""
+def _held(state: FlashState, superblock: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(PAGE_OOB [n], int64 [n] pages, bool [n]): records that hold, or follow from parity; the latter."""
     holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
     pages = superblock * state.pages_per_superblock + np.flatnonzero(holds)
     records = records[holds]
     if state.geometry.parity:
         lost, lost_pages = lost_records(state.geometry, records, pages)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
-    return records, pages
+    return records, pages, np.arange(len(pages)) >= np.count_nonzero(holds)
 
 
 def _is_whole(state: FlashState, page: int, crc32c: int) -> bool:

@@ -89,6 +89,8 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     if geometry.parity:
         lost, lost_pages = lost_records(geometry, records, pages)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
+        superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
+        np.maximum.at(found.fill, superblocks, indices + 1)
 
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     if found.checkpoint is not None:
