@@ -106,6 +106,10 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     log_pages = _read_log(media, records[log_kind], pages[log_kind])
     _apply_log(mapping, versions, log_pages, found.checkpoint.sequence_number if found.checkpoint else 0)
     mapping.finish_recovery()
+    # An erase that a power cut undid in part leaves metadata of an earlier life beside new data. What is mapped
+    # makes it a superblock of data: others are erased as a whole once their metadata are replaced.
+    for superblocks in (found.log_superblocks, found.checkpoint_superblocks):
+        superblocks[:] = [s for s in superblocks if not mapping.valid_pages[s]]
     return found
 
 

@@ -103,7 +103,8 @@ class FlashTranslationLayer:
         state.superblocks.fill[:] = found.fill
         state.superblocks.first[:] = found.first
         state.superblocks.newest[:] = found.newest
-        for superblock in np.flatnonzero(found.fill).tolist():
+        # what is mapped may lie on bad blocks only, which `fill` leaves out
+        for superblock in np.flatnonzero((found.fill > 0) | (state.mapping.valid_pages > 0)).tolist():
             if state.superblocks.states[superblock] == State.BAD:
                 continue
             is_log = superblock in found.log_superblocks or superblock in found.checkpoint_superblocks

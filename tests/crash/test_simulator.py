@@ -11,6 +11,7 @@ from .oracle import FoundSequence, Lost, Oracle, SequenceState
 from .simulator import Simulation
 from .token_content import MODEL_SHAPES, attention
 
+BLOCK_FAULTS = ("program", "erase", "bad-blocks")
 STORE_SEEDS, STORE_CRASH_POINTS = range(12), 100
 FTL_SEEDS, FTL_CRASH_POINTS = range(8), 150
 
@@ -32,10 +33,10 @@ def test_ftl(seed):
 
 
 # Seeds that found something, and what: parity with members of another life (17, 9, 20690), out of flash with a
-# checkpoint to give up (27), erasing a superblock without a good block (30110).
+# checkpoint to give up (27), erasing a superblock without a good block (30110), new data beside an old log (50116).
 @pytest.mark.parametrize(
     ("seed", "faults"),
-    [(9, ()), (17, ()), (27, ()), (20690, ()), (30110, ("program", "erase", "bad-blocks"))],
+    [(9, ()), (17, ()), (27, ()), (20690, ()), (30110, BLOCK_FAULTS), (50116, BLOCK_FAULTS)],
 )
 def test_found_seeds(seed, faults):
     FtlSimulation(seed, faults).run(100)
