@@ -9,10 +9,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from ftl.direct_io.api import crc32c_records
-from ftl.layout import OOB_MAGIC, PageKind
+from ftl import oob
+from ftl.layout import PageKind
 from ftl.mapping import PAGE_NONE
-from ftl.parity import lost_records
 from ftl.state import FlashState
 from ftl.superblocks import State
 from spdk_glue import dma
@@ -92,7 +91,7 @@ def _check_records(state: FlashState, lbas, pages, states, durable_program_numbe
         records = state.media.read_oob(superblock)
         if states[superblock] == State.FREE:
             found.extend(_check_erased(state, superblock, records))
-        records, physical, is_lost = _held(state, superblock, records)
+        records, physical, is_lost = oob.known_records(state.media, superblock, records)
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
         records, physical, is_lost = records[data], physical[data], is_lost[data]
         first = superblock * state.pages_per_superblock
@@ -168,17 +167,6 @@ class _Newest:
     def superseded(self) -> np.ndarray:
         """int64: positions of LBAs that are mapped to an older version."""
         return np.flatnonzero(self._seen & (self.pages != self._mapped))
-
-
-def _held(state: FlashState, superblock: int, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(PAGE_OOB [n], int64 [n] pages, bool [n]): records that hold, or follow from parity; the latter."""
-    holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
-    pages = superblock * state.pages_per_superblock + np.flatnonzero(holds)
-    records = records[holds]
-    if state.geometry.parity:
-        lost, lost_pages = lost_records(state.geometry, records, pages)
-        records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
-    return records, pages, np.arange(len(pages)) >= np.count_nonzero(holds)
 
 
 def _is_whole(state: FlashState, page: int, crc32c: int) -> bool:

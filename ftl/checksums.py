@@ -12,8 +12,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from ftl.direct_io.api import crc32c_records
-from ftl.layout import OOB_MAGIC, PageKind
+from ftl import oob
+from ftl.layout import PageKind
 from ftl.media import FlashMedia
 
 COLUMNS_MIN = 64
@@ -86,10 +86,10 @@ class ChecksumTable:
     def _column(self, superblock: int) -> np.ndarray:
         if superblock not in self._columns:
             records = self._media.read_oob(superblock)
-            holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
-            holds &= records["kind"] == PageKind.DATA  # only these are ever asked for
-            if not holds.all():
-                self._unreadable[superblock] = np.flatnonzero(~holds)
+            # only data are ever asked for
+            known = oob.holds(records) & (records["kind"] == PageKind.DATA)
+            if not known.all():
+                self._unreadable[superblock] = np.flatnonzero(~known)
             self._keep(superblock, _mixed(records["payload_crc32c"], records["lba"]))
         self._columns.move_to_end(superblock)
         return self._columns[superblock]

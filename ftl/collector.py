@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ftl.direct_io.api import crc32c_records
+from ftl import oob
 from ftl.errors import CorruptPage, EraseFailed, FlashError, OutOfFlash
 from ftl.garbage_collection import choose_victim, make_policy
-from ftl.layout import OOB_MAGIC, PageKind
+from ftl.layout import PageKind
 from ftl.metadata_log import MetadataLog
 from ftl.page_writer import GC_STREAM, PageWriter
-from ftl.parity import lost_records
 from ftl.provisioning import GC_RESERVE
 from ftl.state import FlashState
 from ftl.superblocks import State
@@ -127,13 +126,9 @@ class Collector:
                 return True
             if victim is None:
                 return self._erase_emptied()
-            if not self._copy(victim, GC_STREAM):
-                return True  # quarantined: it is no candidate any more
-            self._emptied.append(victim)
-            self._state.superblocks.move(victim, State.ERASING)
-            self._erase_emptied()
-            self._level_wear()
-            return True
+            if self._empty(victim):
+                self._level_wear()
+            return True  # one that is quarantined is no candidate any more
         finally:
             self._is_busy = False
             self._state.changed.notify_all()
@@ -181,21 +176,32 @@ class Collector:
         if spread <= self._options.wear_spread * self._options.rated_cycles:
             return
         before = self._state.counters.gc_pages_written
-        if self._copy(coldest, GC_STREAM):
-            superblocks.move(coldest, State.ERASING)
-            self._emptied.append(coldest)
-            self._erase_emptied()
+        self._empty(coldest)
         self._state.counters.wear_leveling_pages_written += self._state.counters.gc_pages_written - before
 
     # how
 
-    def _copy(self, victim: int, stream: int) -> bool:
+    def _empty(self, victim: int) -> bool:
+        """Move what is valid in a superblock and have it erased; False where that cannot be."""
+        if not self._copy(victim):
+            return False
+        self._state.superblocks.move(victim, State.ERASING)
+        self._emptied.append(victim)
+        self._erase_emptied()
+        return True
+
+    def _quarantine(self, superblock: int, why) -> None:
+        log.error("superblock %d is kept out of collection: %s", superblock, why)
+        self._state.superblocks.move(superblock, State.QUARANTINED)
+        self._state.superblocks.retiring.discard(superblock)
+
+    def _copy(self, victim: int) -> bool:
         """Copy a victim's valid pages elsewhere; False, and quarantined, when one is corrupt."""
         state = self._state
         if state.mapping.valid_pages[victim] == 0:
             return True
         with state.unlocked():
-            records, pages = self._records(victim)
+            records, pages, _ = oob.known_records(state.media, victim, state.media.read_oob(victim))
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
         records, pages = records[data], pages[data]
         lbas = records["lba"].astype(np.int64)
@@ -212,9 +218,7 @@ class Collector:
                 with state.unlocked():
                     self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
             except CorruptPage as error:
-                log.error("superblock %d is kept out of collection: %s", victim, error)
-                state.superblocks.move(victim, State.QUARANTINED)
-                state.superblocks.retiring.discard(victim)
+                self._quarantine(victim, error)
                 return False
             versions = records["sequence_number"][chosen]
             for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
@@ -222,23 +226,9 @@ class Collector:
                 state.counters.gc_pages_written += len(copies)
         if state.mapping.valid_pages[victim]:
             # pages that the map names but whose OOB does not hold any more
-            log.error("superblock %d is kept out of collection: its OOB is damaged", victim)
-            state.superblocks.move(victim, State.QUARANTINED)
-            state.superblocks.retiring.discard(victim)
+            self._quarantine(victim, "its OOB is damaged")
             return False
         return True
-
-    def _records(self, superblock: int) -> tuple[np.ndarray, np.ndarray]:
-        """(PAGE_OOB [n], int64 [n]) of the pages whose OOB holds, or follows from parity."""
-        state = self._state
-        records = state.media.read_oob(superblock)
-        pages = superblock * state.pages_per_superblock + np.arange(state.pages_per_superblock)
-        holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
-        records, pages = records[holds], pages[holds]
-        if state.geometry.parity:
-            lost, lost_pages = lost_records(state.geometry, records, pages)
-            records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
-        return records, pages
 
     def erase_replaced(self) -> None:
         """Metadata superblocks that hold nothing needed any more."""

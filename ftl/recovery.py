@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftl import checkpoint, deallocation_log
+from ftl import checkpoint, deallocation_log, oob
 from ftl.checkpoint import Checkpoint
 from ftl.deallocation_log import LogPage
-from ftl.direct_io.api import crc32c_records
-from ftl.layout import OOB_MAGIC, PAGE_OOB, PageKind
+from ftl.layout import PAGE_OOB, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
 from ftl.parity import lost_records
@@ -113,10 +112,6 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     return found
 
 
-def _holds(records: np.ndarray) -> np.ndarray:
-    return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
-
-
 def _heads(media: FlashMedia, superblocks: np.ndarray) -> np.ndarray:
     """PAGE_OOB [n]: of each superblock's first page that is not parity; zeros where that does not hold."""
     geometry = media.geometry
@@ -124,7 +119,7 @@ def _heads(media: FlashMedia, superblocks: np.ndarray) -> np.ndarray:
     # in the first row the first good plane of a die has the parity
     place = np.argmax(np.cumsum(good, axis=1) == 1 + geometry.parity, axis=1)
     heads = media.read_oob_pages(superblocks * geometry.pages_per_superblock + place)
-    heads[~_holds(heads)] = np.zeros((), PAGE_OOB)
+    heads[~oob.holds(heads)] = np.zeros((), PAGE_OOB)
     return heads
 
 
@@ -133,7 +128,7 @@ def _load_checkpoint(media: FlashMedia, superblocks: list[int], mapping: Mapping
     all_pages = []
     for superblock in superblocks:
         records = media.read_oob(superblock)
-        chosen = np.flatnonzero(_holds(records) & (records["kind"] == PageKind.CHECKPOINT))
+        chosen = np.flatnonzero(oob.holds(records) & (records["kind"] == PageKind.CHECKPOINT))
         pages = superblock * media.geometry.pages_per_superblock + chosen
         buffer = dma.allocate(max(1, len(pages)) * page_size).reshape(-1, page_size)
         crc32c = media.read(pages, dma.page_addresses(buffer, page_size)[: len(pages)])
@@ -202,7 +197,7 @@ def _scan(
         on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         records = records[programmed]
-        holds = _holds(records)
+        holds = oob.holds(records)
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])
         if not holds.any():

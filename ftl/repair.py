@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from ftl.direct_io.api import copy_pages, crc32c_pages, crc32c_records
-from ftl.layout import OOB_MAGIC, PageKind
+from ftl import oob
+from ftl.direct_io.api import copy_pages, crc32c_pages
+from ftl.layout import PageKind
 from ftl.media import FlashMedia
 from ftl.parity import lost_records
 from spdk_glue import dma
@@ -22,10 +23,10 @@ def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> boo
     first = index - index % geometry.num_dies
     group = superblock * geometry.pages_per_superblock + np.arange(first, first + geometry.num_dies)
     records = media.read_oob(superblock)[first : first + geometry.num_dies]
-    holds = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
-    own = records[index - first] if holds[index - first] else None
-    holds[index - first] = False
-    records, pages = records[holds], group[holds]
+    whole = oob.holds(records)
+    own = records[index - first] if whole[index - first] else None
+    whole[index - first] = False
+    records, pages = records[whole], group[whole]
     lost, lost_pages = lost_records(geometry, records, pages)
     if lost_pages.tolist() != [page] or int(lost["lba"][0]) != lba:
         return False

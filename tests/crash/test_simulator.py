@@ -33,7 +33,7 @@ def test_ftl(seed):
 
 
 # Seeds that found something, and what: parity with members of another life (17, 9, 20690), out of flash with a
-# checkpoint to give up (27), erasing a superblock without a good block (30110), new data beside an old log (50116).
+# checkpoint to give up (27), erasing a superblock without a good block (30110), data beside an old log (50116).
 @pytest.mark.parametrize(
     ("seed", "faults"),
     [(9, ()), (17, ()), (27, ()), (20690, ()), (30110, BLOCK_FAULTS), (50116, BLOCK_FAULTS)],
