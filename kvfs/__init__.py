@@ -3,8 +3,11 @@
 from kvfs import errors
 from kvfs.embedded_drive import Geometry
 from kvfs.errors import KvfsError, NvmeStatusError
+from kvfs.formatting import format
+from kvfs.model import Model
+from kvfs.opening import open
 from kvfs.sequence import Sequence
-from kvfs.store import Model, Store, format, open
+from kvfs.store import Store
 
 __version__ = "0.1.0"
 __all__ = [

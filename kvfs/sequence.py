@@ -179,11 +179,11 @@ class Sequence:
     def _spill(self, layer: int, tail: LayerTail, extents: list[tuple[int, np.ndarray]]) -> None:
         """Start writing a batch that ends at num_submitted."""
         num_bytes = sum(buffer.nbytes for _, buffer in extents)
-        self._store._limit_spilling(num_bytes)
+        self._store._spills.make_room(num_bytes)
         pending = self._store._namespace.submit_write(extents, self._placement_id)
         tail.spills.append(Spill(pending, tail.num_submitted))
         self._bytes_spilled += num_bytes
-        self._store._note_spill(self, layer, num_bytes)
+        self._store._spills.note(self, layer, num_bytes)
 
     @property
     def _placement_id(self) -> int:

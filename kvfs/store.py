@@ -2,18 +2,14 @@
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
-from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
-from kvfs.arrays import float_array, to_query
-from kvfs.attention_request import build_descriptor, parse_answer
+from kvfs.arrays import float_array
+from kvfs.attention import Attention, visible
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
     Report,
@@ -23,7 +19,8 @@ from kvfs.check import (
     check_flash,
     check_payloads,
 )
-from kvfs.embedded_drive import CollectorOptions, Drive, DriveConfig, Geometry, format_drive, open_drive
+from kvfs.counters import drive_counters
+from kvfs.embedded_drive import Drive
 from kvfs.errors import (
     EmptySequence,
     InvalidArgument,
@@ -36,39 +33,20 @@ from kvfs.errors import (
     StoreClosed,
 )
 from kvfs.group_image import ImagePool
-from kvfs.host_attention import attend_tails
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
 from kvfs.metadata_vfs import Volume
+from kvfs.model import Model, check_name
 from kvfs.placement import PlacementPolicy
 from kvfs.sequence import PLACEMENT_KV, Sequence
-from kvfs.sizes import parse_size
-from kvfs.write_amplification import write_amplification
+from kvfs.spilling import SPILLING_BYTES, SpillQueue
 from spdk_glue.flash_admin import FlashAdmin
-from spdk_glue.identify import ATTENTION_COUNTERS_LOG, FLASH_HEALTH_LOG, LogPage
+from spdk_glue.identify import FLASH_HEALTH_LOG, LogPage
 from spdk_glue.namespace import Namespace
-from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC, answer_bytes
+from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
 
 DEFAULT_CACHE_BYTES = 256 << 20
 DEFAULT_TAIL_BYTES = 1 << 30
-SPILLING_BYTES = 32 << 20  # on its way to flash at most, before append waits
-MAX_NAME_BYTES = 255  # a sequence will be a folder of the mount
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model known to a store: its name and the shape of its KV cache."""
-
-    id: int
-    name: str
-    geometry: KvGeometry
-    layout: GroupLayout
-
-    def __getattr__(self, field: str):
-        # num_layers, head_dim and so on read as the model's own; the geometry stays the one truth
-        if field.startswith("_"):
-            raise AttributeError(field)
-        return getattr(self.geometry, field)
 
 
 class Store:
@@ -91,8 +69,7 @@ class Store:
         self._lock = threading.RLock()
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
-        self._spilling: deque[tuple[Sequence, int, int]] = deque()
-        self._spilling_bytes = 0
+        self._spills = SpillQueue()
         self._attended: list[Sequence] = []  # sequences of the attend call under way: their tails must stay
         self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = DEFAULT_GROUP_TOKENS if writeback_tokens is None else writeback_tokens
@@ -102,8 +79,8 @@ class Store:
             stack.callback(drive.close)
             if self._writeback_tokens < 1:
                 raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
-            self._worker = load_worker(worker)
             self._namespace = Namespace(self._drive.transport)
+            self._attention = Attention(self._namespace, load_worker(worker))
             self._volume = Volume.open(self._namespace, path)
             self._catalogue = Catalogue(self._volume, self._namespace.block_bytes, path)
             self._models: dict[str, Model] = {}
@@ -165,7 +142,7 @@ class Store:
         """
         with self._lock:
             self._check_open()
-            _check_name(name, "model")
+            check_name(name, "model")
             geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
             known = self._models.get(name)
             if known is None:
@@ -194,7 +171,7 @@ class Store:
     # sequences
 
     def _check_new_name(self, name: str) -> None:
-        _check_name(name, "sequence")
+        check_name(name, "sequence")
         if self._catalogue.sequence(name) is not None:
             raise SequenceExists(name)
 
@@ -288,18 +265,6 @@ class Store:
             if other is not sequence and other._can_unload and other not in self._attended:
                 other._unload()
 
-    def _note_spill(self, sequence: Sequence, layer: int, num_bytes: int) -> None:
-        self._spilling.append((sequence, layer, num_bytes))
-        self._spilling_bytes += num_bytes
-
-    def _limit_spilling(self, num_bytes: int) -> None:
-        """Wait for the oldest spills until `num_bytes` more stay within SPILLING_BYTES."""
-        while self._spilling and self._spilling_bytes + num_bytes > SPILLING_BYTES:
-            sequence, layer, oldest_bytes = self._spilling.popleft()
-            self._spilling_bytes -= oldest_bytes
-            if not sequence._deleted:
-                sequence._complete_oldest_spill(layer)
-
     def _compact(self, layout: GroupLayout, groups: list[GroupRow], placement_id: int) -> None:
         if not groups:
             return
@@ -386,11 +351,11 @@ class Store:
                 if sequence._layers[layer].num_tokens == 0:
                     raise EmptySequence(sequence.name, layer)
                 sequence._complete_spills(layer)
-            starts, stops = _visible(sequences, layer, queries.shape[1], causal, token_ranges)
+            starts, stops = visible(sequences, layer, queries.shape[1], causal, token_ranges)
             scale = geometry.head_dim**-0.5 if scale is None else float(scale)
             if not np.isfinite(scale):
                 raise InvalidArgument(f"scale is a finite number, not {scale}")
-            return self._attend(model, layer, queries, sequences, starts, stops, scale)
+            return self._attention.run(model, layer, queries, sequences, starts, stops, scale)
 
     def _check_sequences(self, sequences: list[Sequence]) -> Model:
         if not sequences:
@@ -406,78 +371,16 @@ class Store:
                 )
         return sequences[0].model
 
-    def _attend(self, model: Model, layer, queries, sequences, starts, stops, scale):
-        limit = self._items_per_command(model, queries)
-        if len(sequences) > limit:
-            parts = [
-                self._attend(
-                    model,
-                    layer,
-                    queries[i : i + limit],
-                    sequences[i : i + limit],
-                    starts[i : i + limit],
-                    stops[i : i + limit],
-                    scale,
-                )
-                for i in range(0, len(sequences), limit)
-            ]
-            return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-        wire_queries, query_dtype = to_query(queries)
-        tails = [sequence._layers[layer] for sequence in sequences]
-        spilled = np.array([tail.num_spilled for tail in tails])[:, None]
-        sees_flash = bool((np.minimum(stops, spilled) > starts).any())
-        sees_tail = bool((stops > np.maximum(starts, spilled)).any())
-        ticket = None
-        if sees_flash or not sees_tail:
-            parts = [sequence._drive_part(layer) for sequence in sequences]
-            descriptor = build_descriptor(
-                model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scale
-            )
-            ticket = self._namespace.attention_submit(descriptor)
-        if sees_tail:  # while the drive works
-            host_queries = np.ascontiguousarray(queries, np.float32)
-            out, lse = attend_tails(self._worker, model.layout, tails, host_queries, starts, stops, scale)
-        if ticket is None:
-            return out, lse
-        size = answer_bytes(*queries.shape)
-        answer = parse_answer(self._namespace.attention_fetch(ticket, size), queries.shape)
-        return merge_states(*answer, out, lse) if sees_tail else answer
-
-    def _items_per_command(self, model: Model, queries: np.ndarray) -> int:
-        """How many sequences fit in one command of this drive."""
-        capabilities = self._namespace.attention
-        if queries.shape[1] > int(capabilities["max_queries"]):
-            raise InvalidArgument(f"at most {int(capabilities['max_queries'])} queries, not {queries.shape[1]}")
-        per_item = 8 * (queries[0].size + queries.shape[1] * queries.shape[2])
-        return max(
-            1, min(int(capabilities["max_items"]), int(capabilities["max_transfer_bytes"]) // (2 * per_item))
-        )
-
     # what can be seen
 
     def counters(self) -> dict:
         """Counters of all layers since the drive was opened, as nested plain dicts."""
         with self._lock:
             self._check_open()
-            flash = self._namespace.log_page(LogPage.FLASH_HEALTH, FLASH_HEALTH_LOG)[0]
-            attention = self._namespace.log_page(LogPage.ATTENTION_COUNTERS, ATTENTION_COUNTERS_LOG)[0]
-            smart = FlashAdmin(self._namespace).smart()
-            page_size = int(flash["page_size"])
-            waf = write_amplification(flash)
             block_bytes = self._namespace.block_bytes
             return {
-                "waf": waf,
+                **drive_counters(self._namespace),
                 "link": self._drive.transport.counters.as_dict(),
-                "flash": {
-                    "bytes_read": int(flash["media_pages_read"]) * page_size,
-                    "bytes_written": int(flash["media_pages_programmed"]) * page_size,
-                    "host_bytes_written": int(flash["host_pages_written"]) * page_size,
-                    "waf": waf["total"],
-                    "available_spare_percent": int(smart["available_spare"]),
-                    "percentage_used": int(smart["percentage_used"]),
-                    **_plain(flash),
-                },
-                "attention": _plain(attention),
                 "space": {
                     "capacity_bytes": (self._namespace.num_lbas - self._volume.first_data_lba) * block_bytes,
                     "free_bytes": self._allocator.free_lbas * block_bytes,
@@ -513,125 +416,3 @@ class Store:
             if group.id is None
         ]
         return new + self._allocator.held_extents
-
-
-def _plain(record: np.void) -> dict:
-    """A log page's fields as plain Python values."""
-    return {
-        name: record[name].tolist() if isinstance(record[name], np.ndarray) else record[name].item()
-        for name in record.dtype.names
-    }
-
-
-def _check_name(name: str, kind: str) -> None:
-    good = isinstance(name, str) and name and name not in (".", "..") and "/" not in name and "\0" not in name
-    if not good or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
-        raise InvalidArgument(f"a {kind} name is 1 to {MAX_NAME_BYTES} bytes without '/' or NUL, not {name!r}")
-
-
-def _visible(sequences, layer: int, num_queries: int, causal: bool, token_ranges):
-    """Visible positions of each query: int64 [num_sequences, num_queries] starts and stops."""
-    limits = np.array([sequence._layers[layer].num_tokens for sequence in sequences], np.int64)[:, None]
-    if token_ranges is not None:
-        ranges = np.asarray(token_ranges)
-        if ranges.shape != (len(sequences), num_queries, 2) or ranges.dtype.kind not in "iu":
-            raise InvalidArgument(
-                f"token_ranges is integers of shape {(len(sequences), num_queries, 2)}, not {ranges.shape}"
-            )
-        starts, stops = ranges[..., 0].astype(np.int64), ranges[..., 1].astype(np.int64)
-        if (starts < 0).any() or (stops > limits).any():
-            raise InvalidArgument(f"token_ranges lie within 0 and the layer's tokens ({int(limits.min())})")
-        return starts, stops
-    starts = np.zeros((len(sequences), num_queries), np.int64)
-    behind = np.arange(num_queries - 1, -1, -1, dtype=np.int64) if causal else np.zeros(num_queries, np.int64)
-    if causal and num_queries > int(limits.min()):
-        raise InvalidArgument(f"{num_queries} causal queries over {int(limits.min())} tokens")
-    return starts, limits - behind
-
-
-def format(
-    path,
-    size="1GiB",
-    *,
-    geometry: Geometry | None = None,
-    page_size: int = 4096,
-    spare_percent: int = 7,
-    parity: bool = False,
-) -> None:
-    """Make an empty drive in a new file.
-
-    size: bytes, or text such as "8GiB"; the file is sparse and grows as it is written
-    geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
-    spare_percent: of the flash, 1 to 50, kept from the logical blocks so that collection stays cheap
-    parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
-
-    Raises DriveExists, MediaFailure, InvalidArgument.
-    """
-    try:
-        options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
-        format_drive(path, parse_size(size), geometry, **options)
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from error
-    drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
-    try:
-        format_volume(drive, path)
-    except ValueError as error:
-        drive.close()
-        os.unlink(path)
-        raise InvalidArgument(str(error)) from error
-    drive.close()
-
-
-def format_volume(drive: Drive, path, metadata_lbas: tuple[int, int] | None = None) -> None:
-    """Make an empty store on an open drive. metadata_lbas: blocks for the database and its log.
-
-    Raises ValueError if the drive is too small.
-    """
-    namespace = Namespace(drive.transport)
-    volume = Volume.format(namespace, metadata_lbas)
-    Catalogue(volume, namespace.block_bytes, path, create=True).close()
-
-
-def open(
-    path,
-    *,
-    cache_bytes: int | str = DEFAULT_CACHE_BYTES,
-    num_workers: int | None = None,
-    worker: str = "numba",
-    writeback_tokens: int | None = None,
-    tail_bytes: int | str = DEFAULT_TAIL_BYTES,
-    collection: str = "greedy",
-    progress: Callable[[int, int], None] | None = None,
-) -> Store:
-    """Open the drive in a file.
-
-    cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
-    "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
-    memory before they are written, None for a whole token group; tail_bytes: host memory for such tokens of
-    all sequences, beyond which those not used longest are stored and leave memory (what one call works on
-    stays, however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or
-    "d-choices"; progress: called with (done, all) while a drive without a checkpoint is scanned.
-
-    Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument.
-    """
-    try:
-        config = DriveConfig(
-            cache_bytes=parse_size(cache_bytes),
-            num_workers=num_workers,
-            worker=worker,
-            collector=CollectorOptions(policy=collection),
-            progress=progress,
-        )
-        tail_limit = parse_size(tail_bytes)
-        load_worker(worker)
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from error
-    except KeyError as error:
-        raise InvalidArgument(str(error.args[0])) from error
-    return Store(
-        open_drive(path, config),
-        path,
-        worker=worker,
-        writeback_tokens=writeback_tokens,
-        tail_bytes=tail_limit,
-    )

@@ -19,7 +19,8 @@ import numpy as np
 from accel.drive import Drive, DriveConfig
 from ftl.translation import FlashTranslationLayer
 from kvfs.errors import NvmeStatusError, OutOfSpace
-from kvfs.store import Store, format_volume
+from kvfs.formatting import format_volume
+from kvfs.store import Store
 from spdk_glue.status import NvmeError
 
 from .fault_schedule import FaultSchedule

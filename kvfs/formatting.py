@@ -1,0 +1,53 @@
+"""Making an empty drive with an empty store on it."""
+
+import os
+
+from kvfs.embedded_drive import Drive, DriveConfig, Geometry, format_drive, open_drive
+from kvfs.errors import InvalidArgument
+from kvfs.metadata import Catalogue
+from kvfs.metadata_vfs import Volume
+from kvfs.sizes import parse_size
+from spdk_glue.namespace import Namespace
+
+
+def format(
+    path,
+    size="1GiB",
+    *,
+    geometry: Geometry | None = None,
+    page_size: int = 4096,
+    spare_percent: int = 7,
+    parity: bool = False,
+) -> None:
+    """Make an empty drive in a new file.
+
+    size: bytes, or text such as "8GiB"; the file is sparse and grows as it is written
+    geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
+    spare_percent: of the flash, 1 to 50, kept from the logical blocks so that collection stays cheap
+    parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
+
+    Raises DriveExists, MediaFailure, InvalidArgument.
+    """
+    try:
+        options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
+        format_drive(path, parse_size(size), geometry, **options)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
+    try:
+        format_volume(drive, path)
+    except ValueError as error:
+        drive.close()
+        os.unlink(path)
+        raise InvalidArgument(str(error)) from error
+    drive.close()
+
+
+def format_volume(drive: Drive, path, metadata_lbas: tuple[int, int] | None = None) -> None:
+    """Make an empty store on an open drive. metadata_lbas: blocks for the database and its log.
+
+    Raises ValueError if the drive is too small.
+    """
+    namespace = Namespace(drive.transport)
+    volume = Volume.format(namespace, metadata_lbas)
+    Catalogue(volume, namespace.block_bytes, path, create=True).close()
