@@ -45,9 +45,11 @@ class ChecksumTable:
         superblocks = pages // self._per_superblock
         found = np.empty(len(pages), np.uint32)
         known = np.ones(len(pages), bool)
+        first = int(superblocks[0])
+        is_one = len(pages) == 1 or bool((superblocks == first).all())
         with self._lock:
-            for superblock in np.unique(superblocks).tolist():
-                here = superblocks == superblock if len(pages) > 1 else slice(None)
+            for superblock in [first] if is_one else np.unique(superblocks).tolist():
+                here = slice(None) if is_one else superblocks == superblock
                 indices = pages[here] - superblock * self._per_superblock
                 found[here] = self._column(superblock)[indices]
                 if superblock in self._unreadable:

@@ -110,19 +110,23 @@ def _entry(opcode: int, nsid: int, **dwords: int) -> np.ndarray:
     return entry
 
 
+_LOWER_HALF, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+
 def _lba_ranges(opcode: int, first_lba, num_lbas, cdw12: int = 0, cdw13: int = 0) -> np.ndarray:
     """SUBMISSION_ENTRY [n] for a range, or arrays of n first LBAs and numbers of LBAs."""
-    first_lba, num_lbas = np.atleast_1d(np.asarray(first_lba, np.uint64)), np.atleast_1d(num_lbas)
-    if num_lbas.min() < 1 or num_lbas.max() > MAX_LBAS_PER_COMMAND:
-        raise ValueError(f"one command moves 1 to {MAX_LBAS_PER_COMMAND} blocks, not {num_lbas.tolist()}")
-    entries = np.zeros(len(first_lba), SUBMISSION_ENTRY)
+    lbas = np.asarray(first_lba, np.uint64).reshape(-1)
+    counts = np.asarray(num_lbas).reshape(-1)
+    if not ((counts >= 1) & (counts <= MAX_LBAS_PER_COMMAND)).all():
+        raise ValueError(f"one command moves 1 to {MAX_LBAS_PER_COMMAND} blocks, not {counts.tolist()}")
+    entries = np.zeros(len(lbas), SUBMISSION_ENTRY)
     entries["opcode"] = opcode
     entries["nsid"] = NSID
-    entries["cdw10"] = first_lba & np.uint64(0xFFFFFFFF)
-    entries["cdw11"] = first_lba >> np.uint64(32)
-    entries["cdw12"] = num_lbas - 1
-    entries["cdw12"] |= cdw12
-    entries["cdw13"] = cdw13
+    entries["cdw10"] = lbas & _LOWER_HALF
+    entries["cdw11"] = lbas >> _HALF
+    entries["cdw12"] = counts - 1 | cdw12
+    if cdw13:
+        entries["cdw13"] = cdw13
     return entries
 
 

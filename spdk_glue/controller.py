@@ -114,9 +114,11 @@ class Controller:
         completions = np.zeros(len(entries), COMPLETION_ENTRY)
         completions["cid"] = entries["cid"]
         completions["sqid"] = queue_id
-        for completion, request in zip(completions, requests, strict=True):
-            completion["cdw0"] = request.result & 0xFFFFFFFF
+        for position, request in enumerate(requests):
+            if request.result:
+                completions["cdw0"][position] = request.result & 0xFFFFFFFF
             if request.status != Status.SUCCESS:
+                completion = completions[position]
                 do_not_retry = request.failure is None or request.failure.do_not_retry
                 completion["status"] = nvme_status.encode(request.status, more=True, do_not_retry=do_not_retry)
                 with self._error_lock:

@@ -399,11 +399,23 @@ static int run_ring(dio_ring *ring, job_t *job, const dio_oob_piece *pieces, siz
     return result;
 }
 
+/* Whether a job is a read of one run of pages: a system call of its own is faster, there is nothing to overlap. */
+static int is_one_read(const job_t *job)
+{
+    if (job->write || job->num_extents || job->num_pages > MAX_IOVECS ||
+        job->num_pages * job->page_size > job->max_request_bytes)
+        return 0;
+    for (size_t i = 1; i < job->num_pages; i++)
+        if (job->pages[i] != job->pages[0] + (int64_t)i)
+            return 0;
+    return 1;
+}
+
 static int run(dio_ring *ring, job_t *job, const dio_oob_piece *pieces, size_t num_pieces, uint64_t *failed_at)
 {
     *failed_at = 0;
-    return ring ? run_ring(ring, job, pieces, num_pieces, failed_at)
-                : run_plain(job, pieces, num_pieces, failed_at);
+    return ring && !is_one_read(job) ? run_ring(ring, job, pieces, num_pieces, failed_at)
+                                     : run_plain(job, pieces, num_pieces, failed_at);
 }
 
 /* Reads n pages to n addresses; crc may be NULL. */
