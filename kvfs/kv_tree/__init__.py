@@ -1,0 +1,1 @@
+"""Models and sequences as folders and files."""
