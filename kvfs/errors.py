@@ -63,6 +63,35 @@ class StoreClosed(KvfsError):
         super().__init__("the store is closed: open it again with kvfs.open")
 
 
+class ServerGone(KvfsError):
+    """The process that owns the drive ended, or ended the connection."""
+
+    def __init__(self, path):
+        self.path = path
+        super().__init__(
+            f"{path}: the process that owns the drive is gone: mount the drive again, then kvfs.open;"
+            " what was not flushed is lost"
+        )
+
+
+class TooManyClients(KvfsError):
+    def __init__(self, limit: int):
+        self.limit = limit
+        super().__init__(f"the drive's owner serves {limit} clients already: close one, or raise its limit")
+
+
+class NotPermitted(KvfsError):
+    """What the permissions of the mount, or of something in it, do not allow."""
+
+
+class OtherProcess(KvfsError):
+    """A store that this process has inherited by fork: the connection is its parent's."""
+
+    def __init__(self, path, pid: int):
+        self.path, self.pid = path, pid
+        super().__init__(f"{path} was opened by process {pid}: open it in this one with kvfs.open")
+
+
 class NoSuchModel(KvfsError):
     def __init__(self, name: str):
         self.name = name
@@ -111,6 +140,10 @@ ERRNO = {
     OutOfSpace: errno.ENOSPC,
     CatalogueFull: errno.ENOSPC,
     StoreClosed: errno.EBADF,
+    ServerGone: errno.ENOTCONN,
+    TooManyClients: errno.EUSERS,
+    NotPermitted: errno.EACCES,
+    OtherProcess: errno.EBADF,
     NoSuchModel: errno.ENOENT,
     ModelMismatch: errno.EEXIST,
     NoSuchSequence: errno.ENOENT,
