@@ -17,6 +17,7 @@ from kvfs.allocator import Extent
 from kvfs.errors import CatalogueFull, NotADrive
 from kvfs.layout import KvGeometry
 from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
+from kvfs.sequence_attributes import NOT_INHERITED
 from spdk_glue.status import NvmeError
 
 SCHEMA_VERSION = 1
@@ -59,6 +60,12 @@ CREATE TABLE token_chunk (
     position INTEGER NOT NULL,     -- first token of the chunk
     token_ids BLOB NOT NULL,       -- <u4, up to TOKEN_CHUNK of them
     PRIMARY KEY (sequence_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE sequence_attribute (
+    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
+    name TEXT NOT NULL,            -- sequence_attributes.py
+    value BLOB NOT NULL,
+    PRIMARY KEY (sequence_id, name)
 ) STRICT, WITHOUT ROWID;
 """
 TOKEN_CHUNK = 1024
@@ -247,7 +254,6 @@ class Catalogue:
         Groups without id are new, those with one are shared or kept. Returns the groups, all with ids,
         and the extents of groups that nothing names any more.
         """
-        row.changed_ns = time.time_ns()
         with self.transaction():
             freed = self._release_groups(row.id, first_changed)
             stored = list(groups[:first_changed])
@@ -297,7 +303,8 @@ class Catalogue:
         """Forget a sequence. Returns the extents that nothing names any more."""
         with self.transaction():
             freed = self._release_groups(row.id, 0)
-            self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))
+            for table in ("token_chunk", "sequence_attribute"):
+                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))
             self._db.execute("DELETE FROM sequence WHERE id = ?", (row.id,))
         if row.tail_lbas:
             freed.append((row.tail_lba, row.tail_lbas))
@@ -325,6 +332,45 @@ class Catalogue:
             ],
         )
 
+    # attributes
+
+    def attributes(self, sequence_id: int) -> dict[str, bytes]:
+        return dict(
+            self._db.execute(
+                "SELECT name, value FROM sequence_attribute WHERE sequence_id = ? ORDER BY name", (sequence_id,)
+            )
+        )
+
+    def set_attribute(self, sequence_id: int, name: str, value: bytes) -> None:
+        with self.transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO sequence_attribute VALUES (?, ?, ?)", (sequence_id, name, value)
+            )
+
+    def remove_attribute(self, sequence_id: int, name: str) -> None:
+        with self.transaction():
+            self._db.execute(
+                "DELETE FROM sequence_attribute WHERE sequence_id = ? AND name = ?", (sequence_id, name)
+            )
+
+    def inherit_attributes(self, child_id: int, parent_id: int) -> None:
+        """What a fork takes over from its parent."""
+        not_inherited = ", ".join(f"'{name}'" for name in NOT_INHERITED)
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO sequence_attribute SELECT ?, name, value FROM sequence_attribute"
+                f" WHERE sequence_id = ? AND name NOT IN ({not_inherited})",
+                (child_id, parent_id),
+            )
+
+    def sequences_with(self, attribute: str) -> list[SequenceRow]:
+        rows = self._db.execute(
+            f"SELECT {_SEQUENCE_COLUMNS} FROM sequence"
+            " WHERE id IN (SELECT sequence_id FROM sequence_attribute WHERE name = ?)",
+            (attribute,),
+        )
+        return [SequenceRow(*row) for row in rows]
+
     # blocks
 
     def used_extents(self) -> Iterable[Extent]:
@@ -351,7 +397,7 @@ class Catalogue:
         """
         with self.transaction():
             start = self._db.total_changes()
-            for table in ("sequence_group", "token_chunk"):
+            for table in ("sequence_group", "token_chunk", "sequence_attribute"):
                 self._db.execute(f"DELETE FROM {table} WHERE sequence_id NOT IN (SELECT id FROM sequence)")
             nowhere = "position < 0 OR group_id NOT IN (SELECT id FROM kv_group)"
             self._db.execute(f"DELETE FROM sequence_group WHERE {nowhere}")

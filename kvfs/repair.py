@@ -4,6 +4,7 @@ Safe is: giving back what nothing names, counting references anew, moving what o
 sequence with lost blocks, keeping its tokens up to the first page that is lost. Never: guessing bytes.
 """
 
+import time
 from dataclasses import replace
 
 from kvfs.check import Report, check_extents
@@ -50,7 +51,14 @@ def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> None:
     num_groups = -(-num_tokens // group_tokens)
     groups = inspection.catalogue.groups(row.id)[:num_groups]
     tokens = inspection.catalogue.tokens(row.id)[:num_tokens]
-    cut = replace(row, num_tokens=num_tokens, num_spilled=num_tokens, tail_lba=0, tail_lbas=0)
+    cut = replace(
+        row,
+        changed_ns=time.time_ns(),
+        num_tokens=num_tokens,
+        num_spilled=num_tokens,
+        tail_lba=0,
+        tail_lbas=0,
+    )
     inspection.catalogue.store_sequence(cut, groups, num_groups, tokens, num_tokens)
 
 

@@ -108,8 +108,8 @@ _METADATA = _of(
     ),
     (
         "no transaction around a state",
-        "        row.changed_ns = time.time_ns()\n        with self.transaction():",
-        "        row.changed_ns = time.time_ns()\n        self.is_durable = False\n        if True:",
+        "        with self.transaction():\n            freed = self._release_groups(row.id, first_changed)",
+        "        self.is_durable = False\n        if True:\n            freed = self._release_groups(row.id, first_changed)",
     ),
 )
 
