@@ -127,6 +127,26 @@ class EmptySequence(KvfsError):
         super().__init__(f"sequence {name!r} has no tokens in layer {layer}: append before attending")
 
 
+class CannotMount(KvfsError):
+    """Mounting is not possible. path: the mountpoint, or what mounting lacks."""
+
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"cannot mount: {path}: {why}")
+
+
+class AlreadyMounted(CannotMount):
+    def __init__(self, path, mountpoint: str):
+        self.mountpoint = mountpoint
+        super().__init__(path, f"is mounted at {mountpoint} already")
+
+
+class CannotUnmount(KvfsError):
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"cannot unmount {path}: {why}")
+
+
 class InvalidArgument(KvfsError, ValueError):
     """A shape, dtype, layer or option that does not fit; says what was given and what is wanted."""
 
@@ -149,6 +169,9 @@ ERRNO = {
     NoSuchSequence: errno.ENOENT,
     SequenceExists: errno.EEXIST,
     EmptySequence: errno.ENODATA,
+    CannotMount: errno.EINVAL,
+    AlreadyMounted: errno.EBUSY,
+    CannotUnmount: errno.EBUSY,
     InvalidArgument: errno.EINVAL,
     NvmeStatusError: errno.EIO,
     NotAKvfsDrive: errno.ENODEV,
