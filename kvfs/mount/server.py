@@ -28,11 +28,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MountOptions:
-    """source: the drive's path, as mounts show it; allow_other: for users beside the one who mounts."""
+    """source: the drive's path, as mounts show it; allow_other: for users beside the one who mounts; flags:
+    further ones of mount(8)."""
 
     source: str
     allow_other: bool = False
     read_only: bool = False
+    flags: frozenset[str] = frozenset()
 
     def for_libfuse(self) -> set[str]:
         source = source_name(self.source).replace("\\", "\\\\").replace(",", "\\,")
@@ -41,9 +43,9 @@ class MountOptions:
             options.add("allow_other")
         if self.read_only:
             options.add("ro")
-        if os.geteuid() == 0:
-            options |= {"dev", "suid"}  # libfuse's default is nodev and nosuid
-        return options
+        if os.geteuid() == 0:  # libfuse's default is nodev and nosuid
+            options |= {"dev", "suid"} - {flag.removeprefix("no") for flag in self.flags}
+        return options | self.flags
 
 
 def serve(

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kvfsctl import bench, check, demo, format, gc, info, ls, rm, scrub, stats, wear
+from kvfsctl import bench, check, demo, df, format, gc, info, ls, mount, rm, scrub, stats, umount, wear
 from kvfsctl.output import EXIT_FAILED, fail
 
 app = typer.Typer(
@@ -25,6 +25,9 @@ app.command("check")(check.check)
 app.command("scrub")(scrub.scrub)
 app.command("wear")(wear.wear)
 app.command("gc")(gc.gc)
+app.command("mount")(mount.mount)
+app.command("umount")(umount.umount)
+app.command("df")(df.df)
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 

@@ -1,0 +1,90 @@
+"""From a drive's path to a mount that serves it, and back."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvfs.errors import AlreadyMounted, CannotUnmount
+from kvfs.mount.mountpoints import (
+    FILE_SYSTEM_TYPE,
+    check_fuse,
+    check_mountpoint,
+    mount_at,
+    mount_of,
+    unmount,
+)
+
+RELEASE_SECONDS = 120.0  # what a server may take to write its tails and close the drive
+
+
+def mount(
+    drive: str | os.PathLike,
+    mountpoint: str | os.PathLike,
+    *,
+    allow_other: bool = False,
+    read_only: bool = False,
+    flags: frozenset[str] = frozenset(),
+    ready: Callable[[], None] = lambda: None,
+    **open_options,
+) -> None:
+    """Open a drive and serve it at a mountpoint until it is unmounted; then everything is on the drive.
+
+    flags: of mount(8) for the kernel, such as noexec; ready: called once requests are answered; open_options:
+    see kvfs.open. Raises CannotMount, and what kvfs.open raises.
+    """
+    already = mount_of(drive)
+    if already is not None:
+        raise AlreadyMounted(drive, already.mountpoint)
+    check_fuse()
+    check_mountpoint(mountpoint)
+    # these take a second to import, which an error need not wait for
+    import kvfs
+    from kvfs.files.file_system import FileSystem
+    from kvfs.kv_tree.tree import KvTree
+    from kvfs.mount.server import MountOptions, serve
+
+    options = MountOptions(os.fspath(drive), allow_other, read_only, flags)
+    with kvfs.open(drive, **open_options) as store:
+        files = FileSystem(store)
+        try:
+            serve(files, KvTree(store), mountpoint, options, ready)
+        finally:
+            files.close()
+
+
+def unmount_drive(mountpoint: str | os.PathLike, lazily: bool = False) -> str:
+    """Take a kvfs mount away and wait until its server has let go of the drive; the drive's path.
+
+    lazily: from sight at once, without waiting. Raises CannotUnmount.
+    """
+    found = mount_at(mountpoint)
+    if found is None:
+        raise CannotUnmount(mountpoint, "nothing is mounted there")
+    if found.file_system_type != FILE_SYSTEM_TYPE:
+        raise CannotUnmount(mountpoint, f"{found.source} ({found.file_system_type}) is mounted there, not kvfs")
+    unmount(found.mountpoint, lazily)
+    if not lazily:
+        _wait_for_release(mountpoint, Path(found.source))
+    return found.source
+
+
+def _wait_for_release(mountpoint: str | os.PathLike, drive: Path) -> None:
+    give_up = time.monotonic() + RELEASE_SECONDS
+    while drive.exists() and _is_locked(drive):
+        if time.monotonic() > give_up:
+            raise CannotUnmount(
+                mountpoint, f"{drive} is still held by its server after {RELEASE_SECONDS:.0f} s"
+            )
+        time.sleep(0.02)
+
+
+def _is_locked(drive: Path) -> bool:
+    """Whether a process has the drive open (it locks the file)."""
+    with drive.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
