@@ -1,10 +1,13 @@
 """The catalogue: models, sequences, groups and tokens, in SQLite on the drive's own blocks.
 
 Every method is one transaction (or part of one under way), visible at once and durable after `sync`. Rows name
-blocks only after their data were written. One row per token group, never one per page.
+blocks only after their data were written. One row per token group, never one per page. Files have tables of
+their own, see files/file_catalogue.py.
 """
 
 import itertools
+import os
+import stat
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -14,13 +17,17 @@ import apsw
 import numpy as np
 
 from kvfs.allocator import Extent
+from kvfs.batch import Batch
 from kvfs.errors import CatalogueFull, NotADrive
+from kvfs.files.file_catalogue import FILE_SCHEMA, INSERT_INODE, FileCatalogue
 from kvfs.layout import KvGeometry
 from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
 from kvfs.sequence_attributes import NOT_INHERITED
+from kvfs.tree import ROOT_INODE
 from spdk_glue.status import NvmeError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_VERSION = 1  # that is brought up to date when it is opened
 SCHEMA = """
 CREATE TABLE model (
     id INTEGER PRIMARY KEY,
@@ -61,6 +68,9 @@ CREATE TABLE token_chunk (
     token_ids BLOB NOT NULL,       -- <u4, up to TOKEN_CHUNK of them
     PRIMARY KEY (sequence_id, position)
 ) STRICT, WITHOUT ROWID;
+"""
+ADDED_IN_VERSION_2 = (
+    """
 CREATE TABLE sequence_attribute (
     sequence_id INTEGER NOT NULL REFERENCES sequence(id),
     name TEXT NOT NULL,            -- sequence_attributes.py
@@ -68,6 +78,8 @@ CREATE TABLE sequence_attribute (
     PRIMARY KEY (sequence_id, name)
 ) STRICT, WITHOUT ROWID;
 """
+    + FILE_SCHEMA
+)
 TOKEN_CHUNK = 1024
 _vfs_numbers = itertools.count()
 
@@ -116,6 +128,7 @@ class Catalogue:
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
         self._db: apsw.Connection | None = None
+        self.batch: Batch | None = None
         try:
             version = self._open(vfs_name, page_size, create)
         except BaseException as error:
@@ -123,9 +136,19 @@ class Catalogue:
             if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
                 raise NotADrive(path, f"the catalogue is damaged: {error}") from error
             raise
-        if version != SCHEMA_VERSION:
+        if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
             self.abandon()
-            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {SCHEMA_VERSION}")
+            known = f"{OLDEST_VERSION} to {SCHEMA_VERSION}"
+            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {known}")
+        try:
+            if version < SCHEMA_VERSION:
+                self._upgrade()
+            pages = [file.capacity // page_size for file in (volume.database, volume.wal)]
+            self.batch = Batch(self._db, page_size, *pages)  # of small changes to files
+        except BaseException:
+            self.abandon()
+            raise
+        self.files = FileCatalogue(self._db.execute, self._db.executemany)
 
     def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
         """Connect; the version of the schema."""
@@ -148,15 +171,26 @@ class Catalogue:
         if create:
             with self.transaction():
                 self._db.execute(SCHEMA)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                self._upgrade()
         return self._db.execute("PRAGMA user_version").get
+
+    def _upgrade(self) -> None:
+        """From version 1: the attributes of sequences, and files. Durable with the next sync, if one comes."""
+        with self.transaction():
+            self._db.execute(ADDED_IN_VERSION_2)
+            now = time.time_ns()
+            mode = stat.S_IFDIR | 0o755
+            root = (ROOT_INODE, ROOT_INODE, mode, 2, os.getuid(), os.getgid(), 0, 0, 0, now, now, now, None)
+            self._db.execute(INSERT_INODE, root)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def transaction(self):
         """All of what is done inside or none of it; those inside others are part of them."""
-        if self._db.in_transaction:
+        if self._db.in_transaction and not (self.batch and self.batch.is_open):
             yield
             return
+        self._end_batch()
         self._db.execute("BEGIN")
         try:
             yield
@@ -169,8 +203,19 @@ class Catalogue:
                 raise CatalogueFull(self._volume.database.capacity) from error
             raise
 
+    def _end_batch(self) -> None:
+        if self.batch is not None and self.batch.has_changes:
+            self.is_durable = False
+            self.batch.end()
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether something is not durable, or not even a transaction yet."""
+        return not self.is_durable or self.batch.has_changes
+
     def sync(self) -> None:
         """Make every transaction so far durable."""
+        self._end_batch()
         self._volume.sync()
         self.is_durable = True
 
@@ -375,6 +420,7 @@ class Catalogue:
 
     def used_extents(self) -> Iterable[Extent]:
         """Every extent that a row names."""
+        yield from self.files.used_extents()
         yield from self._db.execute("SELECT base_lba, num_lbas FROM kv_group")
         yield from self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
 

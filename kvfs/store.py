@@ -86,6 +86,7 @@ class Store:
             self._volume = Volume.open(self._namespace, path)
             self._catalogue = Catalogue(self._volume, self._namespace.block_bytes, path)
             self._models: dict[str, Model] = {}
+            self._files = None  # the file system, where one serves files from this store
             try:
                 self._load_catalogue()
             except BaseException:
@@ -250,13 +251,28 @@ class Store:
 
     def _allocate(self, num_lbas: int) -> int:
         first_lba = self._allocator.allocate(num_lbas)
-        if first_lba is None and self._allocator.has_held:
+        if first_lba is None and self._may_free:
             self._sync()  # what was freed may be reused once that is durable
             first_lba = self._allocator.allocate(num_lbas)
         if first_lba is None:
             block_bytes = self._namespace.block_bytes
             raise OutOfSpace(num_lbas * block_bytes, self._allocator.largest_free_lbas * block_bytes)
         return first_lba
+
+    def _allocate_some(self, num_lbas: int, behind: int | None) -> list[Extent]:
+        """As _allocate, in as many pieces as it takes; best from LBA `behind` on."""
+        extents = self._allocator.allocate_some(num_lbas, behind)
+        if extents is None and self._may_free:
+            self._sync()
+            extents = self._allocator.allocate_some(num_lbas, behind)
+        if extents is None:
+            block_bytes = self._namespace.block_bytes
+            raise OutOfSpace(num_lbas * block_bytes, self._allocator.largest_free_lbas * block_bytes)
+        return extents
+
+    @property
+    def _may_free(self) -> bool:
+        return self._allocator.has_held or self._catalogue.batch.has_changes
 
     def _allocate_groups(self, count: int, group_lbas: int) -> list[GroupRow]:
         groups: list[GroupRow] = []
@@ -293,6 +309,13 @@ class Store:
         extents["num_groups"] = 1
         self._namespace.seal_groups(np.concatenate([header.view(np.uint8), extents.view(np.uint8)]))
 
+    def _use_files(self, files) -> None:
+        """A file system keeps what is not written yet here. Raises InvalidArgument for a second one."""
+        self._check_open()
+        if self._files is not None:
+            raise InvalidArgument("the store has a file system already: two would not see each other's changes")
+        self._files = files
+
     # durability
 
     def _sync(self) -> None:
@@ -303,7 +326,7 @@ class Store:
             self._namespace.deallocate(released)
 
     def _sync_if_needed(self) -> None:
-        if not self._catalogue.is_durable:
+        if self._catalogue.has_changes:
             self._sync()
 
     def flush(self) -> None:
@@ -418,4 +441,5 @@ class Store:
             for group in sequence._groups
             if group.id is None
         ]
-        return new + self._allocator.held_extents
+        files = self._files.extents_in_memory() if self._files is not None else []
+        return new + files + self._allocator.held_extents

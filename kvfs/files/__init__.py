@@ -1,1 +1,1 @@
-"""Ordinary POSIX files on the drive's blocks."""
+"""Ordinary POSIX files on the drive's blocks: see DESIGN.md here."""
