@@ -56,6 +56,11 @@ class Sequence:
         return self.model.geometry
 
     @property
+    def store(self):
+        """The store that it is in."""
+        return self._store
+
+    @property
     def id(self) -> int:
         """Another sequence may have it once this one is deleted."""
         return self._row.id
@@ -80,9 +85,8 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Tokens that every layer has."""
-        if self._layers is None:
-            return self._row.num_tokens
-        return min(tail.num_tokens for tail in self._layers)
+        layers = self._layers  # which another thread may unload meanwhile
+        return self._row.num_tokens if layers is None else min(tail.num_tokens for tail in layers)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -106,7 +110,8 @@ class Sequence:
     def layer_tokens(self, layer: int) -> int:
         """Tokens that one layer has; layers differ while a model's forward pass runs."""
         layer = self._geometry.check_layer(layer)
-        return self._row.num_tokens if self._layers is None else self._layers[layer].num_tokens
+        layers = self._layers
+        return self._row.num_tokens if layers is None else layers[layer].num_tokens
 
     def _changed(self) -> None:
         self._dirty = True
@@ -192,6 +197,19 @@ class Sequence:
             self._check_usable()
             self._tokens = np.concatenate([self._tokens, token_id_array(token_ids)])
             self._changed()
+
+    def _reserve(self, layer: int, num_tokens: int) -> None:
+        """Make sure of space for so many more tokens of a layer, that are to come in several appends."""
+        with self._store._lock:
+            self._use()
+            self._reserve_groups(self._layers[self._geometry.check_layer(layer)].num_tokens + num_tokens)
+
+    def _tokens_before_spill(self, layer: int) -> int:
+        """How many more tokens a layer takes without new space and without a write."""
+        group_tokens = self._geometry.group_tokens
+        if self._store._writeback_tokens < group_tokens:
+            return 0
+        return group_tokens - 1 - self.layer_tokens(layer) % group_tokens
 
     def _reserve_groups(self, num_tokens: int) -> None:
         """Allocate the groups that `num_tokens` tokens fill, all or none. A part group waits in the tail."""

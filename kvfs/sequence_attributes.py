@@ -26,6 +26,10 @@ def _check_ttl(value: bytes) -> bool:
     return value.isdigit() and len(value) <= 10 and 0 < int(value) < 1 << 32
 
 
+def _check_number(value: bytes) -> bool:
+    return value.isdigit() and len(value) <= 10
+
+
 def _check_tenant(value: bytes) -> bool:
     try:
         return 0 < len(value) <= 255 and value.decode().isprintable()
@@ -37,6 +41,10 @@ _KNOWN: dict[str, tuple[Callable[[bytes], bool], str]] = {
     PINNED: (_check_pinned, "0 or 1"),
     TTL: (_check_ttl, "a number of seconds from 1 to 2**32 - 1"),
     TENANT: (_check_tenant, "1 to 255 bytes of printable UTF-8"),
+    MODE: (_check_number, "a number"),
+    UID: (_check_number, "a number"),
+    GID: (_check_number, "a number"),
+    IMPORTING: (lambda value: value == b"", "empty"),
 }
 
 
@@ -50,10 +58,11 @@ def check_attribute(name: str, value: bytes) -> None:
         raise InvalidArgument(f"an attribute's name is 1 to {MAX_NAME_BYTES} bytes without NUL, not {name!r}")
     if not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
         raise InvalidArgument(f"the value of {name} is at most {MAX_VALUE_BYTES} bytes")
-    if not name.startswith(KVFS):
-        return
     if name not in _KNOWN:
-        raise InvalidArgument(f"{name} means nothing: of {KVFS}* there are {', '.join(_KNOWN)}")
+        if name.startswith("user.") and not name.startswith(KVFS):
+            return
+        known = ", ".join(known for known in _KNOWN if known.startswith(KVFS))
+        raise InvalidArgument(f"no attribute {name}: there are {known}, and user.* for what you like")
     is_good, wanted = _KNOWN[name]
     if not is_good(value):
         raise InvalidArgument(f"{name} is {wanted}, not {value!r}")

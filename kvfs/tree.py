@@ -8,6 +8,7 @@ NvmeError, and `kvfs.errors.errno_of` knows their errno.
 The kernel checks permissions (default_permissions) before it asks; a tree checks what the kernel cannot.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +24,8 @@ class FileError(KvfsError):
     """A file operation that cannot be done. errno: what the caller gets; text: for the log, where it says more."""
 
     def __init__(self, errno: int, text: str = ""):
-        self.errno = errno
-        super().__init__(text or f"errno {errno}")
+        self.errno, self.text = errno, text
+        super().__init__(text or os.strerror(errno))
 
 
 @dataclass(slots=True)

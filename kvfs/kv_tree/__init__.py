@@ -1,1 +1,1 @@
-"""Models and sequences as folders and files."""
+"""The KV cache as a tree of files."""

@@ -1,0 +1,439 @@
+"""The folders of the KV tree: kv, a model, a sequence, a layer, a head; and .kvfs."""
+
+import errno
+import json
+import os
+import time
+from dataclasses import fields
+
+from kvfs.errors import InvalidArgument, NoSuchSequence, SequenceExists
+from kvfs.kv_tree.files import (
+    AttendFile,
+    HeadFile,
+    SafetensorsFile,
+    TextFile,
+    TokensFile,
+    UploadFile,
+    json_text,
+)
+from kvfs.kv_tree.nodes import DEFAULT_MODE, Folder, Mounted, Node, Permissions, folder_attributes
+from kvfs.kv_tree.npy_format import HEADER_BYTES
+from kvfs.kv_tree.prometheus import metrics_text
+from kvfs.kv_tree.safetensors_format import KINDS, layer_name
+from kvfs.kv_tree.snapshot import Snapshot
+from kvfs.kv_tree.transfer import SafetensorsReader, import_sequence
+from kvfs.kv_tree.uploads import Upload
+from kvfs.layout import KvGeometry
+from kvfs.model import Model
+from kvfs.sequence import Sequence
+from kvfs.sequence_attributes import GID, KVFS, MODE, UID
+from kvfs.tree import AttributeChanges, Attributes, Caller, FileError
+
+RENAME_NOREPLACE = 1
+MAX_MODEL_JSON_BYTES = 65536
+SAFETENSORS, JSON = ".safetensors", ".json"
+MODEL_JSON = "model.json"
+
+
+class TopFolder(Folder):
+    """Directly in the mount's root."""
+
+    parent = None
+
+    def __init__(self, mounted: Mounted, name: str):
+        self._mounted, self._name, self.key = mounted, name, (name,)
+
+    @property
+    def path(self) -> str:
+        return self._name
+
+    @property
+    def _permissions(self) -> Permissions:
+        return Permissions(DEFAULT_MODE, self._mounted.uid, self._mounted.gid)
+
+    def attributes(self) -> Attributes:
+        return folder_attributes(self._permissions, 0, self._mounted.mounted_ns)
+
+    def sync(self) -> None:
+        self._mounted.store.flush()
+
+
+class ControlFolder(TopFolder):
+    """`.kvfs`: what the store says of itself."""
+
+    def names(self) -> list[str]:
+        return ["stats.json", "metrics", *(["connect"] if self._mounted.connect else [])]
+
+    def child(self, name: str) -> Node:
+        if name not in self.names():
+            raise FileError(errno.ENOENT)
+        if name == "stats.json":
+            data = json_text(self._mounted.store.counters())
+        elif name == "metrics":
+            data = metrics_text(self._mounted.store.counters()).encode()
+        else:
+            data = self._mounted.connect()
+        return TextFile(self, name, self._permissions, time.time_ns(), data)
+
+
+class UploadsFolder(Folder):
+    """A folder in which files can be written that become something when they are closed."""
+
+    def __init__(self):
+        self._uploads: dict[str, tuple[UploadFile, Upload]] = {}
+
+    def _upload(self, name: str) -> UploadFile | None:
+        file, upload = self._uploads.get(name, (None, None))
+        if upload is not None and upload.is_finished:
+            self._uploads.pop(name, None)
+            return None
+        return file
+
+    def _begin_upload(self, name: str, caller: Caller, upload: Upload) -> UploadFile:
+        file = UploadFile(self, name, caller, time.time_ns(), upload)
+        self._uploads[name] = (file, upload)
+        return file
+
+    def _upload_names(self) -> list[str]:
+        return [name for name in list(self._uploads) if self._upload(name) is not None]
+
+    def attributes(self) -> Attributes:
+        """One link, as Linux has it for folders that do not count those in them."""
+        attributes = folder_attributes(self._permissions, 0, self._mounted.mounted_ns)
+        attributes.num_links = 1
+        return attributes
+
+    def unlink(self, name: str) -> None:
+        if self._upload(name) is None:
+            super().unlink(name)
+        self._uploads.pop(name)[1].cancel()
+
+
+class KvFolder(UploadsFolder, TopFolder):
+    """`kv`: a folder for each model. A model is made by writing its JSON to kv/NAME.json."""
+
+    def __init__(self, mounted: Mounted, name: str):
+        TopFolder.__init__(self, mounted, name)
+        UploadsFolder.__init__(self)
+        self._models: dict[str, ModelFolder] = {}
+
+    def names(self) -> list[str]:
+        return [model.name for model in self._mounted.store.models()] + self._upload_names()
+
+    def child(self, name: str) -> Node:
+        for model in self._mounted.store.models():
+            if model.name == name:
+                return self._models.setdefault(name, ModelFolder(self._mounted, self, model))
+        upload = self._upload(name)
+        if upload is None:
+            raise FileError(errno.ENOENT)
+        return upload
+
+    def make_folder(self, name: str, mode: int, caller: Caller) -> Node:
+        text = f"a model needs its geometry: write a model.json to kv/{name}{JSON}, or use Store.add_model"
+        raise FileError(errno.EPERM, text)
+
+    def create(self, name: str, caller: Caller) -> UploadFile:
+        if not name.endswith(JSON) or name == JSON:
+            raise FileError(errno.EPERM, f"kv takes models as NAME{JSON}, not {name!r}")
+        upload = Upload(self._mounted.store.path, lambda file: self._add_model(name.removesuffix(JSON), file))
+        return self._begin_upload(name, caller, upload)
+
+    def _add_model(self, name: str, file) -> None:
+        try:
+            values = json.loads(os.pread(file.fileno(), MAX_MODEL_JSON_BYTES, 0))
+            geometry = {field.name: values[field.name] for field in fields(KvGeometry) if field.name in values}
+            self._mounted.store.add_model(name, **geometry)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidArgument(f"kv/{name}{JSON} is not a model: {error}") from error
+        self._mounted.store.flush()
+
+
+class ModelFolder(UploadsFolder):
+    """The model's sequences. Copying a safetensors file to NAME.safetensors imports it as sequence NAME."""
+
+    def __init__(self, mounted: Mounted, parent: KvFolder, model: Model):
+        super().__init__()
+        self._mounted, self.parent, self.model = mounted, parent, model
+        self.key = ("model", model.id, model.name)
+
+    @property
+    def path(self) -> str:
+        return f"{self.parent.path}/{self.model.name}"
+
+    @property
+    def _permissions(self) -> Permissions:
+        return Permissions(DEFAULT_MODE, self._mounted.uid, self._mounted.gid)
+
+    def names(self) -> list[str]:
+        rows = self._mounted.store.catalogue_rows()
+        names = [row.name for row in rows if row.model_id == self.model.id]
+        return list(dict.fromkeys([MODEL_JSON, *names, *self._upload_names()]))
+
+    def child(self, name: str) -> Node:
+        if name == MODEL_JSON:
+            return TextFile(self, name, self._permissions, self._mounted.mounted_ns, self._description())
+        try:
+            return SequenceFolder(self._mounted, self, self._sequence(name))
+        except NoSuchSequence:
+            upload = self._upload(name)
+            if upload is None:
+                raise FileError(errno.ENOENT) from None
+            return upload
+
+    def _description(self) -> bytes:
+        geometry = self.model.geometry
+        return json_text({"name": self.model.name, **vars(geometry), "token_bytes": geometry.token_bytes})
+
+    def _sequence(self, name: str) -> Sequence:
+        sequence = self._mounted.store.sequence(name)
+        if sequence.model is not self.model:
+            raise NoSuchSequence(name)
+        return sequence
+
+    def make_folder(self, name: str, mode: int, caller: Caller) -> Node:
+        if name == MODEL_JSON:
+            raise FileError(errno.EEXIST)
+        sequence = self._mounted.store.create_sequence(self.model, name, self._ownership(mode, caller))
+        return SequenceFolder(self._mounted, self, sequence)
+
+    def _ownership(self, mode: int, caller: Caller) -> dict[str, bytes]:
+        """What of a new sequence's mode and owner is to be noted."""
+        wanted = {MODE: mode, UID: caller.uid, GID: caller.gid}
+        defaults = {MODE: DEFAULT_MODE, UID: self._mounted.uid, GID: self._mounted.gid}
+        return {name: str(value).encode() for name, value in wanted.items() if value != defaults[name]}
+
+    def create(self, name: str, caller: Caller) -> UploadFile:
+        if not name.endswith(SAFETENSORS) or name == SAFETENSORS:
+            raise FileError(errno.EPERM, f"{self.path} takes files as NAME{SAFETENSORS}, not {name!r}")
+        sequence_name = name.removesuffix(SAFETENSORS)
+        ownership = self._ownership(DEFAULT_MODE, caller)
+        store = self._mounted.store
+
+        def finish(file) -> None:
+            import_sequence(store, self.model, sequence_name, file, ownership)
+
+        def fork(source: SafetensorsReader) -> None:
+            if source.snapshot.sequence.model is not self.model:
+                raise InvalidArgument(
+                    f"{sequence_name!r} would be of another model than what it is copied from"
+                )
+            source.snapshot.fork(sequence_name, {UID: str(caller.uid).encode(), GID: str(caller.gid).encode()})
+
+        return self._begin_upload(name, caller, Upload(store.path, finish, fork))
+
+    def remove_folder(self, name: str) -> None:
+        """Removes the sequence, though its folder lists files: they are views of it, and go with it."""
+        if name == MODEL_JSON:
+            raise FileError(errno.ENOTDIR)
+        self._sequence(name)
+        self._mounted.store.delete_sequence(name)
+
+    def rename(self, name: str, target: Folder, new_name: str, flags: int) -> None:
+        self._sequence(name)
+        if target is not self:
+            raise FileError(errno.EXDEV, f"{name!r} cannot become a sequence of another model")
+        if flags & ~RENAME_NOREPLACE:
+            raise FileError(errno.EINVAL)
+        if new_name == name:
+            return
+        try:
+            if new_name == MODEL_JSON:
+                raise SequenceExists(new_name)
+            self._mounted.store.rename_sequence(name, new_name)
+        except SequenceExists:  # a folder that is not empty: its sequence may be of another model
+            raise FileError(errno.EEXIST if flags & RENAME_NOREPLACE else errno.ENOTEMPTY) from None
+
+    def sync(self) -> None:
+        self._mounted.store.flush()
+
+
+class _SequencePart(Folder):
+    """A folder of a sequence: itself, a layer, a head."""
+
+    def __init__(self, mounted: Mounted, parent: Folder, sequence: Sequence):
+        self._mounted, self.parent, self.sequence = mounted, parent, sequence
+
+    @property
+    def _permissions(self) -> Permissions:
+        self._check_alive()
+        noted = self.sequence.attributes()
+        return Permissions(
+            int(noted.get(MODE, DEFAULT_MODE)),
+            int(noted.get(UID, self._mounted.uid)),
+            int(noted.get(GID, self._mounted.gid)),
+        )
+
+    def _check_alive(self) -> None:
+        if self.sequence.is_deleted:
+            raise FileError(errno.ESTALE)
+
+    def unlink(self, name: str) -> None:
+        """Nothing: `rm -r` goes on to the sequence's folder, and with that all files go."""
+        if name not in self.names():
+            raise FileError(errno.ENOENT)
+
+    def remove_folder(self, name: str) -> None:
+        """Nothing, as with files."""
+        if name not in self.names():
+            raise FileError(errno.ENOENT)
+
+    def sync(self) -> None:
+        self._check_alive()
+        self.sequence.flush()
+
+
+class SequenceFolder(_SequencePart):
+    def __init__(self, mounted: Mounted, parent: ModelFolder, sequence: Sequence):
+        super().__init__(mounted, parent, sequence)
+        self.key = ("sequence", sequence.id, sequence.created_ns)
+
+    @property
+    def path(self) -> str:
+        return f"{self.parent.path}/{self.sequence.name}"
+
+    def attributes(self) -> Attributes:
+        """Not to be believed for long: sequences are renamed, deleted and made through the API too."""
+        num_layers = self.sequence.model.num_layers
+        permissions, changed_ns = self._permissions, self.sequence.changed_ns
+        return folder_attributes(permissions, num_layers, changed_ns, timeout_s=0.0)
+
+    def set_attributes(self, changes: AttributeChanges) -> None:
+        """Mode and owner are kept; times are those of the tokens, and stay."""
+        self._check_alive()
+        for name, value in ((MODE, changes.mode), (UID, changes.uid), (GID, changes.gid)):
+            if value is not None:
+                self.sequence.set_attribute(name, str(value).encode())
+
+    def names(self) -> list[str]:
+        layers = range(self.sequence.model.num_layers)
+        return ["sequence.json", "tokens.npy", "sequence.safetensors", *map(layer_name, layers)]
+
+    def child(self, name: str) -> Node:
+        layer = _index(name, self.sequence.model.num_layers, layer_name)
+        if layer is not None:
+            return LayerFolder(self._mounted, self, self.sequence, layer)
+        if name not in self.names():
+            raise FileError(errno.ENOENT)
+        permissions = self._permissions
+        if name == "sequence.json":
+            return TextFile(self, name, permissions, self.sequence.changed_ns, self._description())
+        snapshot = Snapshot.of(self.sequence)
+        if name == "tokens.npy":
+            return TokensFile(self, permissions, snapshot)
+        return SafetensorsFile(self, permissions, snapshot)
+
+    def _description(self) -> bytes:
+        geometry = self.sequence.model.geometry
+        return json_text(
+            {
+                "name": self.sequence.name,
+                "model": self.sequence.model.name,
+                "num_tokens": self.sequence.num_tokens,
+                "num_token_ids": self.sequence.num_token_ids,
+                "dtype": geometry.dtype,
+                "npy_dtype": geometry.numpy_dtype.str,
+                "npy_header_bytes": HEADER_BYTES,
+                "created_ns": self.sequence.created_ns,
+                "changed_ns": self.sequence.changed_ns,
+                "attributes": {
+                    name: value.decode("utf-8", "backslashreplace") for name, value in self._given().items()
+                },
+            }
+        )
+
+    # extended attributes
+
+    def _given(self) -> dict[str, bytes]:
+        """Attributes that users gave."""
+        self._check_alive()
+        return {name: value for name, value in self.sequence.attributes().items() if name.startswith("user.")}
+
+    def _told(self) -> dict[str, bytes]:
+        """Attributes that tell of the sequence, and cannot be set."""
+        model = self.sequence.model
+        values = {"num_tokens": self.sequence.num_tokens, "dtype": model.geometry.dtype, "model": model.name}
+        return {KVFS + name: str(value).encode() for name, value in values.items()}
+
+    def xattrs(self) -> dict[str, bytes]:
+        return self._given() | self._told()
+
+    def set_xattr(self, name: str, value: bytes) -> None:
+        self._check_xattr(name)
+        self.sequence.set_attribute(name, value)
+
+    def remove_xattr(self, name: str) -> None:
+        self._check_xattr(name)
+        if name not in self._given():
+            raise FileError(errno.ENODATA)
+        self.sequence.remove_attribute(name)
+
+    def _check_xattr(self, name: str) -> None:
+        self._check_alive()
+        if not name.startswith("user."):
+            raise FileError(errno.EOPNOTSUPP, f"{self.path} has attributes user.* only, not {name}")
+        if name in self._told():
+            raise FileError(errno.EPERM, f"{name} tells of {self.path} and cannot be set")
+
+
+class LayerFolder(_SequencePart):
+    def __init__(self, mounted: Mounted, parent: SequenceFolder, sequence: Sequence, layer: int):
+        super().__init__(mounted, parent, sequence)
+        self._layer = layer
+        self.key = (*parent.key, layer)
+
+    @property
+    def path(self) -> str:
+        return f"{self.parent.path}/{layer_name(self._layer)}"
+
+    def attributes(self) -> Attributes:
+        changed_ns = self.sequence.changed_ns
+        return folder_attributes(self._permissions, self.sequence.model.num_kv_heads, changed_ns)
+
+    def names(self) -> list[str]:
+        return ["attend", *map(head_name, range(self.sequence.model.num_kv_heads))]
+
+    def child(self, name: str) -> Node:
+        if name == "attend":
+            return AttendFile(self, self._permissions, self._mounted, self.sequence, self._layer)
+        head = _index(name, self.sequence.model.num_kv_heads, head_name)
+        if head is None:
+            raise FileError(errno.ENOENT)
+        return HeadFolder(self._mounted, self, self.sequence, self._layer, head)
+
+
+class HeadFolder(_SequencePart):
+    def __init__(self, mounted: Mounted, parent: LayerFolder, sequence: Sequence, layer: int, head: int):
+        super().__init__(mounted, parent, sequence)
+        self._layer, self._head = layer, head
+        self.key = (*parent.key, head)
+
+    @property
+    def path(self) -> str:
+        return f"{self.parent.path}/{head_name(self._head)}"
+
+    def attributes(self) -> Attributes:
+        return folder_attributes(self._permissions, 0, self.sequence.changed_ns)
+
+    def names(self) -> list[str]:
+        return [f"{kind}.npy" for kind in KINDS]
+
+    def child(self, name: str) -> Node:
+        if name not in self.names():
+            raise FileError(errno.ENOENT)
+        kind = self.names().index(name)
+        snapshot = Snapshot.of(self.sequence)
+        return HeadFile(self, self._permissions, snapshot, self._layer, self._head, kind)
+
+
+def head_name(head: int) -> str:
+    return f"kv_head_{head:02}"
+
+
+def _index(name: str, count: int, name_of) -> int | None:
+    """Which of `count` numbered names this is, None for none of them."""
+    digits = name.rpartition("_")[2]
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 6):
+        return None
+    index = int(digits)
+    return index if index < count and name_of(index) == name else None
