@@ -44,14 +44,12 @@ def mount(
     from kvfs.files.file_system import FileSystem
     from kvfs.kv_tree.tree import KvTree
     from kvfs.mount.server import MountOptions, serve
+    from kvfs.mount.trees import Trees
 
     options = MountOptions(os.fspath(drive), allow_other, read_only, flags)
     with kvfs.open(drive, **open_options) as store:
-        files = FileSystem(store)
-        try:
-            serve(files, KvTree(store), mountpoint, options, ready)
-        finally:
-            files.close()
+        trees = Trees(FileSystem(store), KvTree(store), store._lock)
+        serve(trees, mountpoint, options, ready)
 
 
 def unmount_drive(mountpoint: str | os.PathLike, lazily: bool = False) -> str:

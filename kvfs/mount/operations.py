@@ -1,7 +1,7 @@
 """Requests for names and attributes: what pyfuse3 asks, put to the tree that knows.
 
-They are answered on the thread that reads from the kernel, which takes less than handing them to another; only
-what may wait for the drive goes to one. What is in a file is the business of file_requests.
+They are answered on the thread that reads from the kernel, which takes less than handing them to another; what
+would wait, for the drive or for the trees' lock, goes to one. What is in a file is file_requests' business.
 """
 
 import errno
@@ -29,12 +29,20 @@ FIXED_ENTRY = 1 << 62  # ids of entries that every listing of a folder begins wi
 
 
 def answered(operation: Callable) -> Callable:
-    """An operation as pyfuse3 wants it: a coroutine that raises FUSEError and nothing else."""
+    """An operation as pyfuse3 wants it: a coroutine that raises FUSEError and nothing else.
+
+    It runs here and now, unless the trees are busy with something that it would have to wait for.
+    """
 
     @wraps(operation)
     async def coroutine(self, *arguments):
         try:
-            return operation(self, *arguments)
+            if self._trees.lock.acquire(blocking=False):
+                try:
+                    return operation(self, *arguments)
+                finally:
+                    self._trees.lock.release()
+            return await trio.to_thread.run_sync(operation, self, *arguments)
         except Exception as error:
             raise pyfuse3.FUSEError(errno_for(error)) from None
 
@@ -221,9 +229,15 @@ class MountOperations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=handle, direct_io=file.direct, keep_cache=file.keep_cache)
 
     @answered
-    def flush(self, handle: int):
+    def _flush_file(self, handle: int):
         tree, handle = self._trees.of_handle(handle)
         tree.flush(handle)
+
+    _flush_kv = answered_in_thread(_flush_file.__wrapped__)  # what was written is now taken into the KV cache
+
+    async def flush(self, handle: int):
+        tree, _ = self._trees.of_handle(handle)
+        await (self._flush_kv if tree is self._trees.kv else self._flush_file)(handle)
 
     @answered
     def release(self, handle: int):

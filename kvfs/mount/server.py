@@ -19,7 +19,6 @@ from kvfs.mount.fuse_glue import lib, pyfuse3
 from kvfs.mount.mountpoints import check_fuse, check_mountpoint, last_line, mount_at, source_name, unmount
 from kvfs.mount.operations import MountOperations
 from kvfs.mount.trees import Trees
-from kvfs.tree import Tree
 
 READ_AHEAD_KIB = 4096  # four requests of the largest size; the kernel's 128 KiB leave the drive waiting
 DRAIN_SECONDS = 60.0
@@ -49,7 +48,7 @@ class MountOptions:
 
 
 def serve(
-    files: Tree, kv: Tree, mountpoint: str | os.PathLike, options: MountOptions, ready: Callable[[], None]
+    trees: Trees, mountpoint: str | os.PathLike, options: MountOptions, ready: Callable[[], None]
 ) -> None:
     """Mount, call `ready`, and serve until the mount is taken away or a signal asks for the end.
 
@@ -58,7 +57,6 @@ def serve(
     check_fuse()
     check_mountpoint(mountpoint)
     mountpoint = os.path.realpath(mountpoint)
-    trees = Trees(files, kv)
     requests = FileRequests(trees)
     try:
         _mount(MountOperations(trees), mountpoint, options)

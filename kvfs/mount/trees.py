@@ -2,6 +2,7 @@
 
 import errno
 import os
+from threading import RLock
 
 from kvfs.tree import KV_INODE_BIT, ROOT_INODE, FileError, Tree
 
@@ -10,10 +11,13 @@ KV_NAMES = (b"kv", b".kvfs")  # of the root, and the KV tree's
 
 
 class Trees:
-    """Handles carry the tree they are of in their lowest bit; the kernel knows them in this form only."""
+    """Handles carry the tree they are of in their lowest bit; the kernel knows them in this form only.
 
-    def __init__(self, files: Tree, kv: Tree):
-        self.files, self.kv = files, kv
+    lock: what the trees' operations wait for.
+    """
+
+    def __init__(self, files: Tree, kv: Tree, lock: RLock):
+        self.files, self.kv, self.lock = files, kv, lock
         self._by_tag = (files, kv)
         self._written: dict[int, int] = {}  # inode by tagged handle, of those that may write
 
