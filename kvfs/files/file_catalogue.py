@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from kvfs.allocator import Extent
 from kvfs.files.extent_map import ExtentMap
+from kvfs.files.file_check import FileRows
 from kvfs.files.inode import Inode
 
 FILE_SCHEMA = """
@@ -168,11 +169,10 @@ class FileCatalogue:
     def remove_xattr(self, inode_id: int, name: bytes) -> None:
         self._execute("DELETE FROM xattr WHERE inode = ? AND name = ?", (inode_id, name))
 
-    # checking and mending
+    # checking
 
-    def all_extents(self) -> Iterator[tuple[int, int, int, int]]:
-        """(inode, first block, number of blocks, LBA) of every extent, by inode and block."""
-        return self._execute("SELECT * FROM file_extent ORDER BY inode, first_block")
+    def rows(self) -> FileRows:
+        return FileRows(self._execute)
 
     def used_extents(self) -> Iterator[Extent]:
         return self._execute("SELECT lba, num_blocks FROM file_extent")
