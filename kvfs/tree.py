@@ -1,9 +1,9 @@
 """What a mounted tree of files is: the interface between the FUSE server and what it serves.
 
-Two trees exist: ordinary files (kvfs.files) and the KV cache (kvfs.kv_tree). Every method may be called from any
-thread, several at a time, and blocks until it is done. Names and link targets are bytes, as on the wire. Whatever
-goes wrong for a user is a FileError with the errno that POSIX gives it; errors of the drive are KvfsError or
-NvmeError, and `kvfs.errors.errno_of` knows their errno.
+Two trees exist: ordinary files (kvfs.files) and the KV cache (kvfs.kv_tree). Every method may be called from
+any thread, several at a time, and blocks until it is done. Names and link targets are bytes, as on the wire.
+Whatever goes wrong for a user is a FileError with the errno that POSIX gives it; errors of the drive are
+KvfsError or NvmeError, and `kvfs.errors.errno_of` knows their errno.
 
 The kernel checks permissions (default_permissions) before it asks; a tree checks what the kernel cannot.
 """
@@ -21,7 +21,7 @@ SYNC_DATA, SYNC_ALL = True, False
 
 
 class FileError(KvfsError):
-    """A file operation that cannot be done. errno: what the caller gets; text: for the log, where it says more."""
+    """What a user cannot do. errno: what the caller gets; text: for the log, where it says more than errno."""
 
     def __init__(self, errno: int, text: str = ""):
         self.errno, self.text = errno, text
@@ -59,6 +59,10 @@ class AttributeChanges:
     mtime_ns: int | None = None
     ctime_ns: int | None = None
 
+    @property
+    def are_times_only(self) -> bool:
+        return self.mode is self.uid is self.gid is self.size is None
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -93,7 +97,7 @@ class FileSystemUsage:
 
 class Tree(Protocol):
     def lookup(self, parent: int, name: bytes) -> Attributes:
-        """The entry; the kernel holds one more reference to its inode until `forget`. "." and ".." are known."""
+        """The entry; the kernel has one more reference to its inode until `forget`. "." and ".." are known."""
 
     def forget(self, inode: int, count: int) -> None:
         """The kernel drops references. An inode without names, references and handles is gone for good."""

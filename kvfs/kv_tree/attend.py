@@ -58,16 +58,23 @@ class AttendContent(OpenContent):
                 raise
             return len(data)
 
+    def flush(self) -> None:
+        with self._lock:
+            self._check_whole()
+
+    def _check_whole(self) -> None:
+        if self._question:
+            num_bytes = len(self._question)
+            self._forget()
+            raise FileError(errno.EINVAL, f"a question to an attend file ended after {num_bytes} bytes")
+
     def _forget(self) -> None:
         self._question, self._question_bytes, self._answer = bytearray(), None, b""
 
     def read(self, offset: int, size: int) -> memoryview | bytes:
         """Nothing before a question, so that tools which copy every file get on."""
         with self._lock:
-            if self._question:
-                raise FileError(
-                    errno.EINVAL, f"the question has {len(self._question)} bytes only: it is not whole"
-                )
+            self._check_whole()
             return memoryview(self._answer)[offset : offset + size]
 
     def _attend(self) -> bytes:

@@ -56,9 +56,9 @@ class Node:
         raise NotImplementedError
 
     def set_attributes(self, changes: AttributeChanges) -> None:
-        raise FileError(
-            errno.EPERM, f"{self.path} cannot be changed: set what concerns a sequence on its folder"
-        )
+        """Times are those of the tokens, and stay: the kernel sends them for files that were only read, too."""
+        if not changes.are_times_only:
+            raise FileError(errno.EPERM, f"{self.path} cannot be changed: a sequence's folder can")
 
     @property
     def path(self) -> str:
