@@ -93,7 +93,7 @@ def test_names_of_the_kv_tree_stay(root):
 
 
 def test_a_long_listing_is_whole(root, memory_mount):
-    """A folder listed in several requests, and its references counted: the tree notices one forgotten too often."""
+    """A folder listed in several requests, its references counted: the tree notices one forgotten too often."""
     for number in range(3000):
         (root / f"file with a long name, so that few go into one answer of the server {number:04}").touch()
     listing = {entry.name: entry.stat().st_ino for entry in os.scandir(root)}
