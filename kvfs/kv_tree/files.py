@@ -53,13 +53,30 @@ class TextFile(_NamedFile):
     def attributes(self) -> Attributes:
         return self._attributes(len(self._data))
 
-    def open(self, flags: int) -> OpenContent:
+    def open(self, flags: int, caller: Caller) -> OpenContent:
         self.check_read_only(flags)
         return BytesContent(self._data)
 
 
 def json_text(values: dict) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
+
+
+class ConnectFile(_NamedFile):
+    """`connect`: how another process reaches the store. Each open invites the caller once."""
+
+    is_direct = True
+
+    def __init__(self, parent: Folder, permissions: Permissions, mounted: Mounted):
+        super().__init__(parent, "connect", (), permissions, mounted.mounted_ns)
+        self._invite = mounted.invite
+
+    def attributes(self) -> Attributes:
+        return self._attributes(0)
+
+    def open(self, flags: int, caller: Caller) -> OpenContent:
+        self.check_read_only(flags)
+        return BytesContent(self._invite(caller))
 
 
 class _SnapshotFile(_NamedFile):
@@ -70,7 +87,7 @@ class _SnapshotFile(_NamedFile):
     def attributes(self) -> Attributes:
         return self._attributes(self.content.size)
 
-    def open(self, flags: int) -> OpenContent:
+    def open(self, flags: int, caller: Caller) -> OpenContent:
         self.check_read_only(flags)
         self._snapshot.check()
         return self.content
@@ -174,7 +191,7 @@ class AttendFile(_NamedFile):
         if changes.size is None:  # opening for writing cuts what is there
             super().set_attributes(changes)
 
-    def open(self, flags: int) -> OpenContent:
+    def open(self, flags: int, caller: Caller) -> OpenContent:
         return AttendContent(self._mounted.store, self._sequence, self._layer)
 
 
@@ -199,7 +216,7 @@ class UploadFile(_NamedFile):
         if changes.size is not None:
             self._upload.truncate(changes.size)
 
-    def open(self, flags: int) -> OpenContent:
+    def open(self, flags: int, caller: Caller) -> OpenContent:
         if flags & os.O_TRUNC:
             self._upload.truncate(0)
         self._upload.opened()

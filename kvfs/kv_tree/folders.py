@@ -9,6 +9,7 @@ from dataclasses import fields
 from kvfs.errors import InvalidArgument, NoSuchSequence, SequenceExists
 from kvfs.kv_tree.files import (
     AttendFile,
+    ConnectFile,
     HeadFile,
     SafetensorsFile,
     TextFile,
@@ -62,17 +63,17 @@ class ControlFolder(TopFolder):
     """`.kvfs`: what the store says of itself."""
 
     def names(self) -> list[str]:
-        return ["stats.json", "metrics", *(["connect"] if self._mounted.connect else [])]
+        return ["stats.json", "metrics", *(["connect"] if self._mounted.invite else [])]
 
     def child(self, name: str) -> Node:
         if name not in self.names():
             raise FileError(errno.ENOENT)
+        if name == "connect":
+            return ConnectFile(self, self._permissions, self._mounted)
         if name == "stats.json":
             data = json_text(self._mounted.store.counters())
-        elif name == "metrics":
-            data = metrics_text(self._mounted.store.counters()).encode()
         else:
-            data = self._mounted.connect()
+            data = metrics_text(self._mounted.store.counters()).encode()
         return TextFile(self, name, self._permissions, time.time_ns(), data)
 
 

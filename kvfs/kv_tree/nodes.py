@@ -18,13 +18,13 @@ DEFAULT_MODE = 0o755
 
 @dataclass(frozen=True)
 class Mounted:
-    """What all nodes share. connect: what `.kvfs/connect` holds, None for no such file."""
+    """What all nodes share. invite: what `.kvfs/connect` holds for who opens it, None for no such file."""
 
     store: Store
     uid: int
     gid: int
     mounted_ns: int
-    connect: Callable[[], bytes] | None = None
+    invite: Callable[[Caller], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class File(Node):
 
     is_direct = False
 
-    def open(self, flags: int) -> "OpenContent":
+    def open(self, flags: int, caller: Caller) -> "OpenContent":
         raise NotImplementedError
 
     def check_read_only(self, flags: int) -> None:

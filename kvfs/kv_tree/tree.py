@@ -53,7 +53,7 @@ def _reported(operation: Callable) -> Callable:
 class KvTree:
     """A kvfs.tree.Tree. uid, gid: whose everything is that has no owner noted, by default this process's.
 
-    connect: what `.kvfs/connect` holds, asked for at each look; None for no such file.
+    invite: what `.kvfs/connect` holds for who opens it; None for no such file.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class KvTree:
         *,
         uid: int | None = None,
         gid: int | None = None,
-        connect: Callable[[], bytes] | None = None,
+        invite: Callable[[Caller], bytes] | None = None,
     ):
         mounted = Mounted(
             store,
             os.getuid() if uid is None else uid,
             os.getgid() if gid is None else gid,
             time.time_ns(),
-            connect,
+            invite,
         )
         self._top: dict[str, Folder] = {
             "kv": KvFolder(mounted, "kv"),
@@ -175,7 +175,7 @@ class KvTree:
         else:
             if flags & os.O_EXCL:
                 raise FileError(errno.EEXIST)
-        return self._open(node, flags), self._entered(node)
+        return self._open(node, flags, caller), self._entered(node)
 
     @_reported
     def unlink(self, parent: int, name: bytes) -> None:
@@ -193,13 +193,13 @@ class KvTree:
 
     @_reported
     def open(self, inode: int, flags: int, caller: Caller) -> OpenFile:
-        return self._open(self._inodes.node(inode), flags)
+        return self._open(self._inodes.node(inode), flags, caller)
 
-    def _open(self, node: Node, flags: int) -> OpenFile:
+    def _open(self, node: Node, flags: int, caller: Caller) -> OpenFile:
         if not isinstance(node, File):
             raise FileError(errno.EISDIR)
         handle = next(self._next_handle)
-        self._handles[handle] = node.open(flags)
+        self._handles[handle] = node.open(flags, caller)
         return OpenFile(handle, direct=node.is_direct)
 
     @_reported

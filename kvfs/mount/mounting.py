@@ -45,10 +45,11 @@ def mount(
     from kvfs.kv_tree.tree import KvTree
     from kvfs.mount.server import MountOptions, serve
     from kvfs.mount.trees import Trees
+    from kvfs.remote.server import RemoteServer
 
     options = MountOptions(os.fspath(drive), allow_other, read_only, flags)
-    with kvfs.open(drive, **open_options) as store:
-        trees = Trees(FileSystem(store), KvTree(store), store._lock)
+    with kvfs.open(drive, **open_options) as store, RemoteServer(store, for_everyone=allow_other) as remote:
+        trees = Trees(FileSystem(store), KvTree(store, invite=remote.invite), store._lock)
         serve(trees, mountpoint, options, ready)
 
 

@@ -1,4 +1,4 @@
-"""A drive as an administrator mounts it: started, stopped, killed, in the wrong place, and what it holds then."""
+"""A drive as an administrator mounts it: started, stopped, killed, in the wrong place, and what it holds."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_lazy_unmount(drive_mount, kvfsctl, drive):
 
 
 def test_killed_server(drive_mount, kvfsctl, drive):
-    """What is left of a mount whose server was killed: told in words, taken away by umount; the drive is whole."""
+    """What is left of a mount whose server was killed is named; umount takes it away; the drive is whole."""
     file = os.open(drive_mount.mountpoint / "file", os.O_WRONLY | os.O_CREAT)
     os.write(file, b"x" * 100_000)
     os.fsync(file)
