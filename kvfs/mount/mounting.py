@@ -34,11 +34,11 @@ def mount(
     flags: of mount(8) for the kernel, such as noexec; ready: called once requests are answered; open_options:
     see kvfs.open. Raises CannotMount, and what kvfs.open raises.
     """
-    already = mount_of(drive)
-    if already is not None:
-        raise AlreadyMounted(drive, already.mountpoint)
     check_fuse()
     check_mountpoint(mountpoint)
+    already = mount_of(drive)
+    if already is not None and _is_locked(Path(drive)):  # else its server is gone
+        raise AlreadyMounted(drive, already.mountpoint)
     # these take a second to import, which an error need not wait for
     import kvfs
     from kvfs.files.file_system import FileSystem
@@ -71,7 +71,7 @@ def unmount_drive(mountpoint: str | os.PathLike, lazily: bool = False) -> str:
 
 def _wait_for_release(mountpoint: str | os.PathLike, drive: Path) -> None:
     give_up = time.monotonic() + RELEASE_SECONDS
-    while drive.exists() and _is_locked(drive):
+    while _is_locked(drive):
         if time.monotonic() > give_up:
             raise CannotUnmount(
                 mountpoint, f"{drive} is still held by its server after {RELEASE_SECONDS:.0f} s"
@@ -81,9 +81,11 @@ def _wait_for_release(mountpoint: str | os.PathLike, drive: Path) -> None:
 
 def _is_locked(drive: Path) -> bool:
     """Whether a process has the drive open (it locks the file)."""
-    with drive.open("rb") as file:
-        try:
+    try:
+        with drive.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError:  # gone, or not for this user to see
+        return False
     return False

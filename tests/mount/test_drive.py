@@ -1,14 +1,19 @@
 """A drive as an administrator mounts it: started, stopped, killed, in the wrong place, and what it holds."""
 
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
+import kvfs
 from kvfs.mount.mountpoints import mount_at
 
 
@@ -20,8 +25,11 @@ def test_in_the_background(kvfsctl, drive, tmp_path):
     try:
         kvfsctl("mount", drive, mountpoint, check=True)
         (mountpoint / "file").write_bytes(content)
-        assert kvfsctl("df", mountpoint, check=True).stdout.count(str(mountpoint)[:10])
-        assert "mounted at" in kvfsctl("mount", drive, tmp_path).stderr
+        (usage,) = json.loads(kvfsctl("df", mountpoint, "--json", check=True).stdout)["drives"]
+        assert usage["drive"] == str(drive)
+        assert usage["used_bytes"] >= len(content)
+        (tmp_path / "other").mkdir()
+        assert "is mounted at" in kvfsctl("mount", drive, tmp_path / "other").stderr
         kvfsctl("umount", mountpoint, check=True)
         assert mount_at(mountpoint) is None
         kvfsctl("check", drive, check=True)
@@ -110,10 +118,22 @@ def test_where_it_cannot_be_mounted(kvfsctl, drive, tmp_path):
     assert "not kvfs" in kvfsctl("umount", "/proc").stderr
 
 
+def test_kv_cache_and_files_beside_each_other(drive_mount):
+    """Engines use the store through the mount while tools read it as files: both see the same tokens."""
+    root = drive_mount.mountpoint
+    keys = np.arange(300 * 2 * 64, dtype=np.float16).reshape(300, 2, 64)
+    with kvfs.open(root) as store:
+        model = store.add_model("tiny", num_layers=1, num_query_heads=2, num_kv_heads=2, head_dim=64)
+        store.create_sequence(model, "chat").append(0, keys, -keys)
+        store.flush()
+    sequence = root / "kv" / "tiny" / "chat"
+    assert (np.load(sequence / "layer_00" / "kv_head_01" / "keys.npy", mmap_mode="r") == keys[:, 1]).all()
+    shutil.copyfile(sequence / "sequence.safetensors", root / "copy")
+    assert (root / "copy").read_bytes() == (sequence / "sequence.safetensors").read_bytes()
+
+
 def test_busy_drive(kvfsctl, drive, tmp_path):
     """A drive that a process has open: its pid is told."""
-    import kvfs
-
     (tmp_path / "mount").mkdir()
     with kvfs.open(drive, cache_bytes="8MiB"):
         assert f"process {os.getpid()}" in kvfsctl("mount", drive, tmp_path / "mount").stderr
@@ -121,8 +141,6 @@ def test_busy_drive(kvfsctl, drive, tmp_path):
 
 def test_service_manager(servers, drive, tmp_path, monkeypatch):
     """systemd's Type=notify waits for READY=1, which is sent once the mount answers."""
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
         notifications.bind(str(tmp_path / "notify"))
         notifications.settimeout(60)
