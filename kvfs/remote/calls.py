@@ -5,7 +5,7 @@ from dataclasses import asdict
 from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.head_rows import HeadRows
 from kvfs.model import Model
-from kvfs.sequence import Sequence
+from kvfs.remote.rights import Client
 from kvfs.sequence_attributes import GID, MODE, UID
 from kvfs.sequence_version import Version
 
@@ -38,18 +38,26 @@ def models(session) -> list[dict]:
     return [model_facts(model) for model in session.store.models()]
 
 
-def create_sequence(session, model, name) -> dict:
-    return _hold_new(session, session.store.create_sequence(session.store.model(model), name))
+def create_sequence(session, model, name, attributes: dict) -> dict:
+    for attribute in attributes:
+        _check_attribute_is_users(session, attribute)
+    values = {attribute: _bytes(value) for attribute, value in attributes.items()}
+    model = session.store.model(model)
+    return session.hold(session.store.create_sequence(model, name, _ownership(session.client) | values))
 
 
-def _hold_new(session, sequence: Sequence) -> dict:
-    """As `hold`, of a sequence that the client has made: it is the client's user's."""
-    client = session.client
-    if not client.is_administrator:
-        owner = {MODE: NEW_SEQUENCE_MODE, UID: b"%d" % client.uid, GID: b"%d" % client.gid}
-        for name, value in owner.items():
-            sequence.set_attribute(name, value)
-    return session.hold(sequence)
+def _ownership(client: Client) -> dict[str, bytes]:
+    """Attributes of what a client makes: it is its user's, as a folder made in the mount would be."""
+    if client.is_administrator:
+        return {}
+    return {MODE: NEW_SEQUENCE_MODE, UID: b"%d" % client.uid, GID: b"%d" % client.gid}
+
+
+def _bytes(value) -> bytes:
+    try:
+        return value.encode(BYTES_AS_TEXT)
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InvalidArgument(f"an attribute's value is bytes sent as text, not {value!r}") from error
 
 
 def sequence(session, name) -> dict:
@@ -114,9 +122,7 @@ def attributes(session, handle) -> dict[str, str]:
 
 def set_attribute(session, handle, name, value) -> None:
     _check_attribute_is_users(session, name)
-    if not isinstance(value, str):
-        raise InvalidArgument(f"the value of attribute {name} is bytes sent as text, not {value!r}")
-    session.writable(handle).set_attribute(name, value.encode(BYTES_AS_TEXT))
+    session.writable(handle).set_attribute(name, _bytes(value))
 
 
 def remove_attribute(session, handle, name) -> None:
@@ -140,7 +146,10 @@ def truncate(session, handle, num_tokens) -> None:
 
 
 def fork(session, handle, name) -> dict:
-    return _hold_new(session, session.readable(handle).fork(name))
+    child = session.readable(handle).fork(name)
+    for attribute, value in _ownership(session.client).items():
+        child.set_attribute(attribute, value)
+    return session.hold(child)
 
 
 def compact(session, handle) -> None:

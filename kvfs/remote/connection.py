@@ -58,8 +58,10 @@ class Connection:
     def __init__(self, path: str):
         self.path = path
         self._pid = os.getpid()
+        self._is_inherited = False  # by a forked child: the connection is its parent's
         self._lock = threading.Lock()
         self._number = 0  # of the last request
+        self.num_calls = 0  # any of them may have changed a sequence
         self._reply = bytearray(REPLY.itemsize)
         self._end = 0  # of what is placed in the shared memory
         self._in_step = True
@@ -70,19 +72,20 @@ class Connection:
         _connections.add(self)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: the connection, which ends when all its descriptors do, is the parent's alone."""
+        """In a forked child: let go of the connection, which ends when all its descriptors are closed."""
+        self._is_inherited = True
         self._socket.close()
 
     def close(self) -> None:
         """End the connection, after the turn under way. Closing twice is allowed."""
-        if self._pid != os.getpid():
+        if self._is_inherited:
             return
         with self._lock:
             self.is_closed = True
             self._socket.close()
 
     def check_open(self) -> None:
-        if self._pid != os.getpid():
+        if self._is_inherited:
             raise OtherProcess(self.path, self._pid)
         if self.is_closed:
             raise StoreClosed
@@ -91,7 +94,7 @@ class Connection:
 
     @property
     def is_usable(self) -> bool:
-        return not self.is_closed and not self._is_gone and self._pid == os.getpid()
+        return not (self.is_closed or self._is_gone or self._is_inherited)
 
     # turns
 
@@ -151,6 +154,7 @@ class Connection:
             body = json.dumps({"call": name, "arguments": arguments}, default=plain).encode()
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"arguments that cannot be sent: {error}") from error
+        self.num_calls += 1
         return self.ask(Operation.CALL, body)[1]
 
     def settle(self) -> None:

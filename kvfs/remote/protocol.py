@@ -8,7 +8,9 @@ else goes through the socket, which copies it: nobody can change a message after
 import json
 import socket
 from collections import namedtuple
-from enum import IntEnum, IntFlag
+from enum import IntEnum
+from struct import Struct
+from struct import error as StructError
 
 import numpy as np
 
@@ -71,7 +73,9 @@ class Operation(IntEnum):
 # says how many more tokens of the layer can be posted: they fill no group, so need no space and write nothing.
 
 
-class Flag(IntFlag):
+class Flag:
+    """Bits of `flags`: plain numbers, since enum's operators cost microseconds each."""
+
     POSTED = 1  # no reply; a failure answers the next request that has one, and nothing in between is done
     CAUSAL = 2
     RANGES = 4
@@ -79,41 +83,45 @@ class Flag(IntFlag):
     ALL_LAYERS = 16
 
 
-# plain tuples: reading a record's fields one by one takes longer than all else that is done for a request
+# records as plain tuples: NumPy takes longer to fill one and to read it than all the rest of a request
 Request = namedtuple("Request", REQUEST.names)
 Reply = namedtuple("Reply", REPLY.names)
-_NO_FIELDS = {REQUEST: dict.fromkeys(REQUEST.names, 0), REPLY: dict.fromkeys(REPLY.names, 0)}
+_FORMAT_OF = {"<u2": "H", "<u4": "I", "<u8": "Q", "<i8": "q", "<f8": "d"}
+_STRUCTS = {
+    kind: Struct("<" + "".join(_FORMAT_OF[field[1]] for field in kind.descr)) for kind in (REQUEST, REPLY)
+}
+_NO_FIELDS = {kind: dict.fromkeys(kind.names, 0) for kind in (REQUEST, REPLY)}
 
 
-def record(kind: np.dtype, /, **fields) -> np.ndarray:
+def record(kind: np.dtype, /, **fields) -> bytes:
     """A REQUEST or REPLY; fields that are not named are zero. Raises InvalidArgument for what does not fit."""
     try:
-        return np.array(tuple((_NO_FIELDS[kind] | fields).values()), kind)
-    except OverflowError as error:
+        return _STRUCTS[kind].pack(*(_NO_FIELDS[kind] | fields).values())
+    except StructError as error:
         raise InvalidArgument(f"a number beyond all limits: {error}") from error
 
 
 def parse_request(buffer) -> Request:
-    return Request(*np.frombuffer(buffer, REQUEST).item())
+    return Request._make(_STRUCTS[REQUEST].unpack(buffer))
 
 
 def parse_reply(buffer) -> Reply:
-    return Reply(*np.frombuffer(buffer, REPLY).item())
+    return Reply._make(_STRUCTS[REPLY].unpack(buffer))
 
 
-def send(connection: socket.socket, header: np.ndarray, body: bytes = b"") -> None:
+def send(connection: socket.socket, header: bytes, body: bytes = b"") -> None:
     """All of a message."""
-    connection.sendall(b"".join((header, body)) if body else header)
+    connection.sendall(header + body if body else header)
 
 
 def receive(connection: socket.socket, buffer) -> bool:
     """Fill the buffer; False at the end of the connection."""
-    view = memoryview(buffer).cast("B")
-    while view:
-        count = connection.recv_into(view, 0, socket.MSG_WAITALL)
+    missing = len(buffer)
+    while missing:
+        count = connection.recv_into(memoryview(buffer)[-missing:], 0, socket.MSG_WAITALL)
         if count == 0:
             return False
-        view = view[count:]
+        missing -= count
     return True
 
 

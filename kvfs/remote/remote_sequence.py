@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from kvfs.arrays import float_array, token_id_array
-from kvfs.errors import InvalidArgument, KvfsError
+from kvfs.errors import KvfsError
 from kvfs.head_rows import HeadRows
 from kvfs.model import Model
 from kvfs.remote.calls import BYTES_AS_TEXT
 from kvfs.remote.protocol import Flag, Operation, aligned
+from kvfs.sequence_attributes import check_attribute
 from kvfs.sequence_version import Version
 
 APPEND_PART_BYTES = 1 << 20  # keys or values of one request: the owner packs a part while the next is copied
@@ -41,7 +42,7 @@ class RemoteSequence:
         self._reference = reference
         self._handle = reference.handle
         self._last_name = name
-        self._room: dict[int, int] = {}  # layer: tokens that can be posted
+        self._room: dict[int, tuple[int, int]] = {}  # layer: (calls so far, tokens that can be posted)
         weakref.finalize(self, reference.drop).atexit = False
 
     def __repr__(self) -> str:
@@ -58,6 +59,11 @@ class RemoteSequence:
         self._connection.check_open()
 
     # facts
+
+    @property
+    def store(self):
+        """The store that it belongs to."""
+        return self._store
 
     @property
     def id(self) -> int:
@@ -129,8 +135,12 @@ class RemoteSequence:
         keys = float_array(keys, "keys", shape, meaning)
         values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
         row_bytes = geometry.num_kv_heads * geometry.head_dim * geometry.numpy_dtype.itemsize
-        part_tokens = max(1, APPEND_PART_BYTES // row_bytes)
+        # of keys and values at once two parts fit, one for either side
+        part_tokens = max(1, min(APPEND_PART_BYTES, self._connection.memory.num_bytes // 4) // row_bytes)
         with self._connection as connection:
+            at_call, room = self._room.get(layer, (0, 0))
+            if at_call != connection.num_calls:
+                room = 0
             start = 0
             while True:
                 count = min(part_tokens, len(keys) - start)
@@ -144,12 +154,14 @@ class RemoteSequence:
                 start += count
                 if start < len(keys):
                     connection.post(Operation.APPEND, **fields)
-                elif 0 < len(keys) <= self._room.get(layer, 0):
-                    self._room[layer] -= len(keys)
-                    return connection.post(Operation.APPEND, **fields)
+                    continue
+                if 0 < len(keys) <= room:
+                    room -= len(keys)
+                    connection.post(Operation.APPEND, **fields)
                 else:
-                    self._room[layer] = connection.ask(Operation.APPEND, **fields)[0].value
-                    return None
+                    room = connection.ask(Operation.APPEND, **fields)[0].value
+                self._room[layer] = connection.num_calls, room
+                return
 
     def _place(self, connection, keys: np.ndarray, values: np.ndarray) -> int:
         """Put keys and values into the shared memory, in the storage dtype."""
@@ -223,8 +235,7 @@ class RemoteSequence:
 
     def set_attribute(self, name: str, value: bytes) -> None:
         """Durable after the next flush. Raises InvalidArgument."""
-        if not isinstance(value, bytes):
-            raise InvalidArgument(f"the value of {name} is bytes, not {value!r}")
+        check_attribute(name, value)
         self._call("set_attribute", name=name, value=value.decode(BYTES_AS_TEXT))
 
     def remove_attribute(self, name: str) -> None:
@@ -239,7 +250,6 @@ class RemoteSequence:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens. Raises InvalidArgument if a layer has fewer."""
-        self._room.clear()
         self._call("truncate", num_tokens=num_tokens)
 
     def fork(self, name: str) -> "RemoteSequence":

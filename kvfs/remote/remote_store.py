@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -12,9 +13,11 @@ from kvfs.errors import InvalidArgument
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
 from kvfs.metadata import SequenceRow
 from kvfs.model import Model
+from kvfs.remote.calls import BYTES_AS_TEXT
 from kvfs.remote.connection import Connection
 from kvfs.remote.protocol import ARRAY_ALIGNMENT, Flag, Operation, aligned
 from kvfs.remote.remote_sequence import Reference, RemoteSequence
+from kvfs.sequence_attributes import check_attribute
 from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 _FLOAT32 = np.dtype("<f4")
@@ -103,13 +106,20 @@ class RemoteStore:
         self._sequences[reference.handle] = sequence
         return sequence
 
-    def create_sequence(self, model: Model, name: str) -> RemoteSequence:
-        """An empty sequence. Raises SequenceExists."""
+    def create_sequence(
+        self, model: Model, name: str, attributes: Mapping[str, bytes] | None = None
+    ) -> RemoteSequence:
+        """An empty sequence, from the first with these attributes. Raises SequenceExists, InvalidArgument."""
+        attributes = attributes or {}
+        for attribute, value in attributes.items():
+            check_attribute(attribute, value)
+        values = {attribute: value.decode(BYTES_AS_TEXT) for attribute, value in attributes.items()}
         self._connection.check_open()
         if not isinstance(model, Model) or self._models.get(model.name) is not model:
             raise InvalidArgument(f"{model!r} is not a model of this store: use store.model or add_model")
         with self._connection as connection:
-            return self._named(connection.call("create_sequence", model=model.name, name=name))
+            facts = connection.call("create_sequence", model=model.name, name=name, attributes=values)
+            return self._named(facts)
 
     def sequence(self, name: str) -> RemoteSequence:
         """An existing sequence. Raises NoSuchSequence."""

@@ -107,9 +107,10 @@ class RemoteServer:
                 connection.close()
 
     def _admit(self, connection: socket.socket) -> None:
-        """Start a thread for whoever may be invited; who says the right token in it is served."""
+        """Start a thread for a user who has an invitation; who says its token there is served."""
         client = Client.of(connection)
         if not self._invitations.is_expected(client.uid):
+            _refuse(connection, NotPermitted(f"user {client.uid} has no invitation"))
             connection.close()
             return
         thread = threading.Thread(

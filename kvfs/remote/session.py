@@ -181,13 +181,13 @@ class Session:
         return keys, self.memory.array(offset + aligned(keys.nbytes), shape, geometry.numpy_dtype)
 
     def _append(self, request: Request) -> int:
-        """How many more tokens of the layer fill no group: their appends need no space and write nothing."""
+        """How many more tokens of the layer can be posted; 0 where nobody will know."""
         sequence = self.writable(request.sequence)
         keys, values = self._kv_views(sequence, request.offset, request.count)
         if request.stop > request.count:
             sequence._reserve(request.layer, request.stop)
         sequence.append(request.layer, keys, values)
-        return sequence._tokens_before_spill(request.layer)
+        return 0 if request.flags & Flag.POSTED else sequence._tokens_before_spill(request.layer)
 
     def _attend(self, request: Request, body: bytearray) -> None:
         if len(body) % _HANDLE.itemsize:

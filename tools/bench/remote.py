@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,9 @@ def _attend(stores: dict, keys, values, num_tokens: int):
     found = {kind: [] for kind in stores}
     for _ in range(ROUNDS):
         for kind, store in stores.items():
-            store.attend(0, queries, sequences[kind])  # threads of the other's last call may still spin
-            found[kind] += [_seconds(lambda: store.attend(0, queries, sequences[kind])) for _ in range(ATTEND_CALLS)]
+            attend = partial(store.attend, 0, queries, sequences[kind])
+            attend()  # threads of the other's last call may still spin
+            found[kind] += [_seconds(attend) for _ in range(ATTEND_CALLS)]
     for store in stores.values():
         store.delete_sequence(f"attend-{num_tokens}")
     return tuple(statistics.median(found[kind]) for kind in stores)
