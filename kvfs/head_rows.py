@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvfs.errors import InvalidArgument
+from kvfs.files.buffer_pool import BufferPool
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from kvfs.tail import LayerTail
-from spdk_glue import dma
 
 KEYS, VALUES = 0, 1
+KEPT_BYTES = 16 << 20  # of idle buffers of each size
+
+_buffers = BufferPool(KEPT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class HeadBatch:
         # without slack, pages that follow each other are the rows that follow each other
         self._is_direct = len(pieces) == 1 and _has_no_slack(layout)
         num_pages = sum(run.num_pages for run in self._runs)
-        self._pages = dma.allocate(max(1, num_pages) * layout.page_size).reshape(-1, layout.page_size)
+        self._lease = _buffers.take(max(1, num_pages) * layout.page_size)
+        self._pages = self._lease.reshape(-1, layout.page_size)
         self.extents: list[tuple[int, np.ndarray]] = []  # (LBA, where to read it to)
         page = 0
         for run in self._runs:
@@ -91,7 +95,7 @@ class HeadBatch:
         row_bytes = self._layout.row_bytes
         if self._is_direct:
             start = self._runs[0].first_row * row_bytes if self._runs else 0
-            return memoryview(self._pages.reshape(-1))[start : start + self._num_rows * row_bytes]
+            return memoryview(self._lease)[start : start + self._num_rows * row_bytes]
         rows = np.empty((self._num_rows, row_bytes), np.uint8)
         page = row = 0
         for run in self._runs:

@@ -110,6 +110,8 @@ def _array_bytes(data: bytearray) -> int | None:
     if header is None:
         return None
     shape, _, dtype, start = header
+    if dtype.hasobject:
+        raise InvalidArgument("queries are floats, not Python objects")
     size = start + int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
     if size > MAX_QUESTION_BYTES:
         raise InvalidArgument(
@@ -120,8 +122,6 @@ def _array_bytes(data: bytearray) -> int | None:
 
 def _array(data: bytearray) -> np.ndarray:
     shape, is_fortran, dtype, start = _header(data)
-    if dtype.hasobject:
-        raise InvalidArgument("queries are floats, not Python objects")
     if dtype == np.dtype("V2"):  # as NumPy saves bfloat16
         dtype = NUMPY_DTYPE["bfloat16"]
     try:
