@@ -13,6 +13,7 @@ import socket
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,8 @@ def _connect(path: str, invitation: dict) -> tuple[socket.socket, SharedMemory]:
         hello = np.zeros(1, HELLO)
         hello["magic"], hello["version"] = MAGIC, PROTOCOL_VERSION
         hello["token"] = np.frombuffer(invitation["token"], HELLO["token"])
-        connection.sendall(hello)
+        with suppress(OSError):  # who is turned away may be so before saying hello: the reply says why
+            connection.sendall(hello)
         raw, descriptors, _, _ = socket.recv_fds(connection, REPLY.itemsize, 1)
         try:
             if len(raw) != REPLY.itemsize:
