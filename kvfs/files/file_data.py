@@ -235,6 +235,9 @@ class FileData:
     def _punch(self, inode: Inode, offset: int, end: int) -> None:
         first, stop = self._zero_edges(inode, offset, end)
         if first < stop:
+            with self._store._lock:
+                self._store._check_open()
+                self._store._catalogue.batch.join(EXTENT_BYTES)  # a hole in a run leaves two
             with self._data_lock:
                 self._inodes.remove_extents(inode, first, stop)
 
