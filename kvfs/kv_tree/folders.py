@@ -27,7 +27,7 @@ from kvfs.kv_tree.uploads import Upload
 from kvfs.layout import KvGeometry
 from kvfs.model import Model
 from kvfs.sequence import Sequence
-from kvfs.sequence_attributes import GID, KVFS, MODE, UID
+from kvfs.sequence_attributes import KVFS
 from kvfs.tree import AttributeChanges, Attributes, Caller, FileError
 
 RENAME_NOREPLACE = 1
@@ -48,12 +48,8 @@ class TopFolder(Folder):
     def path(self) -> str:
         return self._name
 
-    @property
-    def _permissions(self) -> Permissions:
-        return Permissions(DEFAULT_MODE, self._mounted.uid, self._mounted.gid)
-
     def attributes(self) -> Attributes:
-        return folder_attributes(self._permissions, 0, self._mounted.mounted_ns)
+        return folder_attributes(self._mounted.permissions, 0, self._mounted.mounted_ns)
 
     def sync(self) -> None:
         self._mounted.store.flush()
@@ -69,12 +65,12 @@ class ControlFolder(TopFolder):
         if name not in self.names():
             raise FileError(errno.ENOENT)
         if name == "connect":
-            return ConnectFile(self, self._permissions, self._mounted)
+            return ConnectFile(self, self._mounted.permissions, self._mounted)
         if name == "stats.json":
             data = json_text(self._mounted.store.counters())
         else:
             data = metrics_text(self._mounted.store.counters()).encode()
-        return TextFile(self, name, self._permissions, time.time_ns(), data)
+        return TextFile(self, name, self._mounted.permissions, time.time_ns(), data)
 
 
 class UploadsFolder(Folder):
@@ -100,7 +96,7 @@ class UploadsFolder(Folder):
 
     def attributes(self) -> Attributes:
         """One link, as Linux has it for folders that do not count those in them."""
-        attributes = folder_attributes(self._permissions, 0, self._mounted.mounted_ns)
+        attributes = folder_attributes(self._mounted.permissions, 0, self._mounted.mounted_ns)
         attributes.num_links = 1
         return attributes
 
@@ -162,10 +158,6 @@ class ModelFolder(UploadsFolder):
     def path(self) -> str:
         return f"{self.parent.path}/{self.model.name}"
 
-    @property
-    def _permissions(self) -> Permissions:
-        return Permissions(DEFAULT_MODE, self._mounted.uid, self._mounted.gid)
-
     def names(self) -> list[str]:
         rows = self._mounted.store.catalogue_rows()
         names = [row.name for row in rows if row.model_id == self.model.id]
@@ -173,7 +165,9 @@ class ModelFolder(UploadsFolder):
 
     def child(self, name: str) -> Node:
         if name == MODEL_JSON:
-            return TextFile(self, name, self._permissions, self._mounted.mounted_ns, self._description())
+            return TextFile(
+                self, name, self._mounted.permissions, self._mounted.mounted_ns, self._description()
+            )
         try:
             return SequenceFolder(self._mounted, self, self._sequence(name))
         except NoSuchSequence:
@@ -199,10 +193,9 @@ class ModelFolder(UploadsFolder):
         return SequenceFolder(self._mounted, self, sequence)
 
     def _ownership(self, mode: int, caller: Caller) -> dict[str, bytes]:
-        """What of a new sequence's mode and owner is to be noted."""
-        wanted = {MODE: mode, UID: caller.uid, GID: caller.gid}
-        defaults = {MODE: DEFAULT_MODE, UID: self._mounted.uid, GID: self._mounted.gid}
-        return {name: str(value).encode() for name, value in wanted.items() if value != defaults[name]}
+        """What of a new sequence's mode and owner is to be noted: nothing of what is so by default."""
+        permissions = Permissions(mode, caller.uid, caller.gid)
+        return {} if permissions == self._mounted.permissions else permissions.noted()
 
     def create(self, name: str, caller: Caller) -> UploadFile:
         if not name.endswith(SAFETENSORS) or name == SAFETENSORS:
@@ -219,7 +212,8 @@ class ModelFolder(UploadsFolder):
                 raise InvalidArgument(
                     f"{sequence_name!r} would be of another model than what it is copied from"
                 )
-            source.snapshot.fork(sequence_name, {UID: str(caller.uid).encode(), GID: str(caller.gid).encode()})
+            mode = Permissions.noted_of(source.snapshot.sequence, self._mounted.permissions).mode
+            source.snapshot.fork(sequence_name, Permissions(mode, caller.uid, caller.gid).noted())
 
         return self._begin_upload(name, caller, Upload(store.path, finish, fork))
 
@@ -258,12 +252,7 @@ class _SequencePart(Folder):
     @property
     def _permissions(self) -> Permissions:
         self._check_alive()
-        noted = self.sequence.attributes()
-        return Permissions(
-            int(noted.get(MODE, DEFAULT_MODE)),
-            int(noted.get(UID, self._mounted.uid)),
-            int(noted.get(GID, self._mounted.gid)),
-        )
+        return Permissions.noted_of(self.sequence, self._mounted.permissions)
 
     def _check_alive(self) -> None:
         if self.sequence.is_deleted:
@@ -301,10 +290,15 @@ class SequenceFolder(_SequencePart):
 
     def set_attributes(self, changes: AttributeChanges) -> None:
         """Mode and owner are kept; times are those of the tokens, and stay."""
-        self._check_alive()
-        for name, value in ((MODE, changes.mode), (UID, changes.uid), (GID, changes.gid)):
-            if value is not None:
-                self.sequence.set_attribute(name, str(value).encode())
+        now = self._permissions
+        wanted = Permissions(
+            now.mode if changes.mode is None else changes.mode,
+            now.uid if changes.uid is None else changes.uid,
+            now.gid if changes.gid is None else changes.gid,
+        )
+        if wanted != now:
+            for name, value in wanted.noted().items():
+                self.sequence.set_attribute(name, value)
 
     def names(self) -> list[str]:
         layers = range(self.sequence.model.num_layers)

@@ -9,22 +9,13 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvfs.sequence import Sequence
+from kvfs.sequence_attributes import GID, MODE, UID
 from kvfs.store import Store
 from kvfs.tree import AttributeChanges, Attributes, Caller, FileError
 
 STABLE_SECONDS = 60.0  # how long the kernel may believe what cannot change
 DEFAULT_MODE = 0o755
-
-
-@dataclass(frozen=True)
-class Mounted:
-    """What all nodes share. invite: what `.kvfs/connect` holds for who opens it, None for no such file."""
-
-    store: Store
-    uid: int
-    gid: int
-    mounted_ns: int
-    invite: Callable[[Caller], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +26,20 @@ class Permissions:
     uid: int
     gid: int
 
+    def noted(self) -> dict[str, bytes]:
+        """As attributes of a sequence: all three, so that whoever reads them needs no defaults."""
+        return {MODE: b"%d" % self.mode, UID: b"%d" % self.uid, GID: b"%d" % self.gid}
+
+    @classmethod
+    def noted_of(cls, sequence: Sequence, default: "Permissions") -> "Permissions":
+        """What a sequence's attributes say."""
+        noted = sequence.attributes()
+        return cls(
+            int(noted.get(MODE, default.mode)),
+            int(noted.get(UID, default.uid)),
+            int(noted.get(GID, default.gid)),
+        )
+
     @property
     def of_files(self) -> int:
         return self.mode & 0o444
@@ -43,6 +48,16 @@ class Permissions:
     def of_questions(self) -> int:
         """Who may read may ask: writing a question changes nothing."""
         return self.of_files | self.of_files >> 1
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """What all nodes share. invite: what `.kvfs/connect` holds for who opens it, None for no such file."""
+
+    store: Store
+    permissions: Permissions  # of all that has none noted
+    mounted_ns: int
+    invite: Callable[[Caller], bytes] | None = None
 
 
 class Node:

@@ -18,7 +18,7 @@ from kvfs.errors import KvfsError, NvmeStatusError, errno_of
 from kvfs.kv_tree.files import File, SafetensorsContent
 from kvfs.kv_tree.folders import ControlFolder, KvFolder
 from kvfs.kv_tree.inodes import InodeTable
-from kvfs.kv_tree.nodes import Folder, Mounted, Node, OpenContent
+from kvfs.kv_tree.nodes import DEFAULT_MODE, Folder, Mounted, Node, OpenContent, Permissions
 from kvfs.kv_tree.uploads import COPY_BYTES, Upload
 from kvfs.store import Store
 from kvfs.tree import ROOT_INODE, AttributeChanges, Attributes, Caller, FileError, OpenFile
@@ -66,8 +66,7 @@ class KvTree:
     ):
         mounted = Mounted(
             store,
-            os.getuid() if uid is None else uid,
-            os.getgid() if gid is None else gid,
+            Permissions(DEFAULT_MODE, os.getuid() if uid is None else uid, os.getgid() if gid is None else gid),
             time.time_ns(),
             invite,
         )

@@ -4,7 +4,27 @@ import sys
 
 import typer
 
-from kvfsctl import bench, check, demo, df, format, gc, info, ls, mount, rm, scrub, stats, umount, wear
+from kvfsctl import (
+    bench,
+    check,
+    demo,
+    df,
+    export,
+    fork,
+    format,
+    gc,
+    import_file,
+    info,
+    ls,
+    mount,
+    mv,
+    rm,
+    scrub,
+    stats,
+    tree,
+    umount,
+    wear,
+)
 from kvfsctl.output import EXIT_FAILED, fail
 
 app = typer.Typer(
@@ -21,6 +41,11 @@ app.command("info")(info.info)
 app.command("ls")(ls.ls)
 app.command("stats")(stats.stats)
 app.command("rm")(rm.rm)
+app.command("tree")(tree.tree)
+app.command("export")(export.export)
+app.command("import")(import_file.import_file)
+app.command("mv")(mv.mv)
+app.command("fork")(fork.fork)
 app.command("check")(check.check)
 app.command("scrub")(scrub.scrub)
 app.command("wear")(wear.wear)

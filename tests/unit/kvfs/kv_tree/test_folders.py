@@ -184,6 +184,17 @@ def test_owner_is_who_makes(client):
     assert (attributes.uid, attributes.gid, stat.S_IMODE(attributes.mode)) == (os.getuid(), os.getgid(), 0o755)
 
 
+def test_fork_is_whose_copies(client, sequence, store):
+    """Copied by another user: theirs, as protected as what it was copied from."""
+    sequence.set_attribute("mode", b"%d" % 0o750)
+    source = client.open("kv/m/a/sequence.safetensors")
+    file, _ = client.tree.create(*client.place("kv/m/b.safetensors"), 0o644, os.O_WRONLY, OTHER)
+    client.tree.copy_range(source, 0, file.handle, 0, 1 << 40)
+    client.tree.flush(file.handle)
+    attributes = client.walk("kv/m/b")
+    assert (attributes.uid, attributes.gid, stat.S_IMODE(attributes.mode)) == (1234, 5678, 0o750)
+
+
 def test_virtual_files_keep_their_mode(client, sequence):
     """chmod of a file that is only a view is refused; times, which the kernel sends by itself, are not kept."""
     for path in ("kv/m/a/tokens.npy", "kv/m/a/layer_00", "kv/m", ".kvfs/metrics"):
