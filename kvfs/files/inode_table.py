@@ -93,12 +93,13 @@ class InodeTable:
 
     def changed(self, inode: Inode) -> None:
         with self.data_lock:
-            self._changed[inode.id] = inode
+            self.note_changed(inode)
 
     # under data_lock:
 
     def note_changed(self, inode: Inode) -> None:
         self._changed[inode.id] = inode
+        self._inodes[inode.id] = inode  # a batch that ended meanwhile may have let it go
 
     def add_extents(self, inode: Inode, first_block: int, extents: Iterable[Extent]) -> None:
         """Blocks whose data are on the drive become part of a file."""
@@ -108,13 +109,13 @@ class InodeTable:
             self._in_flight.discard((lba, count))
             self._unnamed.append((lba, count))
         inode.num_blocks = inode.extents.num_blocks
-        self._changed[inode.id] = inode
+        self.note_changed(inode)
 
     def remove_extents(self, inode: Inode, first_block: int, stop_block: int) -> None:
         """Make a hole."""
         self._freed += inode.extents.remove(first_block, stop_block)
         inode.num_blocks = inode.extents.num_blocks
-        self._changed[inode.id] = inode
+        self.note_changed(inode)
 
     # space
 
