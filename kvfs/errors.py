@@ -84,6 +84,12 @@ class NotPermitted(KvfsError):
     """What the permissions of the mount, or of something in it, do not allow."""
 
 
+class ReadOnly(KvfsError):
+    def __init__(self, path):
+        self.path = path
+        super().__init__(f"{path} is mounted read-only: nothing in it can be changed")
+
+
 class OtherProcess(KvfsError):
     """A store that this process has inherited by fork: the connection is its parent's."""
 
@@ -163,6 +169,7 @@ ERRNO = {
     ServerGone: errno.ENOTCONN,
     TooManyClients: errno.EUSERS,
     NotPermitted: errno.EACCES,
+    ReadOnly: errno.EROFS,
     OtherProcess: errno.EBADF,
     NoSuchModel: errno.ENOENT,
     ModelMismatch: errno.EEXIST,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from accel.workers import load_worker
 from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
-from kvfs.errors import InvalidArgument
+from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.remote.remote_store import RemoteStore
 from kvfs.sizes import parse_size
 from kvfs.store import DEFAULT_CACHE_BYTES, DEFAULT_TAIL_BYTES, Store
@@ -73,5 +73,7 @@ def open(
 def _is_folder(path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError as error:  # also of a mount that is another user's alone
+        raise NotPermitted(f"{os.fspath(path)}: this user may not use it") from error
     except OSError as error:
         return error.errno == errno.ENOTCONN  # a mount whose server is gone

@@ -48,7 +48,10 @@ def mount(
     from kvfs.remote.server import RemoteServer
 
     options = MountOptions(os.fspath(drive), allow_other, read_only, flags)
-    with kvfs.open(drive, **open_options) as store, RemoteServer(store, for_everyone=allow_other) as remote:
+    with (
+        kvfs.open(drive, **open_options) as store,
+        RemoteServer(store, for_everyone=allow_other, read_only=read_only) as remote,
+    ):
         trees = Trees(FileSystem(store), KvTree(store, invite=remote.invite), store._lock)
         serve(trees, mountpoint, options, ready)
 

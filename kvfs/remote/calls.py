@@ -27,6 +27,8 @@ def model_facts(model: Model) -> dict:
 
 
 def add_model(session, name, geometry: dict) -> dict:
+    if name not in [known.name for known in session.store.models()]:
+        session.check_writable()
     return model_facts(session.store.add_model(name, **geometry))
 
 
@@ -39,6 +41,7 @@ def models(session) -> list[dict]:
 
 
 def create_sequence(session, model, name, attributes: dict) -> dict:
+    session.check_writable()
     for attribute in attributes:
         _check_attribute_is_users(session, attribute)
     values = {attribute: _bytes(value) for attribute, value in attributes.items()}
@@ -146,6 +149,7 @@ def truncate(session, handle, num_tokens) -> None:
 
 
 def fork(session, handle, name) -> dict:
+    session.check_writable()
     child = session.readable(handle).fork(name)
     for attribute, value in _ownership(session.client).items():
         child.set_attribute(attribute, value)

@@ -37,6 +37,7 @@ class RemoteServer:
     socket_path: where to listen, a new name in the runtime folder by default
     for_everyone: users beside this one may connect, if they are invited
     may: what an invited client may do with a sequence, see kvfs.remote.rights
+    read_only: clients change nothing
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class RemoteServer:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         max_clients: int = DEFAULT_MAX_CLIENTS,
         may: May = may,
+        read_only: bool = False,
     ):
         self._store = store
         self._memory_bytes = memory_bytes
         self._max_clients = max_clients
         self._may = may
+        self._read_only = read_only
         self._invitations = Invitations()
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
@@ -130,7 +133,7 @@ class RemoteServer:
             memory = self._shake_hands(connection, client)
             if memory is not None:
                 log.info("process %d of user %d is connected", client.pid, client.uid)
-                Session(self._store, connection, memory, client, self._may).run()
+                Session(self._store, connection, memory, client, self._may, self._read_only).run()
                 log.info("process %d of user %d is gone", client.pid, client.uid)
         except OSError as error:  # the client was killed, or never said anything
             log.info("process %d of user %d is gone: %s", client.pid, client.uid, error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvfs.errors import InvalidArgument, KvfsError, NotPermitted
+from kvfs.errors import InvalidArgument, KvfsError, NotPermitted, ReadOnly
 from kvfs.layout import NUMPY_DTYPE
 from kvfs.remote.calls import CALLS, model_facts
 from kvfs.remote.protocol import (
@@ -62,14 +62,23 @@ May = Callable[[Client, Sequence, bool], bool]
 
 
 class Session:
-    """may: what the client may do, as kvfs.remote.rights.may."""
+    """may: what the client may do, as kvfs.remote.rights.may; read_only: nobody may change anything."""
 
-    def __init__(self, store: Store, connection: socket.socket, memory: SharedMemory, client: Client, may: May):
+    def __init__(
+        self,
+        store: Store,
+        connection: socket.socket,
+        memory: SharedMemory,
+        client: Client,
+        may: May,
+        read_only: bool,
+    ):
         self.store = store
         self._connection = connection
         self.memory = memory
         self.client = client
         self._may = may
+        self._read_only = read_only
         self._handles: dict[int, Handle] = {}
         self._handle_of: dict[Sequence, Handle] = {}
         self._next_handle = 1
@@ -142,10 +151,16 @@ class Session:
 
     def writable(self, number: int) -> Sequence:
         handle = self.held(number)
+        self.check_writable()
         self._check(handle.may_write, "change", handle.sequence)
         return handle.sequence
 
+    def check_writable(self) -> None:
+        if self._read_only:
+            raise ReadOnly(self.store.path)
+
     def check_may_change(self, sequence: Sequence) -> None:
+        self.check_writable()
         self._check(self._may(self.client, sequence, True), "change", sequence)
 
     def _check(self, may: bool, verb: str, sequence: Sequence) -> None:

@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kvfs
 from kvfs import errors
+
+from .conftest import KVFSCTL
 
 SHAPE = {"num_layers": 2, "num_query_heads": 8, "num_kv_heads": 2, "head_dim": 64}
 
@@ -33,6 +38,7 @@ def test_a_mounted_drive_is_used_as_its_file(drive, drive_mount, kvfsctl):
         assert sequence.num_tokens == 600
         found = np.load(mount / "kv" / "m" / "chat" / "layer_01" / "kv_head_01" / "values.npy", mmap_mode="r")
         np.testing.assert_array_equal(found, values[:, 1].astype(np.float16))
+        del found  # or the mount is busy
         out, lse = store.attend(1, queries, sequence)
         (mount / "kv" / "m" / "chat").rename(mount / "kv" / "m" / "renamed")
         assert sequence.name == "renamed"
@@ -78,8 +84,64 @@ def test_a_mount_for_one_user(drive_mount):
         os.setuid(65534)
         try:
             kvfs.open(sys.argv[1])
-        except kvfs.KvfsError as error:
+        except kvfs.errors.NotPermitted:
             print("refused")
     """
     command = [sys.executable, "-c", textwrap.dedent(script), drive_mount.mountpoint]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "refused\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_mount_for_all_users(servers, drive, request):
+    """allow_other: what another user makes through the store is that user's in the tree, and its mode holds."""
+    script = """
+        import os, sys, numpy, kvfs
+        os.setuid(int(sys.argv[2]))
+        with kvfs.open(sys.argv[1]) as store:
+            model = store.add_model("m", num_layers=2, num_query_heads=8, num_kv_heads=2, head_dim=64)
+            rows = numpy.ones((3, 2, 64), numpy.float32)
+            try:
+                sequence = store.create_sequence(model, "theirs")
+            except kvfs.errors.SequenceExists:
+                sequence = store.sequence("theirs")
+            try:
+                sequence.append(0, rows, rows)
+                print("appended")
+            except kvfs.errors.NotPermitted:
+                print("refused", sequence.read(0)[0].shape)
+    """
+    folder = Path(tempfile.mkdtemp(prefix="kvfs-test-"))  # pytest's own folders are closed to others
+    folder.chmod(0o755)
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
+    mount = folder / "mount"
+    server = servers([*KVFSCTL, "mount", "--foreground", "--allow-other", drive, mount], mount)
+    for uid, wanted in ((65534, "appended"), (65533, "refused (3, 2, 64)"), (0, "appended")):
+        command = [sys.executable, "-c", textwrap.dedent(script), mount, str(uid)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.stdout == f"{wanted}\n", found.stderr
+    assert (mount / "kv" / "m" / "theirs").stat().st_uid == 65534
+    server.stop()
+
+
+def test_a_read_only_mount(servers, drive, tmp_path):
+    """Clients of a mount that must not change change nothing."""
+    with kvfs.open(drive) as store:
+        sequence = store.create_sequence(store.add_model("m", **SHAPE), "chat")
+        for layer in range(2):
+            sequence.append(layer, *random_kv(20))
+    mount = tmp_path / "mount"
+    servers([*KVFSCTL, "mount", "--foreground", "--read-only", drive, mount], mount)
+    with kvfs.open(mount) as store:
+        sequence = store.sequence("chat")
+        assert len(sequence.read(1)[0]) == 20
+        model = store.add_model("m", **SHAPE)
+        for call in (
+            lambda: sequence.append(0, *random_kv(1)),
+            lambda: sequence.truncate(0),
+            lambda: sequence.fork("child"),
+            lambda: store.create_sequence(model, "new"),
+            lambda: store.add_model("other", **SHAPE),
+            lambda: store.delete_sequence("chat"),
+        ):
+            with pytest.raises(errors.ReadOnly):
+                call()
