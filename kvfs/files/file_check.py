@@ -141,6 +141,7 @@ class FileRows:
         ).get
         if unreached and not any("has no name" in text for text in found):
             found.append(f"files: {unreached} files cannot be reached from the root folder")
+        self._execute("DROP TABLE temp.counted")
         return found
 
     def _count(self) -> None:
