@@ -118,6 +118,7 @@ def receive(connection: socket.socket, buffer) -> bool:
     """Fill the buffer; False at the end of the connection."""
     missing = len(buffer)
     while missing:
+        # one call, unless a signal comes or it is long
         count = connection.recv_into(memoryview(buffer)[-missing:], 0, socket.MSG_WAITALL)
         if count == 0:
             return False

@@ -168,9 +168,13 @@ class RemoteSequence:
         dtype = self.model.geometry.numpy_dtype
         behind = aligned(keys.size * dtype.itemsize)
         offset = connection.place(2 * behind)
-        with np.errstate(over="ignore", invalid="ignore"):  # as kvfs.arrays.to_storage rounds
-            np.copyto(connection.memory.array(offset, keys.shape, dtype), keys, casting="unsafe")
-            np.copyto(connection.memory.array(offset + behind, values.shape, dtype), values, casting="unsafe")
+        for at, rows in ((offset, keys), (offset + behind, values)):
+            target = connection.memory.array(at, rows.shape, dtype)
+            if rows.dtype == dtype:
+                target[...] = rows
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):  # as kvfs.arrays.to_storage rounds
+                    target[...] = rows
         return offset
 
     def append_tokens(self, token_ids) -> None:

@@ -165,8 +165,9 @@ class RemoteStore:
     def _attend(self, sequences, queries, ranges, flags, fields):
         """(out, lse), by halves of the batch, then of the queries, until a request fits."""
         num_sequences, num_queries = queries.shape[:2]
-        if _attend_bytes(queries) <= self._connection.memory.num_bytes or queries.shape[:2] == (1, 1):
-            return self._attend_at_once(sequences, queries, ranges, flags, fields)
+        num_bytes = _attend_bytes(queries)
+        if num_bytes <= self._connection.memory.num_bytes or queries.shape[:2] == (1, 1):
+            return self._attend_at_once(sequences, queries, ranges, flags, fields, num_bytes)
         if num_sequences > 1:
             axis, half = 0, num_sequences // 2
             batches = sequences[:half], sequences[half:]
@@ -185,10 +186,10 @@ class RemoteStore:
         answers = [self._attend(*part, flags, fields) for part in parts]
         return tuple(np.concatenate(column, axis) for column in zip(*answers, strict=True))
 
-    def _attend_at_once(self, sequences, queries, ranges, flags, fields):
+    def _attend_at_once(self, sequences, queries, ranges, flags, fields, num_bytes):
         with self._connection as connection:
             memory = connection.memory
-            offset = connection.place(_attend_bytes(queries))
+            offset = connection.place(num_bytes)
             memory.array(offset, queries.shape, queries.dtype)[...] = queries
             answer_offset = offset + aligned(queries.nbytes)
             if ranges is not None:

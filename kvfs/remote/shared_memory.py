@@ -4,6 +4,7 @@ The owner makes it, sealed against a change of size, so that neither can make th
 """
 
 import fcntl
+import math
 import mmap
 import os
 import stat
@@ -36,15 +37,13 @@ class SharedMemory:
         if not stat.S_ISREG(facts.st_mode) or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ValueError("the shared memory is not sealed")
         self.num_bytes = facts.st_size
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, self.num_bytes), np.uint8)
+        self._mapping = mmap.mmap(descriptor, self.num_bytes)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A view. Raises InvalidArgument where it is not aligned or not wholly inside."""
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = math.prod(shape) * dtype.itemsize
         if offset % ARRAY_ALIGNMENT or offset + size > self.num_bytes:
             raise InvalidArgument(
                 f"an array of {size} bytes at {offset} of the {self.num_bytes} bytes of shared memory"
             )
-        return self._bytes[offset : offset + size].view(dtype).reshape(shape)
+        return np.ndarray(shape, dtype, self._mapping, offset)
