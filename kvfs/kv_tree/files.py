@@ -1,7 +1,6 @@
 """The files of the KV tree. What a file holds is fixed when it is looked up: a change makes another inode."""
 
 import json
-import os
 from functools import cached_property
 from hashlib import blake2b
 
@@ -203,6 +202,7 @@ class UploadFile(_NamedFile):
     def __init__(self, parent: Folder, name: str, caller: Caller, now_ns: int, upload: Upload):
         permissions = Permissions(0o600, caller.uid, caller.gid)
         super().__init__(parent, name, (now_ns,), permissions, now_ns)
+        self.caller = caller
         self._upload = upload
 
     def attributes(self) -> Attributes:
@@ -217,7 +217,5 @@ class UploadFile(_NamedFile):
             self._upload.truncate(changes.size)
 
     def open(self, flags: int, caller: Caller) -> OpenContent:
-        if flags & os.O_TRUNC:
-            self._upload.truncate(0)
         self._upload.opened()
         return self._upload

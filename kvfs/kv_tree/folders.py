@@ -23,7 +23,7 @@ from kvfs.kv_tree.prometheus import metrics_text
 from kvfs.kv_tree.safetensors_format import KINDS, layer_name
 from kvfs.kv_tree.snapshot import Snapshot
 from kvfs.kv_tree.transfer import SafetensorsReader, import_sequence
-from kvfs.kv_tree.uploads import Upload
+from kvfs.kv_tree.uploads import Purpose, Upload
 from kvfs.layout import KvGeometry
 from kvfs.model import Model
 from kvfs.sequence import Sequence
@@ -32,6 +32,7 @@ from kvfs.tree import AttributeChanges, Attributes, Caller, FileError
 
 RENAME_NOREPLACE = 1
 MAX_MODEL_JSON_BYTES = 65536
+MAX_UPLOADS = 64  # of a folder, being written or waiting for their names
 SAFETENSORS, JSON = ".safetensors", ".json"
 MODEL_JSON = "model.json"
 
@@ -74,21 +75,26 @@ class ControlFolder(TopFolder):
 
 
 class UploadsFolder(Folder):
-    """A folder in which files can be written that become something when they are closed."""
+    """A folder in which files can be written that become something when they are closed.
+
+    Files with a leading dot become it when they are renamed: so rsync and the safetensors library write.
+    taken: the names of files that become something.
+    """
+
+    taken: str
 
     def __init__(self):
         self._uploads: dict[str, tuple[UploadFile, Upload]] = {}
+
+    def _purpose(self, name: str, caller: Caller) -> Purpose | None:
+        """What a file of this name becomes; None: nothing."""
+        raise NotImplementedError
 
     def _upload(self, name: str) -> UploadFile | None:
         file, upload = self._uploads.get(name, (None, None))
         if upload is not None and upload.is_finished:
             self._uploads.pop(name, None)
             return None
-        return file
-
-    def _begin_upload(self, name: str, caller: Caller, upload: Upload) -> UploadFile:
-        file = UploadFile(self, name, caller, time.time_ns(), upload)
-        self._uploads[name] = (file, upload)
         return file
 
     def _upload_names(self) -> list[str]:
@@ -100,14 +106,38 @@ class UploadsFolder(Folder):
         attributes.num_links = 1
         return attributes
 
+    def create(self, name: str, caller: Caller) -> UploadFile:
+        purpose = self._purpose(name, caller)
+        if purpose is None:
+            if not name.startswith("."):
+                raise FileError(errno.EPERM, f"{self.path} takes files as {self.taken}, not {name!r}")
+            if len(self._upload_names()) >= MAX_UPLOADS:
+                raise FileError(errno.ENOSPC, f"{MAX_UPLOADS} files wait in {self.path} to be renamed")
+        upload = Upload(self._mounted.store.path, purpose)
+        file = UploadFile(self, name, caller, time.time_ns(), upload)
+        self._uploads[name] = file, upload
+        return file
+
     def unlink(self, name: str) -> None:
         if self._upload(name) is None:
             super().unlink(name)
         self._uploads.pop(name)[1].cancel()
 
+    def rename(self, name: str, target: Folder, new_name: str, flags: int) -> None:
+        """Of a file that waits for its name."""
+        file = self._upload(name)
+        if file is None:
+            super().rename(name, target, new_name, flags)
+        purpose = self._purpose(new_name, file.caller)
+        if target is not self or purpose is None:
+            raise FileError(errno.EPERM, f"{self.path}/{name} can become {self.taken} there, not {new_name!r}")
+        self._uploads[name][1].become(purpose)
+
 
 class KvFolder(UploadsFolder, TopFolder):
     """`kv`: a folder for each model. A model is made by writing its JSON to kv/NAME.json."""
+
+    taken = "MODEL.json"
 
     def __init__(self, mounted: Mounted, name: str):
         TopFolder.__init__(self, mounted, name)
@@ -130,11 +160,11 @@ class KvFolder(UploadsFolder, TopFolder):
         text = f"a model needs its geometry: write a model.json to kv/{name}{JSON}, or use Store.add_model"
         raise FileError(errno.EPERM, text)
 
-    def create(self, name: str, caller: Caller) -> UploadFile:
-        if not name.endswith(JSON) or name == JSON:
-            raise FileError(errno.EPERM, f"kv takes models as NAME{JSON}, not {name!r}")
-        upload = Upload(self._mounted.store.path, lambda file: self._add_model(name.removesuffix(JSON), file))
-        return self._begin_upload(name, caller, upload)
+    def _purpose(self, name: str, caller: Caller) -> Purpose | None:
+        model_name = name.removesuffix(JSON)
+        if model_name in ("", name):
+            return None
+        return Purpose(lambda file: self._add_model(model_name, file))
 
     def _add_model(self, name: str, file) -> None:
         try:
@@ -148,6 +178,8 @@ class KvFolder(UploadsFolder, TopFolder):
 
 class ModelFolder(UploadsFolder):
     """The model's sequences. Copying a safetensors file to NAME.safetensors imports it as sequence NAME."""
+
+    taken = "SEQUENCE.safetensors"
 
     def __init__(self, mounted: Mounted, parent: KvFolder, model: Model):
         super().__init__()
@@ -197,25 +229,23 @@ class ModelFolder(UploadsFolder):
         permissions = Permissions(mode, caller.uid, caller.gid)
         return {} if permissions == self._mounted.permissions else permissions.noted()
 
-    def create(self, name: str, caller: Caller) -> UploadFile:
-        if not name.endswith(SAFETENSORS) or name == SAFETENSORS:
-            raise FileError(errno.EPERM, f"{self.path} takes files as NAME{SAFETENSORS}, not {name!r}")
+    def _purpose(self, name: str, caller: Caller) -> Purpose | None:
         sequence_name = name.removesuffix(SAFETENSORS)
-        ownership = self._ownership(DEFAULT_MODE, caller)
-        store = self._mounted.store
+        if sequence_name in ("", name):
+            return None
 
         def finish(file) -> None:
-            import_sequence(store, self.model, sequence_name, file, ownership)
+            ownership = self._ownership(DEFAULT_MODE, caller)
+            import_sequence(self._mounted.store, self.model, sequence_name, file, ownership)
 
         def fork(source: SafetensorsReader) -> None:
-            if source.snapshot.sequence.model is not self.model:
-                raise InvalidArgument(
-                    f"{sequence_name!r} would be of another model than what it is copied from"
-                )
-            mode = Permissions.noted_of(source.snapshot.sequence, self._mounted.permissions).mode
+            parent = source.snapshot.sequence
+            if parent.model is not self.model:
+                raise InvalidArgument(f"{parent.name!r} cannot become a sequence of another model")
+            mode = Permissions.noted_of(parent, self._mounted.permissions).mode
             source.snapshot.fork(sequence_name, Permissions(mode, caller.uid, caller.gid).noted())
 
-        return self._begin_upload(name, caller, Upload(store.path, finish, fork))
+        return Purpose(finish, fork)
 
     def remove_folder(self, name: str) -> None:
         """Removes the sequence, though its folder lists files: they are views of it, and go with it."""
@@ -225,9 +255,12 @@ class ModelFolder(UploadsFolder):
         self._mounted.store.delete_sequence(name)
 
     def rename(self, name: str, target: Folder, new_name: str, flags: int) -> None:
+        if self._upload(name) is not None:
+            super().rename(name, target, new_name, flags)
+            return
         self._sequence(name)
-        if target is not self:
-            raise FileError(errno.EXDEV, f"{name!r} cannot become a sequence of another model")
+        if target is not self:  # not EXDEV: mv would make an empty sequence and fail to copy
+            raise FileError(errno.EPERM, f"{name!r} cannot become a sequence of another model")
         if flags & ~RENAME_NOREPLACE:
             raise FileError(errno.EINVAL)
         if new_name == name:

@@ -155,11 +155,17 @@ class MountOperations(pyfuse3.Operations):
         self._trees.of_change(parent, name).remove_folder(parent, name)
 
     @answered
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, context):
+    def _rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, context):
         tree = self._trees.of_change(parent, name)
         if tree is not self._trees.of_change(new_parent, new_name):
             raise FileError(errno.EXDEV)
         tree.rename(parent, name, new_parent, new_name, flags)
+
+    _rename_kv = answered_in_thread(_rename.__wrapped__)  # a file may be taken into the KV cache by its name
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, context):
+        rename = self._rename_kv if self._trees.of_inode(parent) is self._trees.kv else self._rename
+        await rename(parent, name, new_parent, new_name, flags, context)
 
     # attributes
 

@@ -114,7 +114,7 @@ def test_rename(client, sequence, store):
     assert errno_of(rename, model, b"a", model, b"b", 1) == errno.EEXIST
     assert errno_of(rename, model, b"a", model, b"c", 0) == errno.ENOTEMPTY
     assert errno_of(rename, model, b"a", model, b"b", 2) == errno.EINVAL
-    assert errno_of(rename, model, b"a", client.inode("kv/bf"), b"x", 0) == errno.EXDEV
+    assert errno_of(rename, model, b"a", client.inode("kv/bf"), b"x", 0) == errno.EPERM
     assert errno_of(rename, model, b"nobody", model, b"x", 0) == errno.ENOENT
     assert errno_of(rename, model, b"model.json", model, b"x", 0) == errno.ENOENT
     assert errno_of(rename, inode, b"tokens.npy", inode, b"x", 0) == errno.EPERM

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 import kvfs
 from kvfs.errors import InvalidArgument, OutOfSpace, SequenceExists
+from kvfs.kv_tree.folders import MAX_UPLOADS
 from kvfs.kv_tree.transfer import export_sequence, import_sequence, model_of_file
 from kvfs.kv_tree.tree import KvTree
 from kvfs.sequence_attributes import IMPORTING
@@ -247,6 +248,32 @@ def test_an_upload_is_a_file_meanwhile(client, exported):
     client.tree.flush(handle)
     client.tree.release(handle)
     assert client.names("kv/m") == ["model.json", "a"]
+
+
+def test_written_under_another_name(client, store, sequence, exported):
+    """rsync and the safetensors library write .NAME and rename it: it is taken in then."""
+    folder, rename = client.inode("kv/m"), client.tree.rename
+    client.write("kv/m/.tmpAbC", exported)
+    assert client.names("kv/m") == ["model.json", "a", ".tmpAbC"]
+    assert client.walk("kv/m/.tmpAbC").size == len(exported)
+    for target in ((folder, b"b"), (folder, b".other"), (client.inode("kv/bf"), b"b.safetensors")):
+        assert errno_of(rename, folder, b".tmpAbC", *target, 0) == errno.EPERM
+    assert errno_of(rename, folder, b".tmpAbC", folder, b"a.safetensors", 0) == errno.EEXIST
+    rename(folder, b".tmpAbC", folder, b"b.safetensors", 0)
+    assert client.names("kv/m") == ["model.json", "a", "b"]
+    assert same_sequences(store.sequence("b"), sequence)
+    client.write("kv/.tmp", client.read("kv/m/model.json"))
+    rename(client.inode("kv"), b".tmp", client.inode("kv"), b"new.json", 0)
+    assert client.names("kv") == ["bf", "m", "new"]
+
+
+def test_files_that_wait_are_counted(client):
+    """Files that are never renamed must not fill the disk that they wait on without anyone noticing."""
+    for number in range(MAX_UPLOADS):
+        client.write(f"kv/m/.{number}", b"x")
+    assert errno_of(client.create, "kv/m/.more") == errno.ENOSPC
+    client.tree.unlink(*client.place("kv/m/.7"))
+    client.write("kv/m/.more", b"x")
 
 
 # forks
