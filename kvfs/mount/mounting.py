@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import kvfs
 from kvfs.errors import AlreadyMounted, CannotUnmount
+from kvfs.files.file_system import FileSystem
+from kvfs.kv_tree.tree import KvTree
 from kvfs.mount.mountpoints import (
     FILE_SYSTEM_TYPE,
     check_fuse,
@@ -15,6 +18,8 @@ from kvfs.mount.mountpoints import (
     mount_of,
     unmount,
 )
+from kvfs.mount.trees import Trees
+from kvfs.remote.server import RemoteServer
 
 RELEASE_SECONDS = 120.0  # what a server may take to write its tails and close the drive
 
@@ -39,13 +44,8 @@ def mount(
     already = mount_of(drive)
     if already is not None and _is_locked(Path(drive)):  # else its server is gone
         raise AlreadyMounted(drive, already.mountpoint)
-    # these take a second to import, which an error need not wait for
-    import kvfs
-    from kvfs.files.file_system import FileSystem
-    from kvfs.kv_tree.tree import KvTree
+    # libfuse is needed to mount, not to unmount
     from kvfs.mount.server import MountOptions, serve
-    from kvfs.mount.trees import Trees
-    from kvfs.remote.server import RemoteServer
 
     options = MountOptions(os.fspath(drive), allow_other, read_only, flags)
     with (

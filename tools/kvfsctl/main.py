@@ -59,13 +59,15 @@ app.command("demo")(demo.demo)
 
 def run() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
-    from kvfs.errors import ERRNO
-
     try:
         app()
-    except tuple(ERRNO) as error:
-        fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    except Exception as error:
+        from kvfs.errors import ERRNO  # only now: importing kvfs starts threads, and `mount` forks
+
+        if not isinstance(error, tuple(ERRNO)):
+            raise
+        fail(str(error))

@@ -2,13 +2,15 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvfsctl.output import DriveArgument, fail
+from kvfsctl.background import in_background
+from kvfsctl.output import EXIT_FAILED, EXIT_USAGE, DriveArgument
 
 MountpointArgument = Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="An empty folder.")]
 
@@ -39,39 +41,32 @@ def mount(
     Returns once files can be opened. The server, which owns the drive meanwhile, stays in the background
     until `kvfsctl umount`; SIGTERM ends it as well, with everything written.
     """
-    from kvfs.mount.mount_options import parse_options
-
-    arguments = parse_options(options)
-    arguments["allow_other"] = allow_other or arguments.get("allow_other", False)
-    arguments["read_only"] = read_only or arguments.get("read_only", False)
-    if cache_bytes is not None:
-        arguments["cache_bytes"] = cache_bytes
-    start(drive, mountpoint, arguments, foreground=foreground, log_file=log_file, debug=debug)
+    given = [options, *(["allow_other"] if allow_other else []), *(["ro"] if read_only else [])]
+    given += [f"cache_bytes={cache_bytes}"] if cache_bytes is not None else []
+    code = start(drive, mountpoint, ",".join(given), foreground=foreground, log_file=log_file, debug=debug)
+    if code:
+        raise typer.Exit(code)
 
 
-def start(
-    drive: Path, mountpoint: Path, arguments: dict, *, foreground: bool, log_file: Path, debug: bool
-) -> None:
-    """Serve here, or from a process in the background; exits with the code of a server that did not start."""
-    from kvfs.mount.background import in_background
+def start(drive: Path, mountpoint: Path, options: str, *, foreground: bool, log_file: Path, debug: bool) -> int:
+    """Serve here, or from a process in the background; returns the exit code of a server that did not start.
 
+    options: as of mount -o.
+    """
     drive, mountpoint, log_file = drive.absolute(), mountpoint.absolute(), log_file.absolute()
 
     def serve(ready: Callable[[], None]) -> int:
-        from kvfs.errors import ERRNO
+        from kvfs.errors import ERRNO, InvalidArgument
+        from kvfs.mount.mount_options import parse_options
         from kvfs.mount.mounting import mount as mount_drive
         from kvfs.mount.service_manager import log_to_stderr
 
-        log_to_stderr((logging.DEBUG if debug else logging.INFO) if foreground or debug else logging.WARNING)
+        log_to_stderr(logging.DEBUG if debug else logging.INFO if foreground else logging.WARNING)
         try:
-            mount_drive(drive, mountpoint, ready=ready, **arguments)
+            mount_drive(drive, mountpoint, ready=ready, **parse_options(options))
         except tuple(ERRNO) as error:
-            fail(str(error))
+            print(f"kvfsctl: {' '.join(str(error).split())}", file=sys.stderr)
+            return EXIT_USAGE if isinstance(error, InvalidArgument) else EXIT_FAILED
         return 0
 
-    if foreground:
-        serve(lambda: None)
-        return
-    code = in_background(serve, log_file)
-    if code:
-        raise typer.Exit(code)
+    return serve(lambda: None) if foreground else in_background(serve, log_file)

@@ -5,24 +5,22 @@ import os
 import sys
 from pathlib import Path
 
+from kvfsctl.main import run
+from kvfsctl.mount import start
+from kvfsctl.output import EXIT_USAGE
+
 FSCK_CLEAN, FSCK_CORRECTED, FSCK_ERRORS_LEFT, FSCK_FAILED = 0, 1, 4, 8
 MOUNT_USAGE, MOUNT_FAILED = 1, 32
 
 
 def mkfs() -> None:
     """mkfs.kvfs: `kvfsctl format`."""
-    from kvfsctl.main import run
-
     sys.argv[1:1] = ["format"]
     run()
 
 
 def mount() -> None:
     """mount.kvfs DRIVE MOUNTPOINT [-sfnv] [-o OPTIONS], as mount(8) calls it."""
-    from kvfs.errors import InvalidArgument
-    from kvfs.mount.mount_options import parse_options
-    from kvfsctl.mount import start
-
     parser = argparse.ArgumentParser("mount.kvfs", description="Mount a kvfs drive; called by mount -t kvfs.")
     parser.add_argument("drive", type=Path)
     parser.add_argument("mountpoint", type=Path)
@@ -33,24 +31,14 @@ def mount() -> None:
     parser.add_argument("-t", dest="type", help=argparse.SUPPRESS)
     parser.add_argument("-N", dest="mount_namespace", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    try:
-        options = parse_options(",".join(arguments.options))
-    except InvalidArgument as error:
-        print(f"mount.kvfs: {error}", file=sys.stderr)
-        sys.exit(MOUNT_USAGE)
     if arguments.fake:
         return
-    try:
-        start(
-            arguments.drive,
-            arguments.mountpoint,
-            options,
-            foreground=False,
-            log_file=Path(os.devnull),
-            debug=False,
-        )
-    except Exception:  # typer.Exit: the server has said why
-        sys.exit(MOUNT_FAILED)
+    options, nowhere = ",".join(arguments.options), Path(os.devnull)
+    code = start(
+        arguments.drive, arguments.mountpoint, options, foreground=False, log_file=nowhere, debug=False
+    )
+    if code:
+        sys.exit(MOUNT_USAGE if code == EXIT_USAGE else MOUNT_FAILED)
 
 
 def fsck() -> None:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_DAMAGED = 3
 JSON_SCHEMA = 1
 
