@@ -17,7 +17,7 @@ from kvfs.tree import FileError
 from spdk_glue.status import NvmeError
 
 RESERVED_PAGES = 64  # for what has to succeed when all is full: deleting
-PAGES_PER_CHANGE = 8  # that a change of names writes at most, seldom more than two
+PAGES_PER_CHANGE = 4  # that a change writes: of names, positions and inodes one each, seldom more
 FILL = 2  # pages of a table are at least half full
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Batch:
         self._page_bytes = page_bytes
         self._max_pages = database_pages
         self._reserved_pages = min(RESERVED_PAGES, database_pages // 16)
-        self._max_changes = max(8, log_pages // (4 * PAGES_PER_CHANGE))
+        self._max_changes = max(8, log_pages // 2 // PAGES_PER_CHANGE)  # a checkpoint begins at a quarter
         self.pending: PendingRows | None = None
         self.is_open = False
         self._is_lost = False

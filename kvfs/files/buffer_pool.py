@@ -17,7 +17,7 @@ SLAB_BYTES = 2 << 20  # one huge page
 
 class BufferPool:
     def __init__(self, kept_bytes: int):
-        """kept_bytes: how much idle memory of each size (a power of two) waits for its next use; a slab at least."""
+        """kept_bytes: how much idle memory of each size (a power of two) may wait; a slab at least."""
         self._kept_bytes = kept_bytes
         self._idle: dict[int, list[np.ndarray]] = defaultdict(list)  # by size
         self._leases: dict[int, weakref.ref] = {}

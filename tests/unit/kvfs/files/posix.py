@@ -1,6 +1,8 @@
 """A file system used as a kernel uses it: paths walked by lookups, each of which is forgotten again."""
 
+import errno
 import os
+import stat
 from contextlib import contextmanager
 
 from kvfs.files.file_system import FileSystem
@@ -35,6 +37,8 @@ class Posix:
         """(inode of the folder, name)."""
         folder, _, name = path.rpartition(b"/")
         with self.inode(folder) as inode:
+            if not stat.S_ISDIR(self.tree.attributes(inode).mode):
+                raise FileError(errno.ENOTDIR)  # as a walk would find out, whatever follows
             yield inode, name
 
     def _made(self, attributes: Attributes) -> Attributes:
