@@ -7,6 +7,7 @@ would wait, for the drive or for the trees' lock, goes to one. What is in a file
 import errno
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 
 import trio
@@ -118,11 +119,15 @@ class MountOperations(pyfuse3.Operations):
             return self._trees.files.attributes(ROOT_INODE)
         return found
 
-    @answered
-    def forget(self, counts: list[tuple[int, int]]):
+    async def forget(self, counts: list[tuple[int, int]]):
         for inode, count in counts:
             if inode != ROOT_INODE:
-                self._trees.of_inode(inode).forget(inode, count)
+                with suppress(pyfuse3.FUSEError):  # nobody is told
+                    await self._forget(inode, count)
+
+    @answered
+    def _forget(self, inode: int, count: int):
+        self._trees.of_inode(inode).forget(inode, count)
 
     @answered
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, context):

@@ -22,6 +22,11 @@ class BrokenTree(MemoryTree):
             raise RuntimeError("a bug")
         return super().lookup(parent, name)
 
+    def forget(self, inode, count):
+        if self.attributes(inode).mode & 0o777 == 0o123:
+            raise RuntimeError("a bug")
+        super().forget(inode, count)
+
     def allocate(self, handle, mode, offset, length):
         if length == 0x666:
             raise RuntimeError("a bug")

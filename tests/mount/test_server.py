@@ -113,5 +113,9 @@ def test_unexpected_error_is_eio(root, memory_mount):
     with open(root / "file", "wb") as file, pytest.raises(OSError) as raised:
         os.posix_fallocate(file.fileno(), 0, 0x666)
     assert raised.value.errno == errno.EIO
+    (root / "cursed").touch()
+    os.chmod(root / "cursed", 0o123)
+    os.unlink(root / "cursed")  # the kernel forgets it
+    assert os.listdir(root)
     assert memory_mount.stop() == 0
-    assert memory_mount.log.count("unexpected RuntimeError: a bug") == 2
+    assert memory_mount.log.count("unexpected RuntimeError: a bug") == 3
