@@ -5,6 +5,7 @@ would wait, for the drive or for the trees' lock, goes to one. What is in a file
 """
 
 import errno
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,11 +39,8 @@ def answered(operation: Callable) -> Callable:
     @wraps(operation)
     async def coroutine(self, *arguments):
         try:
-            if self._trees.lock.acquire(blocking=False):
-                try:
-                    return operation(self, *arguments)
-                finally:
-                    self._trees.lock.release()
+            if self._trees.is_idle():
+                return operation(self, *arguments)
             return await trio.to_thread.run_sync(operation, self, *arguments)
         except Exception as error:
             raise pyfuse3.FUSEError(errno_for(error)) from None
@@ -224,9 +222,15 @@ class MountOperations(pyfuse3.Operations):
     # handles
 
     @answered
-    def open(self, inode: int, flags: int, context):
+    def _open(self, inode: int, flags: int, context):
         tree = self._trees.of_inode(inode)
         return self._file_info(tree, tree.open(inode, flags, caller_of(context)), inode, flags)
+
+    _open_and_truncate = answered_in_thread(_open.__wrapped__)
+
+    async def open(self, inode: int, flags: int, context):
+        open_file = self._open_and_truncate if flags & os.O_TRUNC else self._open
+        return await open_file(inode, flags, context)
 
     @answered
     def create(self, parent: int, name: bytes, mode: int, flags: int, context):

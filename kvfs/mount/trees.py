@@ -17,9 +17,16 @@ class Trees:
     """
 
     def __init__(self, files: Tree, kv: Tree, lock: RLock):
-        self.files, self.kv, self.lock = files, kv, lock
+        self.files, self.kv, self._lock = files, kv, lock
         self._by_tag = (files, kv)
         self._written: dict[int, int] = {}  # inode by tagged handle, of those that may write
+
+    def is_idle(self) -> bool:
+        """Whether an operation would find the lock free. It is not kept: some take another one before it."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        self._lock.release()
+        return True
 
     def of_inode(self, inode: int) -> Tree:
         return self.kv if inode & KV_INODE_BIT else self.files
