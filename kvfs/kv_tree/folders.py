@@ -242,8 +242,9 @@ class ModelFolder(UploadsFolder):
             parent = source.snapshot.sequence
             if parent.model is not self.model:
                 raise InvalidArgument(f"{parent.name!r} cannot become a sequence of another model")
-            mode = Permissions.noted_of(parent, self._mounted.permissions).mode
-            source.snapshot.fork(sequence_name, Permissions(mode, caller.uid, caller.gid).noted())
+            inherited = Permissions.noted_of(parent, self._mounted.permissions)
+            own = Permissions(inherited.mode, caller.uid, caller.gid)
+            source.snapshot.fork(sequence_name, {} if own == inherited else own.noted())
 
         return Purpose(finish, fork)
 

@@ -24,7 +24,11 @@ def tree(drive: StoreArgument, json_output: JsonOption = False):
         size = format_size(sum(sequence["size_bytes"] for sequence in model["sequences"]))
         branch = root.add(f"[bold]{escape(model['name'])}[/bold]  {shape}, {model['dtype']}  {size}")
         for sequence in model["sequences"]:
-            notes = "".join(f"  {name}={value}" for name, value in sequence["attributes"].items())
+            notes = "".join(
+                f"  {name}={value}"
+                for name, value in sequence["attributes"].items()
+                if name.startswith("user.")
+            )
             size = format_size(sequence["size_bytes"])
             branch.add(escape(f"{sequence['name']}  {sequence['num_tokens']:,} tokens  {size}{notes}"))
     Console(soft_wrap=True).print(root)
