@@ -31,7 +31,7 @@ setup(
     extras_require={
         "transformers": ["torch==2.13.0", "transformers>=5.19,<6", "safetensors"],
         "plot": ["matplotlib"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff", "safetensors"],
     },
     entry_points={
         "console_scripts": [
