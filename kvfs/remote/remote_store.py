@@ -53,11 +53,17 @@ class RemoteStore:
 
     def close(self) -> None:
         """Flush and end the connection; the drive stays mounted. Closing twice is allowed."""
+        connection = self._connection
         try:
-            if self._connection.is_usable:
-                self.flush()
+            if connection.is_usable:
+                with connection:
+                    connection.settle()  # raises what a posted append failed with; all else is flushed yet
         finally:
-            self._connection.close()
+            try:
+                if connection.is_usable:
+                    self.flush()
+            finally:
+                connection.close()
 
     # models
 

@@ -18,10 +18,17 @@ def new_socket_path(for_everyone: bool) -> Path:
     for_everyone: others than this user are to reach it, as with a mount that allows others
     """
     folder = _folder(for_everyone)
-    folder.mkdir(mode=0o755 if for_everyone else 0o700, exist_ok=True)
-    facts = folder.lstat()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        raise NotPermitted(
+            f"{folder} cannot be made, where the socket for clients would lie: {error}"
+        ) from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise NotPermitted(f"{folder} must be a folder that only its owner, this user, can write to")
+    if for_everyone:
+        folder.chmod(0o755)
     _remove_dead(folder)
     return folder / f"{secrets.token_hex(8)}.sock"
 
@@ -30,7 +37,7 @@ def _folder(for_everyone: bool) -> Path:
     if os.geteuid() == 0:
         return Path("/run/kvfs")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and not for_everyone:
+    if runtime and os.path.isdir(runtime) and not for_everyone:
         return Path(runtime) / "kvfs"
     return Path(f"/tmp/kvfs-{os.geteuid()}{'-shared' if for_everyone else ''}")
 

@@ -223,6 +223,20 @@ def test_closing(served):
     assert [row.num_tokens for row in served.store.catalogue_rows()] == [10], "closing flushes"
 
 
+def test_closing_after_a_posted_append_failed(served):
+    """The failure is told at the latest here, and what others appended is flushed all the same."""
+    client = served.open()
+    first, second = (client.create_sequence(add_model(client), name) for name in ("first", "second"))
+    for layer in range(2):
+        second.append(layer, *random_kv(10))
+    first.append(0, *random_kv(1))
+    served.store.delete_sequence("first")
+    first.append(0, *random_kv(1))
+    with pytest.raises(errors.InvalidArgument, match="deleted"):
+        client.close()
+    assert [(row.name, row.num_tokens) for row in served.store.catalogue_rows()] == [("second", 10)]
+
+
 def test_folders(tmp_path, served):
     """kvfs.open of a folder: mounted or not, and options that are the mount's to choose."""
     with pytest.raises(errors.NotADrive, match="mounted"):

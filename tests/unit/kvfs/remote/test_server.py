@@ -499,5 +499,9 @@ def test_a_socket_folder_of_others(tmp_path, monkeypatch):
     (tmp_path / "kvfs").chmod(0o777)
     with pytest.raises(errors.NotPermitted):
         socket_folder.new_socket_path(True)
+    (tmp_path / "kvfs").rmdir()
+    for for_everyone, mode in ((False, 0o700), (True, 0o755), (False, 0o755)):  # a later mount lets others in
+        socket_folder.new_socket_path(for_everyone)
+        assert (tmp_path / "kvfs").stat().st_mode & 0o777 == mode
     with pytest.raises(errors.InvalidArgument, match="too long"):
         socket_folder.listen(tmp_path / ("x" * 108), 1, False)
