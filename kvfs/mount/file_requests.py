@@ -15,6 +15,7 @@ from kvfs.mount.fuse_glue import ffi, lib, pyfuse3
 from kvfs.mount.trees import Trees
 
 NUM_THREADS = 8
+END_SECONDS = 60.0  # a seek may wait for a write that nobody takes any more
 COPY_REQUEST_BYTES = 256 << 20  # then the caller asks again, and may be interrupted
 
 
@@ -50,11 +51,11 @@ class FileRequests:
             thread.start()
 
     def close(self) -> None:
-        """Answer what was asked, then end."""
+        """Answer what was asked, then end; no more may be asked."""
         for queue in self._queues:
             queue.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(END_SECONDS)
 
     def _take(self, answer: Callable, request, *arguments) -> None:
         if answer == self._answer_write:

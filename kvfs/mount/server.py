@@ -60,12 +60,14 @@ def serve(
     requests = FileRequests(trees)
     try:
         _mount(MountOperations(trees), mountpoint, options)
-        try:
-            trio.run(_serve_until_unmounted, mountpoint, ready)
-        finally:
-            pyfuse3.close(unmount=True)
-    finally:
+    except BaseException:
         requests.close()
+        raise
+    try:
+        trio.run(_serve_until_unmounted, mountpoint, ready)
+    finally:
+        requests.close()  # before the session that they answer to
+        pyfuse3.close(unmount=True)
 
 
 def _mount(operations: MountOperations, mountpoint: str, options: MountOptions) -> None:
