@@ -181,3 +181,10 @@ class Tree(Protocol):
     def list_xattrs(self, inode: int) -> list[bytes]: ...
 
     def remove_xattr(self, inode: int, name: bytes) -> None: ...
+
+
+class FileTree(Tree, Protocol):
+    """The tree of ordinary files, which also knows how full the drive is that both share."""
+
+    def usage(self) -> FileSystemUsage:
+        """For statfs(2)."""
