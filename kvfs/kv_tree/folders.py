@@ -119,19 +119,21 @@ class UploadsFolder(Folder):
         return file
 
     def unlink(self, name: str) -> None:
-        if self._upload(name) is None:
+        _, upload = self._uploads.get(name, (None, None))
+        if upload is None or upload.is_finished:
             super().unlink(name)
-        self._uploads.pop(name)[1].cancel()
+        upload.remove()
+        self._uploads.pop(name, None)
 
     def rename(self, name: str, target: Folder, new_name: str, flags: int) -> None:
         """Of a file that waits for its name."""
-        file = self._upload(name)
-        if file is None:
+        file, upload = self._uploads.get(name, (None, None))
+        if upload is None or upload.is_finished:
             super().rename(name, target, new_name, flags)
         purpose = self._purpose(new_name, file.caller)
         if target is not self or purpose is None:
             raise FileError(errno.EPERM, f"{self.path}/{name} can become {self.taken} there, not {new_name!r}")
-        self._uploads[name][1].become(purpose)
+        upload.become(purpose)
 
 
 class KvFolder(UploadsFolder, TopFolder):

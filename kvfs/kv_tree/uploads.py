@@ -132,7 +132,7 @@ class Upload(OpenContent):
         try:
             with self._bytes_lock:
                 self._finish(purpose)
-            self.cancel()
+            self._end()
         finally:
             self._is_finishing = False
 
@@ -152,10 +152,16 @@ class Upload(OpenContent):
             self._num_open -= 1
             is_over = self._num_open == 0 and self._purpose is not None
         if is_over:
-            self.cancel()
+            self._end()
 
-    def cancel(self) -> None:
-        """It becomes nothing, or nothing more."""
+    def remove(self) -> None:
+        """It is to become nothing. Raises FileError EBUSY while it becomes something."""
+        with self._state_lock:
+            if self._is_finishing:
+                raise FileError(errno.EBUSY)
+        self._end()
+
+    def _end(self) -> None:
         with self._state_lock:
             self.is_finished = True
             self._file.close()

@@ -65,9 +65,8 @@ class Client:
         handle = self.create(path)
         try:
             for at in range(0, len(data), piece_bytes):
-                assert self.tree.write(handle, at, data[at : at + piece_bytes]) == len(
-                    data[at : at + piece_bytes]
-                )
+                piece = data[at : at + piece_bytes]
+                assert self.tree.write(handle, at, piece) == len(piece)
             self.tree.flush(handle)
         finally:
             self.tree.release(handle)

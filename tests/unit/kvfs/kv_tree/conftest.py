@@ -1,10 +1,8 @@
 import pytest
 
 from kvfs.kv_tree.tree import KvTree
-from tests.unit.kvfs.conftest import HEAD_DIM, NUM_LAYERS, add_model, random_kv
+from tests.unit.kvfs.conftest import add_model, random_kv
 from tests.unit.kvfs.kv_tree.client import Client
-
-__all__ = ["HEAD_DIM", "NUM_LAYERS", "append", "stored"]
 
 
 @pytest.fixture
