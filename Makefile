@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# needed to build the cffi glue, and fio to measure the disk against
-APT_PACKAGES := gcc libc6-dev python3-dev python3-venv fio
+# needed to build the cffi glue and pyfuse3, and fio to measure the disk against
+APT_PACKAGES := gcc libc6-dev python3-dev python3-venv pkg-config fuse3 libfuse3-dev fio
 
 .PHONY: setup demo test sim mutations lint bench clean
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml tools/setup_system.sh ftl/direct_io/build.py ftl/direct_io/ring.c ftl/direct_io/crc32c.c
+$(STAMP): setup.py pyproject.toml tools/setup_system.sh ftl/direct_io/build.py ftl/direct_io/ring.c ftl/direct_io/crc32c.c \
+		kvfs/mount/fuse_glue/build.py kvfs/mount/fuse_glue/glue.c
 	sh tools/setup_system.sh $(APT_PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel

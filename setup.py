@@ -14,8 +14,8 @@ setup(
     packages=[*packages, "kvfsctl", "kvfs_bench"],
     # tools/ is not a package: the command line and the benchmarks install under names of their own
     package_dir={"kvfsctl": "tools/kvfsctl", "kvfs_bench": "tools/bench"},
-    package_data={"kvfsctl": ["demo_model/*"], "ftl.direct_io": ["*.c"]},
-    cffi_modules=["ftl/direct_io/build.py:ffibuilder"],
+    package_data={"kvfsctl": ["demo_model/*"], "ftl.direct_io": ["*.c"], "kvfs.mount.fuse_glue": ["*.c"]},
+    cffi_modules=["ftl/direct_io/build.py:ffibuilder", "kvfs/mount/fuse_glue/build.py:ffibuilder"],
     setup_requires=["cffi>=1.16"],
     install_requires=[
         "apsw>=3.45",
@@ -23,13 +23,22 @@ setup(
         "ml_dtypes>=0.4",
         "numba>=0.60",
         "numpy>=1.26",
+        "pyfuse3>=3.4",
         "rich>=13",
+        "trio>=0.22",
         "typer>=0.12",
     ],
     extras_require={
         "transformers": ["torch==2.13.0", "transformers>=5.19,<6", "safetensors"],
         "plot": ["matplotlib"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff", "safetensors"],
     },
-    entry_points={"console_scripts": ["kvfsctl=kvfsctl.main:run"]},
+    entry_points={
+        "console_scripts": [
+            "kvfsctl=kvfsctl.main:run",
+            "mkfs.kvfs=kvfsctl.mount_helpers:mkfs",
+            "fsck.kvfs=kvfsctl.mount_helpers:fsck",
+            "mount.kvfs=kvfsctl.mount_helpers:mount",
+        ]
+    },
 )

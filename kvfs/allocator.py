@@ -60,12 +60,60 @@ class Allocator:
             if self._stops[index] - self._starts[index] >= num_lbas:
                 self._next = index
                 first = self._starts[index]
-                self._starts[index] += num_lbas
-                if self._starts[index] == self._stops[index]:
-                    del self._starts[index], self._stops[index]
-                    self._next = 0 if index >= len(self._starts) else index
+                self._take(index, num_lbas)
                 return first
         return None
+
+    def allocate_some(self, num_lbas: int, behind: int | None = None) -> list[Extent] | None:
+        """Extents of so many blocks together, few and long; None, with none taken, when there are not so many.
+
+        behind: the LBA from which on they are wanted most.
+        """
+        index = -1 if behind is None else bisect_left(self._starts, behind)
+        if 0 <= index < len(self._starts) and self._starts[index] == behind:
+            count = min(num_lbas, self._stops[index] - behind)
+            if count < num_lbas and not self._has(num_lbas):
+                return None
+            self._take(index, count)
+            found = [(behind, count)]
+        else:
+            found = []
+        missing = num_lbas - sum(count for _, count in found)
+        if missing:
+            first = self.allocate(missing)
+            if first is not None:
+                found.append((first, missing))
+            elif found or self._has(num_lbas):
+                found += self._collect(missing)
+            else:
+                return None
+        return found
+
+    def _has(self, num_lbas: int) -> bool:
+        return sum(self._stops) - sum(self._starts) >= num_lbas
+
+    def _collect(self, num_lbas: int) -> list[Extent]:
+        """As many of the longest free extents as it takes: there are enough."""
+        found = []
+        lengths = sorted(((b - a, a) for a, b in zip(self._starts, self._stops, strict=True)), reverse=True)
+        for length, start in lengths:
+            if num_lbas == 0:
+                break
+            count = min(length, num_lbas)
+            self._take(bisect_left(self._starts, start), count)
+            found.append((start, count))
+            num_lbas -= count
+        return found
+
+    def _take(self, index: int, count: int) -> None:
+        """The first blocks of a free extent."""
+        self._starts[index] += count
+        if self._starts[index] == self._stops[index]:
+            del self._starts[index], self._stops[index]
+            if self._next > index:
+                self._next -= 1
+            if self._next >= len(self._starts):
+                self._next = 0
 
     def give_back(self, first_lba: int, num_lbas: int) -> None:
         """Free blocks that were never written: usable at once."""

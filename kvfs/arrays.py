@@ -41,6 +41,14 @@ def float_array(array, name: str, shape: tuple[int | None, ...], meaning: str) -
     return found
 
 
+def token_id_array(token_ids) -> np.ndarray:
+    """uint32 [any number]: token ids of any integer type and shape. Raises InvalidArgument."""
+    ids = np.asarray(token_ids).reshape(-1)
+    if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFFFFFF):
+        raise InvalidArgument("token ids are integers from 0 to 2**32 - 1")
+    return ids.astype(np.uint32)
+
+
 def to_storage(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounded to the storage dtype, C-contiguous; no copy where it already is. NaN stays NaN."""
     if array.dtype != dtype:

@@ -68,20 +68,45 @@ class Attention:
         )
 
 
-def visible(sequences, layer: int, num_queries: int, causal: bool, token_ranges):
-    """Visible positions of each query: int64 [num_sequences, num_queries] starts and stops."""
-    limits = np.array([sequence._layers[layer].num_tokens for sequence in sequences], np.int64)[:, None]
-    if token_ranges is not None:
-        ranges = np.asarray(token_ranges)
-        if ranges.shape != (len(sequences), num_queries, 2) or ranges.dtype.kind not in "iu":
+def common_model(sequences, store) -> Model:
+    """The one model of the sequences of an attend call. Raises InvalidArgument if they do not go together."""
+    if not sequences:
+        raise InvalidArgument("attend needs at least one sequence")
+    for sequence in sequences:
+        if getattr(sequence, "_store", None) is not store:
+            raise InvalidArgument(f"{sequence!r} is not a sequence of this store")
+        sequence._check_usable()
+        if sequence.model is not sequences[0].model:
             raise InvalidArgument(
-                f"token_ranges is integers of shape {(len(sequences), num_queries, 2)}, not {ranges.shape}"
+                f"one call attends over one model: {sequence.name!r} is of {sequence.model.name!r},"
+                f" {sequences[0].name!r} of {sequences[0].model.name!r}"
             )
-        starts, stops = ranges[..., 0].astype(np.int64), ranges[..., 1].astype(np.int64)
+    return sequences[0].model
+
+
+def range_array(token_ranges, num_sequences: int, num_queries: int) -> np.ndarray:
+    """int64 [num_sequences, num_queries, 2], a copy. Raises InvalidArgument for another shape or type."""
+    ranges = np.asarray(token_ranges)
+    if ranges.shape != (num_sequences, num_queries, 2) or ranges.dtype.kind not in "iu":
+        raise InvalidArgument(
+            f"token_ranges is integers of shape {(num_sequences, num_queries, 2)}, not {ranges.shape}"
+        )
+    return ranges.astype(np.int64)
+
+
+def visible(num_tokens: list[int], num_queries: int, causal: bool, token_ranges):
+    """Visible positions of each query: int64 [num_sequences, num_queries] starts and stops.
+
+    num_tokens: of the layer, in each sequence
+    """
+    limits = np.array(num_tokens, np.int64)[:, None]
+    if token_ranges is not None:
+        ranges = range_array(token_ranges, len(num_tokens), num_queries)
+        starts, stops = ranges[..., 0], ranges[..., 1]
         if (starts < 0).any() or (stops > limits).any():
             raise InvalidArgument(f"token_ranges lie within 0 and the layer's tokens ({int(limits.min())})")
         return starts, stops
-    starts = np.zeros((len(sequences), num_queries), np.int64)
+    starts = np.zeros((len(num_tokens), num_queries), np.int64)
     behind = np.arange(num_queries - 1, -1, -1, dtype=np.int64) if causal else np.zeros(num_queries, np.int64)
     if causal and num_queries > int(limits.min()):
         raise InvalidArgument(f"{num_queries} causal queries over {int(limits.min())} tokens")

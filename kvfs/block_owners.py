@@ -1,4 +1,4 @@
-"""Whose a logical block is: from an LBA to the sequence, layer and tokens that it holds.
+"""Whose a logical block is: from an LBA to the sequence, layer and tokens, or the file, that it holds.
 
 Reads the catalogue's rows as they are, so that what contradicts itself can be named as well.
 """
@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from kvfs.files.file_check import FileExtent
 from kvfs.layout import GroupLayout
 from kvfs.metadata import Catalogue, SequenceRow
 from kvfs.metadata_vfs import Volume
@@ -17,8 +18,9 @@ class Owner:
     """What one block holds. token_stop is exclusive; layers, tokens and what is None where it has none.
 
     area: "header", "database", "log" (of the catalogue), "tokens", "tail", "slack" (a group's block without
-        tokens that are stored; an open store may be about to name some), "nothing", or "unknown" where the
-        catalogue is damaged
+        tokens that are stored; an open store may be about to name some), "file", "nothing", or "unknown" where
+        the catalogue is damaged
+    offset: of the block in the file, bytes
     whole_tokens: of each sequence, by id, the tokens that remain whole without this block
     """
 
@@ -30,6 +32,8 @@ class Owner:
     token_start: int | None = None
     token_stop: int | None = None
     whole_tokens: dict[int, int] = field(default_factory=dict)
+    file: int | None = None  # inode
+    offset: int | None = None
 
     def as_dict(self) -> dict:
         named = {name: value for name, value in vars(self).items() if value not in (None, ())}
@@ -92,8 +96,8 @@ def tail_record_lbas(layout: GroupLayout, num_tokens: int) -> int:
 
 
 class BlockOwners:
-    """extents: list of NamedExtent by LBA; unlinked: extents of groups that no sequence has; broken_links:
-    (sequence id, position) without a group or a sequence.
+    """extents: list of NamedExtent and FileExtent by LBA; files: the files' rows; unlinked: extents of groups
+    that no sequence has; broken_links: (sequence id, position) without a group or a sequence.
 
     bad_models: why nothing can be said of a model's sequences, by model id: its row is missing, or gives a
     shape that none of its extents has. untold: the extents of these.
@@ -110,8 +114,12 @@ class BlockOwners:
         self.unlinked = list(catalogue.unlinked_groups())
         extents = sorted(self._groups(catalogue) + self._tails(), key=lambda extent: extent.first_lba)
         self.bad_models = self._bad_models(extents)
-        self.extents = [extent for extent in extents if extent.model_id not in self.bad_models]
         self.untold = [extent for extent in extents if extent.model_id in self.bad_models]
+        told = [extent for extent in extents if extent.model_id not in self.bad_models]
+        self.files = catalogue.files.rows()
+        self.extents: list[NamedExtent | FileExtent] = sorted(
+            told + self.files.extents(), key=lambda extent: extent.first_lba
+        )
         self._starts = [extent.first_lba for extent in self.extents]
         self._by_sequence: dict[int, list[NamedExtent]] = {}
         for extent in self.extents:
@@ -182,7 +190,14 @@ class BlockOwners:
         if index < 0 or lba >= self.extents[index].stop_lba:
             return Owner("nothing", "nothing names it")
         extent = self.extents[index]
+        if isinstance(extent, FileExtent):
+            return self._of_file(extent, lba)
         return self._of_tail(extent, lba) if extent.group_id is None else self._of_group(extent, lba)
+
+    def _of_file(self, extent: FileExtent, lba: int) -> Owner:
+        offset = (extent.first_block + lba - extent.first_lba) * self._block_bytes
+        text = f"{extent.path}, bytes {offset} to {offset + self._block_bytes - 1}"
+        return Owner("file", text, file=extent.inode, offset=offset)
 
     def _of_group(self, extent: NamedExtent, lba: int) -> Owner:
         layout, group_tokens = extent.layout, extent.layout.geometry.group_tokens

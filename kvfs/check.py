@@ -11,6 +11,7 @@ import numpy as np
 
 from kvfs.allocator import Extent
 from kvfs.block_owners import BlockOwners, NamedExtent, Owner, tail_record_lbas
+from kvfs.files.file_check import FileExtent
 from kvfs.metadata import Catalogue, SequenceRow
 from kvfs.scrub import verify_all
 from spdk_glue.flash_admin import FlashAdmin
@@ -34,11 +35,13 @@ class Report:
     """What a check found.
 
     whole_tokens: by sequence id, how many tokens a damaged sequence still has whole
+    not_theirs: what files name outside the data area, or another file or sequence names as well
     leaked: LBAs on flash that nothing names; lost: LBAs that cannot be read
     """
 
     problems: list[Problem] = field(default_factory=list)
     whole_tokens: dict[int, int] = field(default_factory=dict)
+    not_theirs: list[FileExtent] = field(default_factory=list)
     leaked: list[Extent] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
 
@@ -48,6 +51,13 @@ class Report:
 
     def add(self, kind: str, text: str, is_damage: bool = True) -> None:
         self.problems.append(Problem(kind, text, is_damage))
+
+    def give_up(self, extent: NamedExtent | FileExtent) -> None:
+        """What an extent holds cannot be told."""
+        if isinstance(extent, FileExtent):
+            self.not_theirs.append(extent)
+        else:
+            self.cut(_without(extent))
 
     def cut(self, whole_tokens: dict[int, int]) -> None:
         for sequence_id, num_tokens in whole_tokens.items():
@@ -89,6 +99,12 @@ def check_catalogue(catalogue: Catalogue, owners: BlockOwners, report: Report) -
     """The catalogue by itself. Raises what reading it raises."""
     for text in catalogue.problems():
         report.add("catalogue", text)
+    for text in owners.files.problems():
+        report.add("files", text)
+    orphans = owners.files.orphans()
+    if orphans:
+        text = f"{orphans} files that were deleted while open: the next mount gives their blocks back"
+        report.add("orphans", text, is_damage=False)
     for sequence_id, position in owners.broken_links:
         row = owners.sequences.get(sequence_id)
         name = repr(row.name) if row else f"number {sequence_id}, which does not exist,"
@@ -147,20 +163,21 @@ def check_extents(
     untold = [(extent.first_lba, extent.num_lbas) for extent in owners.untold]
     for first, count in [*in_memory, *owners.unlinked, *untold]:
         named[max(first, 0) : max(first + count, 0)] = True
-    reached: NamedExtent | None = None  # the extent before that reaches furthest
+    reached: NamedExtent | FileExtent | None = None  # the extent before that reaches furthest
     for extent in owners.extents:
         if not first_data_lba <= extent.first_lba < extent.stop_lba <= namespace.num_lbas:
             report.add("extent", f"{extent} lie outside the data area")
-            report.cut(_without(extent))
+            report.give_up(extent)
             continue
         if reached is not None and extent.first_lba < reached.stop_lba:
             report.add("overlap", f"{extent} overlap {reached}: what they hold cannot be told")
-            report.cut(_without(extent))
-            report.cut(_without(reached))
+            report.give_up(extent)
+            report.give_up(reached)
         if reached is None or extent.stop_lba > reached.stop_lba:
             reached = extent
         named[extent.first_lba : extent.stop_lba] = True
-        _check_mapped(extent, owners, mapped, report)
+        if isinstance(extent, NamedExtent):  # a file's blocks may be allocated and never written
+            _check_mapped(extent, owners, mapped, report)
     report.leaked = _runs(mapped & ~named)
     count = sum(num_lbas for _, num_lbas in report.leaked)
     if count:

@@ -63,6 +63,41 @@ class StoreClosed(KvfsError):
         super().__init__("the store is closed: open it again with kvfs.open")
 
 
+class ServerGone(KvfsError):
+    """The process that owns the drive ended, or ended the connection."""
+
+    def __init__(self, path):
+        self.path = path
+        super().__init__(
+            f"{path}: the process that owns the drive is gone: mount the drive again, then kvfs.open;"
+            " what was not flushed is lost"
+        )
+
+
+class TooManyClients(KvfsError):
+    def __init__(self, limit: int):
+        self.limit = limit
+        super().__init__(f"the drive's owner serves {limit} clients already: close one, or raise its limit")
+
+
+class NotPermitted(KvfsError):
+    """What the permissions of the mount, or of something in it, do not allow."""
+
+
+class ReadOnly(KvfsError):
+    def __init__(self, path):
+        self.path = path
+        super().__init__(f"{path} is mounted read-only: nothing in it can be changed")
+
+
+class OtherProcess(KvfsError):
+    """A store that this process has inherited by fork: the connection is its parent's."""
+
+    def __init__(self, path, pid: int):
+        self.path, self.pid = path, pid
+        super().__init__(f"{path} was opened by process {pid}: open it in this one with kvfs.open")
+
+
 class NoSuchModel(KvfsError):
     def __init__(self, name: str):
         self.name = name
@@ -98,6 +133,26 @@ class EmptySequence(KvfsError):
         super().__init__(f"sequence {name!r} has no tokens in layer {layer}: append before attending")
 
 
+class CannotMount(KvfsError):
+    """Mounting is not possible. path: the mountpoint, or what mounting lacks."""
+
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"cannot mount: {path}: {why}")
+
+
+class AlreadyMounted(CannotMount):
+    def __init__(self, path, mountpoint: str):
+        self.mountpoint = mountpoint
+        super().__init__(path, f"is mounted at {mountpoint} already")
+
+
+class CannotUnmount(KvfsError):
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"cannot unmount {path}: {why}")
+
+
 class InvalidArgument(KvfsError, ValueError):
     """A shape, dtype, layer or option that does not fit; says what was given and what is wanted."""
 
@@ -111,11 +166,19 @@ ERRNO = {
     OutOfSpace: errno.ENOSPC,
     CatalogueFull: errno.ENOSPC,
     StoreClosed: errno.EBADF,
+    ServerGone: errno.ENOTCONN,
+    TooManyClients: errno.EUSERS,
+    NotPermitted: errno.EACCES,
+    ReadOnly: errno.EROFS,
+    OtherProcess: errno.EBADF,
     NoSuchModel: errno.ENOENT,
     ModelMismatch: errno.EEXIST,
     NoSuchSequence: errno.ENOENT,
     SequenceExists: errno.EEXIST,
     EmptySequence: errno.ENODATA,
+    CannotMount: errno.EINVAL,
+    AlreadyMounted: errno.EBUSY,
+    CannotUnmount: errno.EBUSY,
     InvalidArgument: errno.EINVAL,
     NvmeStatusError: errno.EIO,
     NotAKvfsDrive: errno.ENODEV,

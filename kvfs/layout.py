@@ -57,6 +57,12 @@ class KvGeometry:
         if self.group_tokens & (self.group_tokens - 1) or self.group_tokens > 1 << 16:
             raise InvalidArgument(f"group_tokens is a power of two up to 65536, not {self.group_tokens}")
 
+    def check_layer(self, layer: int) -> int:
+        """The layer as an int. Raises InvalidArgument for one that the model does not have."""
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < self.num_layers:
+            raise InvalidArgument(f"layer is 0 to {self.num_layers - 1}, not {layer!r}")
+        return int(layer)
+
     @property
     def gqa_group_size(self) -> int:
         return self.num_query_heads // self.num_kv_heads

@@ -1,10 +1,13 @@
 """The catalogue: models, sequences, groups and tokens, in SQLite on the drive's own blocks.
 
 Every method is one transaction (or part of one under way), visible at once and durable after `sync`. Rows name
-blocks only after their data were written. One row per token group, never one per page.
+blocks only after their data were written. One row per token group, never one per page. Files have tables of
+their own, see files/file_catalogue.py.
 """
 
 import itertools
+import os
+import stat
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -14,12 +17,17 @@ import apsw
 import numpy as np
 
 from kvfs.allocator import Extent
+from kvfs.batch import Batch
 from kvfs.errors import CatalogueFull, NotADrive
+from kvfs.files.file_catalogue import FILE_SCHEMA, INSERT_INODE, FileCatalogue
 from kvfs.layout import KvGeometry
 from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
+from kvfs.sequence_attributes import NOT_INHERITED
+from kvfs.tree import ROOT_INODE
 from spdk_glue.status import NvmeError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_VERSION = 1  # that is brought up to date when it is opened
 SCHEMA = """
 CREATE TABLE model (
     id INTEGER PRIMARY KEY,
@@ -61,6 +69,17 @@ CREATE TABLE token_chunk (
     PRIMARY KEY (sequence_id, position)
 ) STRICT, WITHOUT ROWID;
 """
+ADDED_IN_VERSION_2 = (
+    """
+CREATE TABLE sequence_attribute (
+    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
+    name TEXT NOT NULL,            -- sequence_attributes.py
+    value BLOB NOT NULL,
+    PRIMARY KEY (sequence_id, name)
+) STRICT, WITHOUT ROWID;
+"""
+    + FILE_SCHEMA
+)
 TOKEN_CHUNK = 1024
 _vfs_numbers = itertools.count()
 
@@ -109,6 +128,7 @@ class Catalogue:
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
         self._db: apsw.Connection | None = None
+        self.batch: Batch | None = None
         try:
             version = self._open(vfs_name, page_size, create)
         except BaseException as error:
@@ -116,9 +136,19 @@ class Catalogue:
             if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
                 raise NotADrive(path, f"the catalogue is damaged: {error}") from error
             raise
-        if version != SCHEMA_VERSION:
+        if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
             self.abandon()
-            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {SCHEMA_VERSION}")
+            known = f"{OLDEST_VERSION} to {SCHEMA_VERSION}"
+            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {known}")
+        try:
+            if version < SCHEMA_VERSION:
+                self._upgrade()
+            pages = [file.capacity // page_size for file in (volume.database, volume.wal)]
+            self.batch = Batch(self._db, page_size, *pages)  # of small changes to files
+        except BaseException:
+            self.abandon()
+            raise
+        self.files = FileCatalogue(self._db.execute, self._db.executemany)
 
     def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
         """Connect; the version of the schema."""
@@ -141,15 +171,26 @@ class Catalogue:
         if create:
             with self.transaction():
                 self._db.execute(SCHEMA)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                self._upgrade()
         return self._db.execute("PRAGMA user_version").get
+
+    def _upgrade(self) -> None:
+        """From version 1: the attributes of sequences, and files. Durable with the next sync, if one comes."""
+        with self.transaction():
+            self._db.execute(ADDED_IN_VERSION_2)
+            now = time.time_ns()
+            mode = stat.S_IFDIR | 0o755
+            root = (ROOT_INODE, ROOT_INODE, mode, 2, os.getuid(), os.getgid(), 0, 0, 0, now, now, now, None)
+            self._db.execute(INSERT_INODE, root)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def transaction(self):
         """All of what is done inside or none of it; those inside others are part of them."""
-        if self._db.in_transaction:
+        if self._db.in_transaction and not (self.batch and self.batch.is_open):
             yield
             return
+        self._end_batch()
         self._db.execute("BEGIN")
         try:
             yield
@@ -162,8 +203,19 @@ class Catalogue:
                 raise CatalogueFull(self._volume.database.capacity) from error
             raise
 
+    def _end_batch(self) -> None:
+        if self.batch is not None and self.batch.has_changes:
+            self.is_durable = False
+            self.batch.end()
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether something is not durable, or not even a transaction yet."""
+        return not self.is_durable or self.batch.has_changes
+
     def sync(self) -> None:
         """Make every transaction so far durable."""
+        self._end_batch()
         self._volume.sync()
         self.is_durable = True
 
@@ -247,7 +299,6 @@ class Catalogue:
         Groups without id are new, those with one are shared or kept. Returns the groups, all with ids,
         and the extents of groups that nothing names any more.
         """
-        row.changed_ns = time.time_ns()
         with self.transaction():
             freed = self._release_groups(row.id, first_changed)
             stored = list(groups[:first_changed])
@@ -297,7 +348,8 @@ class Catalogue:
         """Forget a sequence. Returns the extents that nothing names any more."""
         with self.transaction():
             freed = self._release_groups(row.id, 0)
-            self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))
+            for table in ("token_chunk", "sequence_attribute"):
+                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))
             self._db.execute("DELETE FROM sequence WHERE id = ?", (row.id,))
         if row.tail_lbas:
             freed.append((row.tail_lba, row.tail_lbas))
@@ -325,10 +377,50 @@ class Catalogue:
             ],
         )
 
+    # attributes
+
+    def attributes(self, sequence_id: int) -> dict[str, bytes]:
+        return dict(
+            self._db.execute(
+                "SELECT name, value FROM sequence_attribute WHERE sequence_id = ? ORDER BY name", (sequence_id,)
+            )
+        )
+
+    def set_attribute(self, sequence_id: int, name: str, value: bytes) -> None:
+        with self.transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO sequence_attribute VALUES (?, ?, ?)", (sequence_id, name, value)
+            )
+
+    def remove_attribute(self, sequence_id: int, name: str) -> None:
+        with self.transaction():
+            self._db.execute(
+                "DELETE FROM sequence_attribute WHERE sequence_id = ? AND name = ?", (sequence_id, name)
+            )
+
+    def inherit_attributes(self, child_id: int, parent_id: int) -> None:
+        """What a fork takes over from its parent."""
+        not_inherited = ", ".join(f"'{name}'" for name in NOT_INHERITED)
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO sequence_attribute SELECT ?, name, value FROM sequence_attribute"
+                f" WHERE sequence_id = ? AND name NOT IN ({not_inherited})",
+                (child_id, parent_id),
+            )
+
+    def sequences_with(self, attribute: str) -> list[SequenceRow]:
+        rows = self._db.execute(
+            f"SELECT {_SEQUENCE_COLUMNS} FROM sequence"
+            " WHERE id IN (SELECT sequence_id FROM sequence_attribute WHERE name = ?)",
+            (attribute,),
+        )
+        return [SequenceRow(*row) for row in rows]
+
     # blocks
 
     def used_extents(self) -> Iterable[Extent]:
         """Every extent that a row names."""
+        yield from self.files.used_extents()
         yield from self._db.execute("SELECT base_lba, num_lbas FROM kv_group")
         yield from self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
 
@@ -351,7 +443,7 @@ class Catalogue:
         """
         with self.transaction():
             start = self._db.total_changes()
-            for table in ("sequence_group", "token_chunk"):
+            for table in ("sequence_group", "token_chunk", "sequence_attribute"):
                 self._db.execute(f"DELETE FROM {table} WHERE sequence_id NOT IN (SELECT id FROM sequence)")
             nowhere = "position < 0 OR group_id NOT IN (SELECT id FROM kv_group)"
             self._db.execute(f"DELETE FROM sequence_group WHERE {nowhere}")

@@ -1,10 +1,14 @@
 """kvfs.open: from a path and options to an open store."""
 
+import errno
+import os
+import stat
 from collections.abc import Callable
 
 from accel.workers import load_worker
 from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
-from kvfs.errors import InvalidArgument
+from kvfs.errors import InvalidArgument, NotPermitted
+from kvfs.remote.remote_store import RemoteStore
 from kvfs.sizes import parse_size
 from kvfs.store import DEFAULT_CACHE_BYTES, DEFAULT_TAIL_BYTES, Store
 
@@ -19,8 +23,8 @@ def open(
     tail_bytes: int | str = DEFAULT_TAIL_BYTES,
     collection: str = "greedy",
     progress: Callable[[int, int], None] | None = None,
-) -> Store:
-    """Open the drive in a file.
+) -> Store | RemoteStore:
+    """Open the drive in a file, or the one that is mounted at a folder.
 
     cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
     "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
@@ -29,8 +33,20 @@ def open(
     stays, however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or
     "d-choices"; progress: called with (done, all) while a drive without a checkpoint is scanned.
 
-    Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument.
+    A mounted drive is used through the process that mounted it, by the same interface; its options are those of
+    the mount, and given here they are an InvalidArgument.
+
+    Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument; for a folder also NotPermitted,
+    TooManyClients, ServerGone.
     """
+    options = locals()
+    if _is_folder(path):
+        given = [name for name, default in open.__kwdefaults__.items() if options[name] != default]
+        if given:
+            raise InvalidArgument(
+                f"{', '.join(given)}: options of the mount at {os.fspath(path)}, not of its users"
+            )
+        return RemoteStore(path)
     try:
         config = DriveConfig(
             cache_bytes=parse_size(cache_bytes),
@@ -52,3 +68,12 @@ def open(
         writeback_tokens=writeback_tokens,
         tail_bytes=tail_limit,
     )
+
+
+def _is_folder(path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError as error:  # also of a mount that is another user's alone
+        raise NotPermitted(f"{os.fspath(path)}: this user may not use it") from error
+    except OSError as error:
+        return error.errno == errno.ENOTCONN  # a mount whose server is gone

@@ -1,9 +1,11 @@
 """Mending what is safe to mend, from what a check found. Every change is one line.
 
 Safe is: giving back what nothing names, counting references anew, moving what only parity gives back, and, of a
-sequence with lost blocks, keeping its tokens up to the first page that is lost. Never: guessing bytes.
+sequence with lost blocks, keeping its tokens up to the first page that is lost. A file keeps its lost blocks:
+reading them fails, writing them anew mends them. Never: guessing bytes.
 """
 
+import time
 from dataclasses import replace
 
 from kvfs.check import Report, check_extents
@@ -31,6 +33,8 @@ def _mend_catalogue(inspection: Inspection, report: Report) -> list[str]:
             _cut(inspection, row, num_tokens)
             done.append(f"truncated sequence {row.name!r} from {row.num_tokens} to {num_tokens} tokens")
         num_broken, num_counts, freed = catalogue.mend_references()
+        done += owners.files.remove_extents(report.not_theirs)
+        done += owners.files.mend()
     if num_broken:
         done.append(f"removed {num_broken} rows of the catalogue that led nowhere")
     if num_counts:
@@ -50,7 +54,14 @@ def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> None:
     num_groups = -(-num_tokens // group_tokens)
     groups = inspection.catalogue.groups(row.id)[:num_groups]
     tokens = inspection.catalogue.tokens(row.id)[:num_tokens]
-    cut = replace(row, num_tokens=num_tokens, num_spilled=num_tokens, tail_lba=0, tail_lbas=0)
+    cut = replace(
+        row,
+        changed_ns=time.time_ns(),
+        num_tokens=num_tokens,
+        num_spilled=num_tokens,
+        tail_lba=0,
+        tail_lbas=0,
+    )
     inspection.catalogue.store_sequence(cut, groups, num_groups, tokens, num_tokens)
 
 

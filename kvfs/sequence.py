@@ -4,16 +4,21 @@ Groups that are full are immutable, so forks share them. What a truncation or a 
 filled group is read back into the tail: blocks that durable metadata names are never written again.
 """
 
+import time
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 import numpy as np
 
-from kvfs import group_image
-from kvfs.arrays import float_array, to_storage
+from kvfs import group_image, head_rows
+from kvfs.arrays import float_array, to_storage, token_id_array
 from kvfs.attention_request import DrivePart
 from kvfs.errors import InvalidArgument
+from kvfs.head_rows import HeadBatch, HeadRows
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow, SequenceRow
+from kvfs.sequence_attributes import MAX_NAMES_BYTES, check_attribute
+from kvfs.sequence_version import History, Version
 from kvfs.tail import LayerTail, Spill
 from spdk_glue import dma
 from spdk_glue.namespace import QUEUE_DEPTH
@@ -41,6 +46,7 @@ class Sequence:
         self._bytes_spilled = 0  # since this object was made
         self._dirty = False
         self._deleted = False
+        self._history = History()
 
     def __repr__(self) -> str:
         return f"<Sequence {self.name!r} of {self.model.name!r}, {self.num_tokens} tokens>"
@@ -50,30 +56,66 @@ class Sequence:
         return self.model.geometry
 
     @property
+    def store(self):
+        """The store that it is in."""
+        return self._store
+
+    @property
+    def id(self) -> int:
+        """Another sequence may have it once this one is deleted."""
+        return self._row.id
+
+    @property
     def name(self) -> str:
         return self._row.name
 
     @property
+    def created_ns(self) -> int:
+        return self._row.created_ns
+
+    @property
+    def changed_ns(self) -> int:
+        """When tokens were last appended or cut off, in ns since the epoch."""
+        return self._row.changed_ns
+
+    @property
+    def is_deleted(self) -> bool:
+        return self._deleted
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that every layer has."""
-        if self._layers is None:
-            return self._row.num_tokens
-        return min(tail.num_tokens for tail in self._layers)
+        layers = self._layers  # which another thread may unload meanwhile
+        return self._row.num_tokens if layers is None else min(tail.num_tokens for tail in layers)
 
     @property
     def tokens(self) -> np.ndarray:
         """uint32 [any number]: token ids given to append_tokens. Kept beside the KV, not checked against it."""
         return self._tokens.copy()
 
+    @property
+    def num_token_ids(self) -> int:
+        return len(self._tokens)
+
+    def version(self) -> Version:
+        """What the sequence holds now, in complete tokens."""
+        with self._store._lock:
+            return Version(self.num_tokens, self._history.epoch)
+
+    def holds(self, version: Version) -> bool:
+        """Whether the tokens of a version are all still there, unchanged."""
+        with self._store._lock:
+            return not self._deleted and self._history.holds(version)
+
     def layer_tokens(self, layer: int) -> int:
         """Tokens that one layer has; layers differ while a model's forward pass runs."""
-        layer = self._check_layer(layer)
-        return self._row.num_tokens if self._layers is None else self._layers[layer].num_tokens
+        layer = self._geometry.check_layer(layer)
+        layers = self._layers
+        return self._row.num_tokens if layers is None else layers[layer].num_tokens
 
-    def _check_layer(self, layer: int) -> int:
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < self._geometry.num_layers:
-            raise InvalidArgument(f"layer is 0 to {self._geometry.num_layers - 1}, not {layer!r}")
-        return int(layer)
+    def _changed(self) -> None:
+        self._dirty = True
+        self._row.changed_ns = time.time_ns()
 
     def _check_usable(self) -> None:
         self._store._check_open()
@@ -125,14 +167,14 @@ class Sequence:
         """
         with self._store._lock:
             self._use()
-            layer = self._check_layer(layer)
+            layer = self._geometry.check_layer(layer)
             shape = (None, self._geometry.num_kv_heads, self._geometry.head_dim)
             meaning = "[num_tokens, num_kv_heads, head_dim]"
             keys = float_array(keys, "keys", shape, meaning)
             values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
             tail = self._layers[layer]
             self._reserve_groups(tail.num_tokens + len(keys))
-            self._dirty = True
+            self._changed()
             dtype = self._geometry.numpy_dtype
             group_tokens = self._geometry.group_tokens
             start = 0
@@ -153,11 +195,21 @@ class Sequence:
         """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
         with self._store._lock:
             self._check_usable()
-            ids = np.asarray(token_ids).reshape(-1)
-            if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 0xFFFFFFFF):
-                raise InvalidArgument("token ids are integers from 0 to 2**32 - 1")
-            self._tokens = np.concatenate([self._tokens, ids.astype(np.uint32)])
-            self._dirty = True
+            self._tokens = np.concatenate([self._tokens, token_id_array(token_ids)])
+            self._changed()
+
+    def _reserve(self, layer: int, num_tokens: int) -> None:
+        """Make sure of space for so many more tokens of a layer, that are to come in several appends."""
+        with self._store._lock:
+            self._use()
+            self._reserve_groups(self._layers[self._geometry.check_layer(layer)].num_tokens + num_tokens)
+
+    def _tokens_before_spill(self, layer: int) -> int:
+        """How many more tokens a layer takes without new space and without a write."""
+        group_tokens = self._geometry.group_tokens
+        if self._store._writeback_tokens < group_tokens:
+            return 0
+        return group_tokens - 1 - self.layer_tokens(layer) % group_tokens
 
     def _reserve_groups(self, num_tokens: int) -> None:
         """Allocate the groups that `num_tokens` tokens fill, all or none. A part group waits in the tail."""
@@ -222,13 +274,33 @@ class Sequence:
         """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored."""
         with self._store._lock:
             self._use()
-            layer = self._check_layer(layer)
+            layer = self._geometry.check_layer(layer)
             limit = self._layers[layer].num_tokens
             stop = limit if stop is None else stop
             if not 0 <= start <= stop <= limit:
                 raise InvalidArgument(f"tokens [{start}, {stop}) of a layer that has {limit}")
             self._complete_spills(layer)
             return self._read_layer(layer, start, stop)
+
+    def read_heads(self, pieces: Items[HeadRows]) -> memoryview:
+        """The rows of each piece one after another, as bytes of the storage dtype.
+
+        The store is free for others while flash is read.
+        """
+        while True:
+            with self._store._lock:
+                self._use()
+                for piece in pieces:
+                    head_rows.check(self._layout, self._layers, piece)
+                epoch = self._history.epoch
+                batch = HeadBatch(self._layout, self._groups, self._layers, pieces)
+            if not batch.extents:
+                return batch.rows()
+            self._store._namespace.read_scattered(batch.extents)
+            with self._store._lock:
+                self._check_usable()
+                if self._history.epoch == epoch:  # or the blocks may have become another's
+                    return batch.rows()
 
     def _read_layer(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         tail = self._layers[layer]
@@ -258,6 +330,32 @@ class Sequence:
 
     def _drive_part(self, layer: int) -> DrivePart:
         return DrivePart(self._groups, self._layers[layer].num_spilled)
+
+    # attributes
+
+    def attributes(self) -> dict[str, bytes]:
+        """What users and kvfs note about the sequence, by name; see sequence_attributes.py."""
+        with self._store._lock:
+            self._check_usable()
+            return self._store._catalogue.attributes(self._row.id)
+
+    def set_attribute(self, name: str, value: bytes) -> None:
+        """Durable after the next flush. Raises InvalidArgument."""
+        with self._store._lock:
+            self._check_usable()
+            check_attribute(name, value)
+            names = {*self._store._catalogue.attributes(self._row.id), name}
+            if sum(len(name.encode()) + 1 for name in names) > MAX_NAMES_BYTES:
+                raise InvalidArgument(
+                    f"the names of a sequence's attributes take at most {MAX_NAMES_BYTES} bytes"
+                )
+            self._store._catalogue.set_attribute(self._row.id, name, value)
+
+    def remove_attribute(self, name: str) -> None:
+        """Forget an attribute if there is one."""
+        with self._store._lock:
+            self._check_usable()
+            self._store._catalogue.remove_attribute(self._row.id, name)
 
     # durability
 
@@ -365,7 +463,8 @@ class Sequence:
             self._drop_groups(num_tokens // self._geometry.group_tokens)
             self._tokens = self._tokens[:num_tokens]
             self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)
-            self._dirty = True
+            self._history.cut(num_tokens)
+            self._changed()
 
     def _cut_layer(self, layer: int, num_tokens: int) -> LayerTail:
         """A tail that ends at `num_tokens`: whole groups stay on flash, the rest is in memory."""
@@ -385,7 +484,10 @@ class Sequence:
         self._groups_changed_from = min(self._groups_changed_from, keep)
 
     def fork(self, name: str) -> "Sequence":
-        """A new sequence with the same tokens. Whole groups are shared, nothing of them is copied."""
+        """A new sequence with the same tokens. Whole groups are shared, nothing of them is copied.
+
+        It has this one's attributes too, except those that say how long to keep it.
+        """
         with self._store._lock:
             self._use()
             self._store._check_new_name(name)
@@ -395,6 +497,7 @@ class Sequence:
             try:
                 with self._store._catalogue.transaction():  # the name and what it holds, or neither
                     row = self._store._catalogue.create_sequence(self.model.id, name)
+                    self._store._catalogue.inherit_attributes(row.id, self._row.id)
                     child = Sequence(self._store, self.model, row)
                     child._take_tokens(self)
                     child._store_state()

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array
-from kvfs.attention import Attention, visible
+from kvfs.attention import Attention, common_model, visible
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
     Report,
@@ -39,6 +40,7 @@ from kvfs.metadata_vfs import Volume
 from kvfs.model import Model, check_name
 from kvfs.placement import PlacementPolicy
 from kvfs.sequence import PLACEMENT_KV, Sequence
+from kvfs.sequence_attributes import IMPORTING, check_attribute
 from kvfs.spilling import SPILLING_BYTES, SpillQueue
 from spdk_glue.flash_admin import FlashAdmin
 from spdk_glue.identify import FLASH_HEALTH_LOG, LogPage
@@ -84,6 +86,7 @@ class Store:
             self._volume = Volume.open(self._namespace, path)
             self._catalogue = Catalogue(self._volume, self._namespace.block_bytes, path)
             self._models: dict[str, Model] = {}
+            self._files = None  # the file system, where one serves files from this store
             try:
                 self._load_catalogue()
             except BaseException:
@@ -100,6 +103,11 @@ class Store:
     def _load_catalogue(self) -> None:
         for row in self._catalogue.models():
             self._remember_model(row)
+        half_imported = self._catalogue.sequences_with(IMPORTING)
+        if half_imported:
+            for row in half_imported:
+                self._catalogue.delete_sequence(row)
+            self._catalogue.sync()  # before what it named is anybody's
         used = list(self._catalogue.used_extents())
         try:
             self._allocator = Allocator(self._volume.first_data_lba, self._namespace.num_lbas, used)
@@ -175,14 +183,23 @@ class Store:
         if self._catalogue.sequence(name) is not None:
             raise SequenceExists(name)
 
-    def create_sequence(self, model: Model, name: str) -> Sequence:
-        """An empty sequence. Raises SequenceExists."""
+    def create_sequence(
+        self, model: Model, name: str, attributes: Mapping[str, bytes] | None = None
+    ) -> Sequence:
+        """An empty sequence, from the first with these attributes. Raises SequenceExists, InvalidArgument."""
+        attributes = attributes or {}
+        for attribute, value in attributes.items():
+            check_attribute(attribute, value)
         with self._lock:
             self._check_open()
             if not isinstance(model, Model) or self._models.get(model.name) is not model:
                 raise InvalidArgument(f"{model!r} is not a model of this store: use store.model or add_model")
             self._check_new_name(name)
-            sequence = Sequence(self, model, self._catalogue.create_sequence(model.id, name))
+            with self._catalogue.transaction():
+                row = self._catalogue.create_sequence(model.id, name)
+                for attribute, value in attributes.items():
+                    self._catalogue.set_attribute(row.id, attribute, value)
+            sequence = Sequence(self, model, row)
             self._sequences[name] = sequence
             return sequence
 
@@ -234,13 +251,28 @@ class Store:
 
     def _allocate(self, num_lbas: int) -> int:
         first_lba = self._allocator.allocate(num_lbas)
-        if first_lba is None and self._allocator.has_held:
+        if first_lba is None and self._may_free:
             self._sync()  # what was freed may be reused once that is durable
             first_lba = self._allocator.allocate(num_lbas)
         if first_lba is None:
             block_bytes = self._namespace.block_bytes
             raise OutOfSpace(num_lbas * block_bytes, self._allocator.largest_free_lbas * block_bytes)
         return first_lba
+
+    def _allocate_some(self, num_lbas: int, behind: int | None) -> list[Extent]:
+        """As _allocate, in as many pieces as it takes; best from LBA `behind` on."""
+        extents = self._allocator.allocate_some(num_lbas, behind)
+        if extents is None and self._may_free:
+            self._sync()
+            extents = self._allocator.allocate_some(num_lbas, behind)
+        if extents is None:
+            block_bytes = self._namespace.block_bytes
+            raise OutOfSpace(num_lbas * block_bytes, self._allocator.largest_free_lbas * block_bytes)
+        return extents
+
+    @property
+    def _may_free(self) -> bool:
+        return self._allocator.has_held or self._catalogue.batch.has_changes
 
     def _allocate_groups(self, count: int, group_lbas: int) -> list[GroupRow]:
         groups: list[GroupRow] = []
@@ -277,6 +309,13 @@ class Store:
         extents["num_groups"] = 1
         self._namespace.seal_groups(np.concatenate([header.view(np.uint8), extents.view(np.uint8)]))
 
+    def _use_files(self, files) -> None:
+        """A file system keeps what is not written yet here. Raises InvalidArgument for a second one."""
+        self._check_open()
+        if self._files is not None:
+            raise InvalidArgument("the store has a file system already: two would not see each other's changes")
+        self._files = files
+
     # durability
 
     def _sync(self) -> None:
@@ -287,7 +326,7 @@ class Store:
             self._namespace.deallocate(released)
 
     def _sync_if_needed(self) -> None:
-        if not self._catalogue.is_durable:
+        if self._catalogue.has_changes:
             self._sync()
 
     def flush(self) -> None:
@@ -337,39 +376,26 @@ class Store:
         with self._lock:
             self._check_open()
             sequences = [sequences] if isinstance(sequences, Sequence) else list(sequences)
-            model = self._check_sequences(sequences)
+            model = common_model(sequences, self)
             geometry = model.geometry
             shape = (len(sequences), None, geometry.num_query_heads, geometry.head_dim)
             meaning = "[num_sequences, num_queries, num_query_heads, head_dim]"
             queries = float_array(queries, "queries", shape, meaning)
             if queries.shape[1] < 1:
                 raise InvalidArgument("queries hold no query")
-            layer = sequences[0]._check_layer(layer)
+            layer = geometry.check_layer(layer)
             self._attended = sequences
             for sequence in sequences:
                 sequence._use()
                 if sequence._layers[layer].num_tokens == 0:
                     raise EmptySequence(sequence.name, layer)
                 sequence._complete_spills(layer)
-            starts, stops = visible(sequences, layer, queries.shape[1], causal, token_ranges)
+            num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
+            starts, stops = visible(num_tokens, queries.shape[1], causal, token_ranges)
             scale = geometry.head_dim**-0.5 if scale is None else float(scale)
             if not np.isfinite(scale):
                 raise InvalidArgument(f"scale is a finite number, not {scale}")
             return self._attention.run(model, layer, queries, sequences, starts, stops, scale)
-
-    def _check_sequences(self, sequences: list[Sequence]) -> Model:
-        if not sequences:
-            raise InvalidArgument("attend needs at least one sequence")
-        for sequence in sequences:
-            if not isinstance(sequence, Sequence) or sequence._store is not self:
-                raise InvalidArgument(f"{sequence!r} is not a sequence of this store")
-            sequence._check_usable()
-            if sequence.model is not sequences[0].model:
-                raise InvalidArgument(
-                    f"one call attends over one model: {sequence.name!r} is of {sequence.model.name!r},"
-                    f" {sequences[0].name!r} of {sequences[0].model.name!r}"
-                )
-        return sequences[0].model
 
     # what can be seen
 
@@ -415,4 +441,5 @@ class Store:
             for group in sequence._groups
             if group.id is None
         ]
-        return new + self._allocator.held_extents
+        files = self._files.extents_in_memory() if self._files is not None else []
+        return new + files + self._allocator.held_extents

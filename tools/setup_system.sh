@@ -12,6 +12,9 @@ for package in "$@"; do
         libc6-dev) [ -e /usr/include/stdlib.h ] && continue ;;
         python3-dev) python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' && continue ;;
         python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null && continue ;;
+        pkg-config) command -v pkg-config >/dev/null && continue ;;
+        fuse3) command -v fusermount3 >/dev/null && continue ;;
+        libfuse3-dev) pkg-config --exists fuse3 2>/dev/null && continue ;;
         fio) command -v fio >/dev/null && continue ;;
     esac
     missing="$missing $package"

@@ -108,8 +108,8 @@ _METADATA = _of(
     ),
     (
         "no transaction around a state",
-        "        row.changed_ns = time.time_ns()\n        with self.transaction():",
-        "        row.changed_ns = time.time_ns()\n        self.is_durable = False\n        if True:",
+        "        with self.transaction():\n            freed = self._release_groups(row.id, first_changed)",
+        "        self.is_durable = False\n        if True:\n            freed = self._release_groups(row.id, first_changed)",
     ),
 )
 
@@ -287,7 +287,7 @@ _STORE = _of(
         "return merge_states(*answer, out, lse) if sees_tail else answer",
         "return answer",
     ),
-    ("flush passes for done", "if not self._catalogue.is_durable:", "if self._catalogue.is_durable:"),
+    ("flush passes for done", "if self._catalogue.has_changes:", "if not self._catalogue.has_changes:"),
     ("attended tails leave memory", " and other not in self._attended:", ":"),
     (
         "sequences of the first model",

@@ -1,6 +1,7 @@
 """`kvfsctl check`: is everything on the drive whole?"""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,15 +26,7 @@ def check(
 
     Exit code 3 when something is damaged (and stays so); each problem is one line.
     """
-    from kvfs.repair import repair as mend
-
-    with open_inspection(drive, read_only=not repair) as inspection:
-        report, done = _examine(inspection), []
-        found = report
-        if repair and report.problems:
-            done = mend(inspection, report)
-            report = _examine(inspection) if done else report
-        num_sequences = len(inspection.owners.sequences) if inspection.owners else 0
+    found, done, report, num_sequences = check_and_mend(drive, repair)
     if json_output:
         print_json(
             "check",
@@ -44,16 +37,34 @@ def check(
             remaining=[problem.text for problem in report.problems] if done else None,
         )
     else:
-        for problem in found.problems:
-            print(problem.text)
-        for line in done:
-            print(f"repaired: {line}")
-        for problem in report.problems if done else ():
-            print(f"remains: {problem.text}")
-        if not report.is_damaged:
-            print(f"{drive}: no errors; {num_sequences} sequences, every page matches its checksum")
+        print_report(drive, found, done, report, num_sequences)
     if report.is_damaged:
         sys.exit(EXIT_DAMAGED)
+
+
+def check_and_mend(drive: Path, repair: bool):
+    """(what was found, lines on what was mended, what then remains, number of sequences)."""
+    from kvfs.repair import repair as mend
+
+    with open_inspection(drive, read_only=not repair) as inspection:
+        report, done = _examine(inspection), []
+        found = report
+        if repair and report.problems:
+            done = mend(inspection, report)
+            report = _examine(inspection) if done else report
+        num_sequences = len(inspection.owners.sequences) if inspection.owners else 0
+    return found, done, report, num_sequences
+
+
+def print_report(drive: Path, found, done: list[str], report, num_sequences: int) -> None:
+    for problem in found.problems:
+        print(problem.text)
+    for line in done:
+        print(f"repaired: {line}")
+    for problem in report.problems if done else ():
+        print(f"remains: {problem.text}")
+    if not report.is_damaged:
+        print(f"{drive}: no errors; {num_sequences} sequences, every page matches its checksum")
 
 
 def _examine(inspection):

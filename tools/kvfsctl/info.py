@@ -1,12 +1,12 @@
 """`kvfsctl info`: what a drive is and how full."""
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
+from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
 
 WAF_PARTS = ("host", "garbage_collection", "wear_levelling", "padding", "parity", "metadata")
 
 
-def info(drive: DriveArgument, json_output: JsonOption = False):
+def info(drive: StoreArgument, json_output: JsonOption = False):
     """Show a drive's geometry, space, flash health, and the models it knows."""
     from kvfs.sizes import format_size
 

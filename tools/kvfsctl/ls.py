@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
+from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
 
 
 def ls(
-    drive: DriveArgument,
+    drive: StoreArgument,
     model: Annotated[str | None, typer.Option(help="Only this model's sequences.")] = None,
     json_output: JsonOption = False,
 ):

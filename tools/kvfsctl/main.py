@@ -4,7 +4,27 @@ import sys
 
 import typer
 
-from kvfsctl import bench, check, demo, format, gc, info, ls, rm, scrub, stats, wear
+from kvfsctl import (
+    bench,
+    check,
+    demo,
+    df,
+    export,
+    fork,
+    format,
+    gc,
+    import_file,
+    info,
+    ls,
+    mount,
+    mv,
+    rm,
+    scrub,
+    stats,
+    tree,
+    umount,
+    wear,
+)
 from kvfsctl.output import EXIT_FAILED, fail
 
 app = typer.Typer(
@@ -21,23 +41,33 @@ app.command("info")(info.info)
 app.command("ls")(ls.ls)
 app.command("stats")(stats.stats)
 app.command("rm")(rm.rm)
+app.command("tree")(tree.tree)
+app.command("export")(export.export)
+app.command("import")(import_file.import_file)
+app.command("mv")(mv.mv)
+app.command("fork")(fork.fork)
 app.command("check")(check.check)
 app.command("scrub")(scrub.scrub)
 app.command("wear")(wear.wear)
 app.command("gc")(gc.gc)
+app.command("mount")(mount.mount)
+app.command("umount")(umount.umount)
+app.command("df")(df.df)
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 
 
 def run() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
-    from kvfs.errors import ERRNO
-
     try:
         app()
-    except tuple(ERRNO) as error:
-        fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    except Exception as error:
+        from kvfs.errors import ERRNO  # only now: importing kvfs starts threads, and `mount` forks
+
+        if not isinstance(error, tuple(ERRNO)):
+            raise
+        fail(str(error))

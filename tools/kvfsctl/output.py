@@ -14,10 +14,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_DAMAGED = 3
 JSON_SCHEMA = 1
 
 DriveArgument = Annotated[Path, typer.Argument(metavar="DRIVE", help="The drive's file.")]
+StoreArgument = Annotated[
+    Path, typer.Argument(metavar="DRIVE|MOUNT", help="The drive's file, or the folder where it is mounted.")
+]
+SequenceArgument = Annotated[str, typer.Argument(metavar="SEQUENCE", help="A name, as ls shows it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with plain integers instead of a table.")]
 
 
@@ -33,7 +38,7 @@ def print_json(verb: str, **fields) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calls of (blocks done, of how many); nothing where nobody looks.
+    """A bar on stderr, moved by calls of (done, of how many); nothing where nobody looks.
 
     The drive's log is silent meanwhile: who looks for damage reports it in words of his own.
     """

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import DriveArgument, JsonOption, print_json
+from kvfsctl.output import JsonOption, StoreArgument, print_json
 
 
 def rm(
-    drive: DriveArgument,
+    drive: StoreArgument,
     sequences: Annotated[list[str], typer.Argument(metavar="SEQUENCE...", help="Names, as ls shows them.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be deleted, delete nothing.")

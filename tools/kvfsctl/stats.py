@@ -1,7 +1,7 @@
 """`kvfsctl stats`: counters of all layers."""
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import DriveArgument, JsonOption, print_json, print_table
+from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
 
 # counters whose unit is not in their name
 _UNITS = {
@@ -10,7 +10,7 @@ _UNITS = {
 }
 
 
-def stats(drive: DriveArgument, json_output: JsonOption = False):
+def stats(drive: StoreArgument, json_output: JsonOption = False):
     """Show write amplification by cause, and the counters of link, flash and attention unit.
 
     The split of write amplification is since the drive was opened; its lifetime total is a lower bound.

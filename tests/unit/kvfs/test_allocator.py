@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kvfs.allocator import Allocator
 
-VERBS = st.sampled_from(["allocate", "give_back", "hold", "release"])
+VERBS = st.sampled_from(["allocate", "allocate_some", "give_back", "hold", "release"])
 OPERATIONS = st.lists(st.tuples(VERBS, st.integers(1, 40)))
 
 
@@ -26,6 +26,17 @@ def test_against_a_set(operations):
                 assert set(range(first, first + number)) <= free
                 free -= set(range(first, first + number))
                 allocated.append((first, number))
+        elif operation == "allocate_some":
+            behind = sum(allocated[-1]) if allocated else None
+            extents = allocator.allocate_some(number * 3, behind)
+            if extents is None:
+                assert len(free) < number * 3
+            else:
+                lbas = [lba for first, count in extents for lba in range(first, first + count)]
+                assert len(lbas) == len(set(lbas)) == number * 3 and set(lbas) <= free
+                assert behind not in free or lbas[0] == behind
+                free -= set(lbas)
+                allocated += extents
         elif operation == "release":
             released = allocator.release()
             assert {lba for first, count in released for lba in range(first, first + count)} == held

@@ -1,0 +1,1 @@
+"""Ordinary POSIX files on the drive's blocks: see DESIGN.md here."""

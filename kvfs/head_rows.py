@@ -1,0 +1,121 @@
+"""Reading single heads of a sequence: rows as stored, in one batch, without waiting for anyone.
+
+A head's pages in a group are consecutive, so a read is one extent per group. Where no page has slack and one
+run of rows is wanted, flash is read to where the result lies: nothing is copied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvfs.errors import InvalidArgument
+from kvfs.files.buffer_pool import BufferPool
+from kvfs.layout import GroupLayout
+from kvfs.metadata import GroupRow
+from kvfs.tail import LayerTail
+
+KEYS, VALUES = 0, 1
+KEPT_BYTES = 16 << 20  # of idle buffers of each size
+
+_buffers = BufferPool(KEPT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """Rows of tokens [start, stop) of one KV head's keys (kind 0) or values (kind 1) in one layer."""
+
+    layer: int
+    kind: int
+    head: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows on consecutive pages of one head in one group. image: these pages; None: on flash at `lba`."""
+
+    lba: int
+    image: np.ndarray | None
+    num_pages: int
+    first_row: int  # within the first page
+    num_rows: int
+
+
+class HeadBatch:
+    """What one read takes from flash and from tails. Made under the store's lock, filled and used without."""
+
+    def __init__(
+        self,
+        layout: GroupLayout,
+        groups: list[GroupRow],
+        layers: list[LayerTail],
+        pieces: Sequence[HeadRows],
+    ):
+        self._layout = layout
+        self._num_rows = sum(piece.stop - piece.start for piece in pieces)
+        self._runs = [run for piece in pieces for run in self._runs_of(piece, groups, layers[piece.layer])]
+        # without slack, pages that follow each other are the rows that follow each other
+        self._is_direct = len(pieces) == 1 and _has_no_slack(layout)
+        num_pages = sum(run.num_pages for run in self._runs)
+        self._lease = _buffers.take(max(1, num_pages) * layout.page_size)
+        self._pages = self._lease.reshape(-1, layout.page_size)
+        self.extents: list[tuple[int, np.ndarray]] = []  # (LBA, where to read it to)
+        page = 0
+        for run in self._runs:
+            pages = self._pages[page : page + run.num_pages]
+            if run.image is None:
+                self.extents.append((run.lba, pages))
+            else:
+                pages[:] = run.image
+            page += run.num_pages
+
+    def _runs_of(self, piece: HeadRows, groups: list[GroupRow], tail: LayerTail):
+        layout = self._layout
+        group_tokens, per_page = layout.geometry.group_tokens, layout.tokens_per_page
+        head_pages = piece.layer * layout.layer_lbas + (2 * piece.head + piece.kind) * layout.pages_per_head
+        token = piece.start
+        while token < piece.stop:
+            group, row = divmod(token, group_tokens)
+            is_on_flash = token < tail.num_spilled
+            limit = min(piece.stop, tail.num_spilled) if is_on_flash else piece.stop
+            num_rows = min(group_tokens - row, limit - token)
+            page, first_row = divmod(row, per_page)
+            num_pages = -(-(first_row + num_rows) // per_page)
+            if is_on_flash:
+                yield _Run(groups[group].base_lba + head_pages + page, None, num_pages, first_row, num_rows)
+            else:
+                image = tail.images[group][piece.head, piece.kind, page : page + num_pages]
+                yield _Run(0, image, num_pages, first_row, num_rows)
+            token += num_rows
+
+    def rows(self) -> memoryview:
+        """The wanted rows one after another, once the extents have been read."""
+        row_bytes = self._layout.row_bytes
+        if self._is_direct:
+            start = self._runs[0].first_row * row_bytes if self._runs else 0
+            return memoryview(self._lease)[start : start + self._num_rows * row_bytes]
+        rows = np.empty((self._num_rows, row_bytes), np.uint8)
+        page = row = 0
+        for run in self._runs:
+            used = self._pages[page : page + run.num_pages, : self._layout.tokens_per_page * row_bytes]
+            rows[row : row + run.num_rows] = used.reshape(-1, row_bytes)[run.first_row :][: run.num_rows]
+            page, row = page + run.num_pages, row + run.num_rows
+        return memoryview(rows.reshape(-1))
+
+
+def _has_no_slack(layout: GroupLayout) -> bool:
+    return layout.pages_per_head * layout.page_size == layout.geometry.group_tokens * layout.row_bytes
+
+
+def check(layout: GroupLayout, layers: list[LayerTail], piece: HeadRows) -> None:
+    """Raises InvalidArgument for rows that the sequence does not have."""
+    geometry = layout.geometry
+    if not 0 <= piece.layer < geometry.num_layers or not 0 <= piece.head < geometry.num_kv_heads:
+        raise InvalidArgument(f"no layer {piece.layer} with KV head {piece.head}")
+    if piece.kind not in (KEYS, VALUES):
+        raise InvalidArgument(f"kind is 0 for keys or 1 for values, not {piece.kind!r}")
+    limit = layers[piece.layer].num_tokens
+    if not 0 <= piece.start <= piece.stop <= limit:
+        raise InvalidArgument(f"tokens [{piece.start}, {piece.stop}) of a layer that has {limit}")

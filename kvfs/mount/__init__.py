@@ -1,0 +1,1 @@
+"""The mount: the store's trees as one file system, through FUSE."""

@@ -1,0 +1,190 @@
+"""Calls that come seldom: their arguments and results are JSON. Bytes travel as text, one character each."""
+
+from dataclasses import asdict
+
+from kvfs.errors import InvalidArgument, NotPermitted
+from kvfs.head_rows import HeadRows
+from kvfs.model import Model
+from kvfs.remote.rights import Client
+from kvfs.sequence_attributes import GID, MODE, UID
+from kvfs.sequence_version import Version
+
+BYTES_AS_TEXT = "latin-1"
+USER_PREFIX = "user."  # other attributes are kvfs's own: the owner of a sequence is one
+NEW_SEQUENCE_MODE = b"%d" % 0o755
+
+
+def model_facts(model: Model) -> dict:
+    return {
+        "id": model.id,
+        "name": model.name,
+        "geometry": asdict(model.geometry),
+        "page_size": model.layout.page_size,
+    }
+
+
+# of the store
+
+
+def add_model(session, name, geometry: dict) -> dict:
+    if name not in [known.name for known in session.store.models()]:
+        session.check_writable()
+    return model_facts(session.store.add_model(name, **geometry))
+
+
+def model(session, name) -> dict:
+    return model_facts(session.store.model(name))
+
+
+def models(session) -> list[dict]:
+    return [model_facts(model) for model in session.store.models()]
+
+
+def create_sequence(session, model, name, attributes: dict) -> dict:
+    session.check_writable()
+    for attribute in attributes:
+        _check_attribute_is_users(session, attribute)
+    values = {attribute: _bytes(value) for attribute, value in attributes.items()}
+    model = session.store.model(model)
+    return session.hold(session.store.create_sequence(model, name, _ownership(session.client) | values))
+
+
+def _ownership(client: Client) -> dict[str, bytes]:
+    """Attributes of what a client makes: it is its user's, as a folder made in the mount would be."""
+    if client.is_administrator:
+        return {}
+    return {MODE: NEW_SEQUENCE_MODE, UID: b"%d" % client.uid, GID: b"%d" % client.gid}
+
+
+def _bytes(value) -> bytes:
+    try:
+        return value.encode(BYTES_AS_TEXT)
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InvalidArgument(f"an attribute's value is bytes sent as text, not {value!r}") from error
+
+
+def sequence(session, name) -> dict:
+    return session.hold(session.store.sequence(name))
+
+
+def sequences(session) -> list[dict]:
+    return [session.hold(sequence) for sequence in session.store.sequences()]
+
+
+def catalogue_rows(session) -> list[dict]:
+    return [asdict(row) for row in session.store.catalogue_rows()]
+
+
+def delete_sequence(session, name) -> None:
+    session.check_may_change(session.store.sequence(name))
+    session.store.delete_sequence(name)
+
+
+def rename_sequence(session, old_name, new_name) -> None:
+    session.check_may_change(session.store.sequence(old_name))
+    session.store.rename_sequence(old_name, new_name)
+
+
+def flush_store(session) -> None:
+    session.store.flush()
+
+
+def counters(session) -> dict:
+    return session.store.counters()
+
+
+def check(session) -> list[str]:
+    return session.store.check()
+
+
+# of one sequence
+
+
+def facts(session, handle) -> dict:
+    """What may be known by all: a folder of the mount shows it."""
+    sequence = session.held(handle).sequence
+    names = ("id", "name", "created_ns", "changed_ns", "is_deleted", "num_token_ids")
+    return {name: getattr(sequence, name) for name in names}
+
+
+def version(session, handle) -> dict:
+    return asdict(session.held(handle).sequence.version())
+
+
+def holds(session, handle, version: dict) -> bool:
+    return session.held(handle).sequence.holds(Version(**version))
+
+
+def read_heads(session, handle, layer, kind, head, start, stop) -> memoryview:
+    return session.readable(handle).read_heads([HeadRows(layer, kind, head, start, stop)])
+
+
+def attributes(session, handle) -> dict[str, str]:
+    return {name: value.decode(BYTES_AS_TEXT) for name, value in session.readable(handle).attributes().items()}
+
+
+def set_attribute(session, handle, name, value) -> None:
+    _check_attribute_is_users(session, name)
+    session.writable(handle).set_attribute(name, _bytes(value))
+
+
+def remove_attribute(session, handle, name) -> None:
+    _check_attribute_is_users(session, name)
+    session.writable(handle).remove_attribute(name)
+
+
+def _check_attribute_is_users(session, name) -> None:
+    if not isinstance(name, str):
+        raise InvalidArgument(f"an attribute's name is text, not {name!r}")
+    if not name.startswith(USER_PREFIX) and not session.client.is_administrator:
+        raise NotPermitted(f"attribute {name} is not for user {session.client.uid} to change")
+
+
+def flush_sequence(session, handle) -> None:
+    session.readable(handle).flush()
+
+
+def truncate(session, handle, num_tokens) -> None:
+    session.writable(handle).truncate(num_tokens)
+
+
+def fork(session, handle, name) -> dict:
+    session.check_writable()
+    child = session.readable(handle).fork(name)
+    for attribute, value in _ownership(session.client).items():
+        child.set_attribute(attribute, value)
+    return session.hold(child)
+
+
+def compact(session, handle) -> None:
+    session.writable(handle).compact()
+
+
+CALLS = {
+    call.__name__: call
+    for call in (
+        add_model,
+        model,
+        models,
+        create_sequence,
+        sequence,
+        sequences,
+        catalogue_rows,
+        delete_sequence,
+        rename_sequence,
+        flush_store,
+        counters,
+        check,
+        facts,
+        version,
+        holds,
+        read_heads,
+        attributes,
+        set_attribute,
+        remove_attribute,
+        flush_sequence,
+        truncate,
+        fork,
+        compact,
+    )
+}

@@ -1,0 +1,237 @@
+"""A store that another process owns: what kvfs.open gives for a mounted drive's folder."""
+
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import numpy as np
+
+from kvfs.arrays import float_array, to_query
+from kvfs.attention import common_model, range_array, visible
+from kvfs.errors import InvalidArgument
+from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
+from kvfs.metadata import SequenceRow
+from kvfs.model import Model
+from kvfs.remote.calls import BYTES_AS_TEXT
+from kvfs.remote.connection import Connection
+from kvfs.remote.protocol import ARRAY_ALIGNMENT, Flag, Operation, aligned
+from kvfs.remote.remote_sequence import Reference, RemoteSequence
+from kvfs.sequence_attributes import check_attribute
+from spdk_glue.vendor_command import DTYPE_OF_NAME
+
+_FLOAT32 = np.dtype("<f4")
+
+
+class RemoteStore:
+    """As kvfs.Store; raises ServerGone when the owner is. Safe to call from several threads.
+
+    A process that was forked from one with a store opens its own.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """path: the folder where the drive is mounted. Raises as Connection does."""
+        self.path = os.fspath(path)
+        self._connection = Connection(self.path)
+        self._models: dict[str, Model] = {}
+        # by handle, as long as anyone holds them: one object for a sequence
+        self._sequences: weakref.WeakValueDictionary[int, RemoteSequence] = weakref.WeakValueDictionary()
+
+    def __enter__(self) -> "RemoteStore":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _call(self, name: str, /, **arguments):
+        with self._connection as connection:
+            return connection.call(name, **arguments)
+
+    def flush(self) -> None:
+        """Everything appended to any sequence so far survives a kill or a power cut from here on."""
+        self._call("flush_store")
+
+    def close(self) -> None:
+        """Flush and end the connection; the drive stays mounted. Closing twice is allowed."""
+        connection = self._connection
+        try:
+            if connection.is_usable:
+                with connection:
+                    connection.settle()  # raises what a posted append failed with; all else is flushed yet
+        finally:
+            try:
+                if connection.is_usable:
+                    self.flush()
+            finally:
+                connection.close()
+
+    # models
+
+    def _model(self, facts: dict) -> Model:
+        """One object for a model, as long as it is the same."""
+        layout = GroupLayout(KvGeometry(**facts["geometry"]), facts["page_size"])
+        model = Model(facts["id"], facts["name"], layout.geometry, layout)
+        if self._models.get(model.name) != model:
+            self._models[model.name] = model
+        return self._models[model.name]
+
+    def add_model(
+        self,
+        name: str,
+        *,
+        num_layers: int,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: str = "float16",
+        group_tokens: int = DEFAULT_GROUP_TOKENS,
+    ) -> Model:
+        """The model of this name, added if it is new.
+
+        Raises InvalidArgument for an impossible shape, ModelMismatch if the name has another one.
+        """
+        geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
+        return self._model(self._call("add_model", name=name, geometry=asdict(geometry)))
+
+    def model(self, name: str) -> Model:
+        return self._model(self._call("model", name=name))
+
+    def models(self) -> list[Model]:
+        return [self._model(facts) for facts in self._call("models")]
+
+    # sequences
+
+    def _named(self, facts: dict) -> RemoteSequence:
+        """The sequence of a reply; the caller has the connection's turn, so that there is one object for it."""
+        sequence = self._sequences.get(facts["handle"])
+        if sequence is not None:
+            sequence._reference.count += 1
+            return sequence
+        reference = Reference(self._connection, facts["handle"])
+        sequence = RemoteSequence(self, self._model(facts["model"]), reference, facts["name"])
+        self._sequences[reference.handle] = sequence
+        return sequence
+
+    def create_sequence(
+        self, model: Model, name: str, attributes: Mapping[str, bytes] | None = None
+    ) -> RemoteSequence:
+        """An empty sequence, from the first with these attributes. Raises SequenceExists, InvalidArgument."""
+        attributes = attributes or {}
+        for attribute, value in attributes.items():
+            check_attribute(attribute, value)
+        values = {attribute: value.decode(BYTES_AS_TEXT) for attribute, value in attributes.items()}
+        self._connection.check_open()
+        if not isinstance(model, Model) or self._models.get(model.name) is not model:
+            raise InvalidArgument(f"{model!r} is not a model of this store: use store.model or add_model")
+        with self._connection as connection:
+            facts = connection.call("create_sequence", model=model.name, name=name, attributes=values)
+            return self._named(facts)
+
+    def sequence(self, name: str) -> RemoteSequence:
+        """An existing sequence. Raises NoSuchSequence."""
+        with self._connection as connection:
+            return self._named(connection.call("sequence", name=name))
+
+    def sequences(self) -> list[RemoteSequence]:
+        """All sequences, by name. Opens each; `catalogue_rows` is the cheap way to list many."""
+        with self._connection as connection:
+            return [self._named(facts) for facts in connection.call("sequences")]
+
+    def catalogue_rows(self):
+        """The catalogue's row of every sequence, as of its last flush (metadata.SequenceRow)."""
+        return [SequenceRow(**row) for row in self._call("catalogue_rows")]
+
+    def delete_sequence(self, name: str) -> None:
+        """Forget a sequence; its blocks are free once the catalogue is durable. Raises NoSuchSequence."""
+        self._call("delete_sequence", name=name)
+
+    def rename_sequence(self, old_name: str, new_name: str) -> None:
+        """Raises NoSuchSequence, SequenceExists."""
+        self._call("rename_sequence", old_name=old_name, new_name=new_name)
+
+    # attention
+
+    def attend(self, layer: int, queries, sequences, *, causal=True, token_ranges=None, scale=None):
+        """As kvfs.Store.attend; a batch that the shared memory does not hold goes in several requests."""
+        self._connection.check_open()
+        sequences = [sequences] if isinstance(sequences, RemoteSequence) else list(sequences)
+        geometry = common_model(sequences, self).geometry
+        shape = (len(sequences), None, geometry.num_query_heads, geometry.head_dim)
+        meaning = "[num_sequences, num_queries, num_query_heads, head_dim]"
+        queries, dtype = to_query(float_array(queries, "queries", shape, meaning))
+        layer = geometry.check_layer(layer)
+        ranges = None
+        if token_ranges is not None:
+            ranges = range_array(token_ranges, *queries.shape[:2])
+        scale = geometry.head_dim**-0.5 if scale is None else float(scale)
+        flags = Flag.CAUSAL if causal else 0
+        fields = {"layer": layer, "dtype": DTYPE_OF_NAME[dtype], "scale": scale}
+        return self._attend(sequences, queries, ranges, flags, fields)
+
+    def _attend(self, sequences, queries, ranges, flags, fields):
+        """(out, lse), by halves of the batch, then of the queries, until a request fits."""
+        num_sequences, num_queries = queries.shape[:2]
+        num_bytes = _attend_bytes(queries)
+        if num_bytes <= self._connection.memory.num_bytes or queries.shape[:2] == (1, 1):
+            return self._attend_at_once(sequences, queries, ranges, flags, fields, num_bytes)
+        if num_sequences > 1:
+            axis, half = 0, num_sequences // 2
+            batches = sequences[:half], sequences[half:]
+        else:
+            axis, half = 1, num_queries // 2
+            batches = sequences, sequences
+            if ranges is None:  # halves see what they see in the whole
+                num_tokens = [sequences[0].layer_tokens(fields["layer"])]
+                ranges = np.stack(visible(num_tokens, num_queries, bool(flags & Flag.CAUSAL), None), axis=-1)
+        parts = zip(
+            batches,
+            np.split(queries, [half], axis),
+            (None, None) if ranges is None else np.split(ranges, [half], axis),
+            strict=True,
+        )
+        answers = [self._attend(*part, flags, fields) for part in parts]
+        return tuple(np.concatenate(column, axis) for column in zip(*answers, strict=True))
+
+    def _attend_at_once(self, sequences, queries, ranges, flags, fields, num_bytes):
+        with self._connection as connection:
+            memory = connection.memory
+            offset = connection.place(num_bytes)
+            memory.array(offset, queries.shape, queries.dtype)[...] = queries
+            answer_offset = offset + aligned(queries.nbytes)
+            if ranges is not None:
+                flags |= Flag.RANGES
+                memory.array(answer_offset, ranges.shape, ranges.dtype)[...] = ranges
+                answer_offset += aligned(ranges.nbytes)
+            handles = b""
+            if len(sequences) > 1:
+                handles = np.array([sequence._handle for sequence in sequences], "<u4").tobytes()
+            connection.ask(
+                Operation.ATTEND,
+                handles,
+                flags,
+                sequence=sequences[0]._handle,
+                count=queries.shape[1],
+                offset=offset,
+                answer_offset=answer_offset,
+                **fields,
+            )
+            out = memory.array(answer_offset, queries.shape, _FLOAT32)
+            lse = memory.array(answer_offset + aligned(out.nbytes), queries.shape[:3], _FLOAT32)
+            return out.copy(), lse.copy()
+
+    # what can be seen
+
+    def counters(self) -> dict:
+        """Counters of all layers since the drive was opened, as nested plain dicts."""
+        return self._call("counters")
+
+    def check(self) -> list[str]:
+        """What is damaged, one line each: the drive's map, the catalogue, its blocks, every page on flash."""
+        return self._call("check")
+
+
+def _attend_bytes(queries: np.ndarray) -> int:
+    """An upper limit: queries, ranges, outputs and their lse."""
+    num_sequences, num_queries, num_heads, head_dim = queries.shape
+    per_query = num_heads * head_dim * (queries.itemsize + 4) + num_heads * 4 + 16
+    return num_sequences * num_queries * per_query + 4 * ARRAY_ALIGNMENT

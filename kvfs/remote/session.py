@@ -1,0 +1,254 @@
+"""The owner's side of one client: its requests, one after another, on the store.
+
+A client can send anything. Messages come through the socket and are checked after they were copied; of the
+shared memory only floats are used in place, and any float is a good one.
+"""
+
+import json
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvfs.errors import InvalidArgument, KvfsError, NotPermitted, ReadOnly
+from kvfs.layout import NUMPY_DTYPE
+from kvfs.remote.calls import CALLS, model_facts
+from kvfs.remote.protocol import (
+    ARRAY_ALIGNMENT,
+    MAGIC,
+    MAX_BODY_BYTES,
+    PROTOCOL_VERSION,
+    REPLY,
+    REQUEST,
+    Flag,
+    Operation,
+    Request,
+    aligned,
+    encode_error,
+    parse_request,
+    plain,
+    receive,
+    record,
+    send,
+)
+from kvfs.remote.rights import Client
+from kvfs.remote.shared_memory import SharedMemory
+from kvfs.sequence import Sequence
+from kvfs.store import Store
+from spdk_glue.status import NvmeError
+from spdk_glue.vendor_command import DTYPE_NAME
+
+log = logging.getLogger(__name__)
+
+MAX_HANDLES = 1 << 20
+_HANDLE, _TOKEN_ID = np.dtype("<u4"), np.dtype("<u4")
+_FLOAT32, _INT64 = np.dtype("<f4"), np.dtype("<i8")
+
+
+@dataclass
+class Handle:
+    """A sequence that a client holds. references: how many replies have named it."""
+
+    number: int
+    sequence: Sequence
+    may_read: bool
+    may_write: bool
+    references: int = 0
+
+
+May = Callable[[Client, Sequence, bool], bool]
+
+
+class Session:
+    """may: what the client may do, as kvfs.remote.rights.may; read_only: nobody may change anything."""
+
+    def __init__(
+        self,
+        store: Store,
+        connection: socket.socket,
+        memory: SharedMemory,
+        client: Client,
+        may: May,
+        read_only: bool,
+    ):
+        self.store = store
+        self._connection = connection
+        self.memory = memory
+        self.client = client
+        self._may = may
+        self._read_only = read_only
+        self._handles: dict[int, Handle] = {}
+        self._handle_of: dict[Sequence, Handle] = {}
+        self._next_handle = 1
+        self._failure: bytes | None = None  # of a posted request, encoded, until a reply has told of it
+
+    def run(self) -> None:
+        """Serve until the client goes. Whatever it leaves behind is the store's as it is."""
+        buffer = bytearray(REQUEST.itemsize)
+        while receive(self._connection, buffer):
+            request = parse_request(buffer)
+            body = bytearray(request.body_bytes) if request.body_bytes <= MAX_BODY_BYTES else None
+            if request.magic != MAGIC or body is None or not receive(self._connection, body):
+                return
+            answer, numbers = b"", {}
+            try:
+                if self._failure is None:
+                    answer, numbers = self._serve(request, body)
+            except Exception as error:
+                if not isinstance(error, (KvfsError, NvmeError)):
+                    log.exception("%s of %s", request, self.client)
+                self._failure = encode_error(error)
+            if request.flags & Flag.POSTED:
+                continue
+            if self._failure is not None:
+                answer, numbers = self._failure, {"is_error": 1}
+                self._failure = None
+            reply = record(REPLY, magic=MAGIC, number=request.number, body_bytes=len(answer), **numbers)
+            send(self._connection, reply, answer)
+
+    def _serve(self, request: Request, body: bytearray) -> tuple[bytes, dict]:
+        """(body, fields) of the reply."""
+        match request.operation:
+            case Operation.APPEND:
+                return b"", {"value": self._append(request)}
+            case Operation.ATTEND:
+                self._attend(request, body)
+            case Operation.NUM_TOKENS:
+                sequence = self.readable(request.sequence)
+                every = request.flags & Flag.ALL_LAYERS
+                return b"", {"value": sequence.num_tokens if every else sequence.layer_tokens(request.layer)}
+            case Operation.READ:
+                return b"", self._read(request)
+            case Operation.APPEND_TOKENS:
+                ids = self.memory.array(request.offset, (request.count,), _TOKEN_ID)
+                self.writable(request.sequence).append_tokens(ids.copy())
+            case Operation.TOKENS:
+                return self.readable(request.sequence).tokens.astype(_TOKEN_ID).tobytes(), {}
+            case Operation.RELEASE:
+                self._release(request.sequence, request.count)
+            case Operation.CALL:
+                return self._call(body), {}
+            case Operation.NOTHING:
+                pass
+            case _:
+                raise InvalidArgument(f"operation {request.operation} is not of protocol {PROTOCOL_VERSION}")
+        return b"", {}
+
+    # handles
+
+    def held(self, number: int) -> Handle:
+        if number not in self._handles:
+            raise InvalidArgument(f"no sequence is held as number {number}")
+        return self._handles[number]
+
+    def readable(self, number: int) -> Sequence:
+        """The sequence of a handle. Raises NotPermitted."""
+        handle = self.held(number)
+        self._check(handle.may_read, "read", handle.sequence)
+        return handle.sequence
+
+    def writable(self, number: int) -> Sequence:
+        handle = self.held(number)
+        self.check_writable()
+        self._check(handle.may_write, "change", handle.sequence)
+        return handle.sequence
+
+    def check_writable(self) -> None:
+        if self._read_only:
+            raise ReadOnly(self.store.path)
+
+    def check_may_change(self, sequence: Sequence) -> None:
+        self.check_writable()
+        self._check(self._may(self.client, sequence, True), "change", sequence)
+
+    def _check(self, may: bool, verb: str, sequence: Sequence) -> None:
+        if not may:
+            raise NotPermitted(f"user {self.client.uid} may not {verb} sequence {sequence.name!r}")
+
+    def hold(self, sequence: Sequence) -> dict:
+        """Name a sequence in a reply. What may be done with it is decided here, as for files at opening."""
+        handle = self._handle_of.get(sequence)
+        if handle is None:
+            if len(self._handles) >= MAX_HANDLES:
+                raise InvalidArgument(f"a client holds at most {MAX_HANDLES} sequences")
+            handle = Handle(self._next_handle, sequence, False, False)
+            self._next_handle += 1
+            self._handles[handle.number] = self._handle_of[sequence] = handle
+        handle.may_read, handle.may_write = (self._may(self.client, sequence, write) for write in (False, True))
+        handle.references += 1
+        return {"handle": handle.number, "name": sequence.name, "model": model_facts(sequence.model)}
+
+    def _release(self, number: int, count: int) -> None:
+        handle = self.held(number)
+        handle.references -= count
+        if handle.references <= 0:
+            del self._handles[number], self._handle_of[handle.sequence]
+
+    # arrays
+
+    def _kv_views(self, sequence: Sequence, offset: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values behind each other in the shared memory."""
+        geometry = sequence.model.geometry
+        shape = (num_tokens, geometry.num_kv_heads, geometry.head_dim)
+        keys = self.memory.array(offset, shape, geometry.numpy_dtype)
+        return keys, self.memory.array(offset + aligned(keys.nbytes), shape, geometry.numpy_dtype)
+
+    def _append(self, request: Request) -> int:
+        """How many more tokens of the layer can be posted; 0 where nobody will know."""
+        sequence = self.writable(request.sequence)
+        keys, values = self._kv_views(sequence, request.offset, request.count)
+        if request.stop > request.count:
+            sequence._reserve(request.layer, request.stop)
+        sequence.append(request.layer, keys, values)
+        return 0 if request.flags & Flag.POSTED else sequence._tokens_before_spill(request.layer)
+
+    def _attend(self, request: Request, body: bytearray) -> None:
+        if len(body) % _HANDLE.itemsize:
+            raise InvalidArgument(f"handles in {len(body)} bytes")
+        handles = np.frombuffer(body, _HANDLE).tolist() if body else [request.sequence]
+        sequences = [self.readable(handle) for handle in handles]
+        geometry = sequences[0].model.geometry
+        if request.dtype not in DTYPE_NAME:
+            raise InvalidArgument(f"queries of dtype {request.dtype}")
+        shape = (len(sequences), request.count, geometry.num_query_heads, geometry.head_dim)
+        queries = self.memory.array(request.offset, shape, NUMPY_DTYPE[DTYPE_NAME[request.dtype]])
+        ranges = None
+        if request.flags & Flag.RANGES:
+            at = request.offset + aligned(queries.nbytes)
+            ranges = self.memory.array(at, (*shape[:2], 2), _INT64).copy()
+        out = self.memory.array(request.answer_offset, shape, _FLOAT32)
+        lse = self.memory.array(request.answer_offset + aligned(out.nbytes), shape[:3], _FLOAT32)
+        causal = bool(request.flags & Flag.CAUSAL)
+        out[:], lse[:] = self.store.attend(
+            request.layer, queries, sequences, causal=causal, token_ranges=ranges, scale=request.scale
+        )
+
+    def _read(self, request: Request) -> dict:
+        """As many of the tokens as the shared memory takes; the client asks again for the rest."""
+        sequence = self.readable(request.sequence)
+        start, stop = request.start, request.stop
+        limit = sequence.layer_tokens(request.layer)
+        if request.flags & Flag.TO_END:
+            stop = limit
+        if not 0 <= start <= stop <= limit:
+            sequence.read(request.layer, start, stop)  # says what is wrong
+        token_bytes = sequence.model.token_bytes // sequence.model.num_layers
+        room = self.memory.num_bytes - request.answer_offset - 2 * ARRAY_ALIGNMENT
+        count = min(stop - start, max(1, room // token_bytes))
+        keys, values = self._kv_views(sequence, request.answer_offset, count)
+        keys[:], values[:] = sequence.read(request.layer, start, start + count)
+        return {"value": count, "stop": stop}
+
+    # calls that come seldom
+
+    def _call(self, body: bytearray) -> bytes:
+        """JSON, or the bytes that the call returns."""
+        try:
+            message = json.loads(body)
+            call, arguments = CALLS[message["call"]], dict(message["arguments"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(f"not a call that the process that owns the drive knows: {error}") from error
+        found = call(self, **arguments)
+        return bytes(found) if isinstance(found, memoryview) else json.dumps(found, default=plain).encode()

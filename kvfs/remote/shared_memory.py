@@ -1,0 +1,49 @@
+"""The memory that a client shares with the drive's owner: arrays cross in it by reference.
+
+The owner makes it, sealed against a change of size, so that neither can make the other fault.
+"""
+
+import fcntl
+import math
+import mmap
+import os
+import stat
+
+import numpy as np
+
+from kvfs.errors import InvalidArgument
+from kvfs.remote.protocol import ARRAY_ALIGNMENT
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def create(num_bytes: int) -> int:
+    """A descriptor of new shared memory. Pages that are never touched take no memory."""
+    descriptor = os.memfd_create("kvfs-client", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class SharedMemory:
+    """A mapping of it. Does not keep the descriptor. Raises ValueError for a descriptor of something else."""
+
+    def __init__(self, descriptor: int):
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ValueError("the shared memory is not sealed")
+        self.num_bytes = facts.st_size
+        self._mapping = mmap.mmap(descriptor, self.num_bytes)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A view. Raises InvalidArgument where it is not aligned or not wholly inside."""
+        size = math.prod(shape) * dtype.itemsize
+        if offset % ARRAY_ALIGNMENT or offset + size > self.num_bytes:
+            raise InvalidArgument(
+                f"an array of {size} bytes at {offset} of the {self.num_bytes} bytes of shared memory"
+            )
+        return np.ndarray(shape, dtype, self._mapping, offset)

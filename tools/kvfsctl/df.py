@@ -1,0 +1,80 @@
+"""`kvfsctl df`: how full mounted drives are."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvfsctl.opening import open_store
+from kvfsctl.output import JsonOption, fail, print_json, print_table
+
+
+def df(
+    place: Annotated[
+        Path | None, typer.Argument(metavar="[MOUNTPOINT|DRIVE]", help="All that is mounted, if left out.")
+    ] = None,
+    json_output: JsonOption = False,
+):
+    """Show size, use and room of a drive, mounted or not."""
+    from kvfs.sizes import format_size
+
+    rows = [_of_mount(mount) for mount in _mounts_at(place)] or [_of_drive(place)]
+    if json_output:
+        print_json("df", drives=rows)
+        return
+    print_table(
+        "kvfs drives",
+        ["drive", "size", "used", "free", "use", "mounted at"],
+        [
+            [
+                row["drive"],
+                *(format_size(row[f"{what}_bytes"]) for what in ("size", "used", "free")),
+                f"{row['used_bytes'] / row['size_bytes']:.0%}",
+                row["mountpoint"] or "–",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _mounts_at(place: Path | None) -> list:
+    """The mounts asked for; none where `place` is a drive that is not mounted."""
+    from kvfs.mount.mountpoints import FILE_SYSTEM_TYPE, mount_at, mount_of, mounts
+
+    if place is None:
+        found = [mount for mount in mounts() if mount.file_system_type == FILE_SYSTEM_TYPE]
+        if not found:
+            fail("no drive is mounted; name one that is not: kvfsctl df DRIVE")
+        return found
+    mount = mount_at(place) or mount_of(place)
+    if mount is None:
+        return []
+    if mount.file_system_type != FILE_SYSTEM_TYPE:
+        fail(f"{place}: {mount.source} ({mount.file_system_type}) is mounted there, not kvfs")
+    return [mount]
+
+
+def _of_mount(mount) -> dict:
+    try:
+        usage = os.statvfs(mount.mountpoint)
+    except OSError as error:
+        fail(f"{mount.mountpoint}: {error.strerror}; if its server is gone: kvfsctl umount {mount.mountpoint}")
+    size, free = usage.f_blocks * usage.f_frsize, usage.f_bfree * usage.f_frsize
+    return _row(mount.source, mount.mountpoint, size, free)
+
+
+def _of_drive(drive: Path) -> dict:
+    with open_store(drive) as store:
+        space = store.counters()["space"]
+    return _row(str(drive), None, space["capacity_bytes"], space["free_bytes"])
+
+
+def _row(drive: str, mountpoint: str | None, size_bytes: int, free_bytes: int) -> dict:
+    return {
+        "drive": drive,
+        "mountpoint": mountpoint,
+        "size_bytes": size_bytes,
+        "used_bytes": size_bytes - free_bytes,
+        "free_bytes": free_bytes,
+    }
