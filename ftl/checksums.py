@@ -16,7 +16,7 @@ from ftl import oob
 from ftl.layout import PageKind
 from ftl.media import FlashMedia
 
-COLUMNS_MIN = 64
+COLUMNS_MIN_BYTES = 4 << 20  # so that random reads of a small drive do not load them again and again
 SPREAD, HALF = np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(32)  # Fibonacci hashing
 SHARE_OF_SUPERBLOCKS = 8  # one in so many has its column in memory
 
@@ -33,7 +33,8 @@ class ChecksumTable:
         self._media = media
         self._per_superblock = media.geometry.pages_per_superblock
         num_superblocks = media.geometry.num_superblocks
-        self._capacity = min(num_superblocks, max(COLUMNS_MIN, num_superblocks // SHARE_OF_SUPERBLOCKS))
+        columns_min = max(1, COLUMNS_MIN_BYTES // (4 * self._per_superblock))
+        self._capacity = min(num_superblocks, max(columns_min, num_superblocks // SHARE_OF_SUPERBLOCKS))
         self._columns: OrderedDict[int, np.ndarray] = OrderedDict()
         self._unreadable: dict[int, np.ndarray] = {}  # superblock to pages whose OOB does not hold
         self._lock = threading.Lock()

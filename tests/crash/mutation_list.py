@@ -109,7 +109,8 @@ _METADATA = _of(
     (
         "no transaction around a state",
         "        with self.transaction():\n            freed = self._release_groups(row.id, first_changed)",
-        "        self.is_durable = False\n        if True:\n            freed = self._release_groups(row.id, first_changed)",
+        "        self.is_durable = False\n        if True:\n"
+        "            freed = self._release_groups(row.id, first_changed)",
     ),
 )
 
