@@ -1,15 +1,11 @@
 """A store in another process against the same store in this one: what crossing costs.
 
-    PYTHONPATH=. python tools/bench/remote.py [DIRECTORY]
-
 In-process and remote calls take turns in short rounds, on a drive each, for a machine whose speed drifts.
 """
 
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -20,7 +16,7 @@ import numpy as np
 import kvfs
 from kvfs.remote.server import RemoteServer
 from kvfs.tree import Caller
-from kvfs_bench.figures import Figure, print_report, report
+from kvfs_bench.figures import Figure
 
 NUM_KV_HEADS = 8
 HEAD_DIM = 128
@@ -53,7 +49,7 @@ def _seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def _attend(stores: dict, keys, values, num_tokens: int):
+def _attend(stores: dict, keys, values, num_tokens: int, rounds: int):
     """Seconds of a call of one query, median, in process and remote."""
     queries = np.random.default_rng(1).standard_normal((1, 1, NUM_KV_HEADS, HEAD_DIM), np.float32)
     sequences = {}
@@ -62,7 +58,7 @@ def _attend(stores: dict, keys, values, num_tokens: int):
         sequences[kind].append(0, keys[:num_tokens], values[:num_tokens])
         sequences[kind].flush()
     found = {kind: [] for kind in stores}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for kind, store in stores.items():
             attend = partial(store.attend, 0, queries, sequences[kind])
             attend()  # threads of the other's last call may still spin
@@ -72,10 +68,10 @@ def _attend(stores: dict, keys, values, num_tokens: int):
     return tuple(statistics.median(found[kind]) for kind in stores)
 
 
-def _append(stores: dict, keys, values, per_call: int):
+def _append(stores: dict, keys, values, per_call: int, rounds: int):
     """Tokens per second, median, in process and remote: appended and taken by the owner."""
     found = {kind: [] for kind in stores}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for kind, store in stores.items():
             sequence = store.create_sequence(_model(store), f"append-{number}")
             sequence.append(0, keys[:per_call], values[:per_call])
@@ -91,7 +87,9 @@ def _append(stores: dict, keys, values, per_call: int):
     return tuple(statistics.median(found[kind]) for kind in stores)
 
 
-def measure(directory: Path) -> list[Figure]:
+def measure(directory: Path, quick: bool = False) -> list[Figure]:
+    """quick: to see that it runs."""
+    rounds = 1 if quick else ROUNDS
     figures = []
     random = np.random.default_rng(0)
     shape = (max(ATTEND_TOKENS), NUM_KV_HEADS, HEAD_DIM)
@@ -110,7 +108,8 @@ def measure(directory: Path) -> list[Figure]:
         with kvfs.open(scratch / "local.kvfs") as local, kvfs.open(folder) as remote:
             stores = {"local": local, "remote": remote}
             for num_tokens in ATTEND_TOKENS:
-                here, there = (seconds * MICROSECONDS for seconds in _attend(stores, keys, values, num_tokens))
+                times = _attend(stores, keys, values, num_tokens, rounds)
+                here, there = (seconds * MICROSECONDS for seconds in times)
                 figures.append(
                     Figure(
                         f"remote.attend.{num_tokens}.overhead",
@@ -124,7 +123,7 @@ def measure(directory: Path) -> list[Figure]:
                     )
                 )
             for per_call in TOKENS_PER_APPEND:
-                here, there = _append(stores, keys, values, per_call)
+                here, there = _append(stores, keys, values, per_call, rounds)
                 figures.append(
                     Figure(
                         f"remote.append.{per_call}_tokens_a_call",
@@ -139,9 +138,3 @@ def measure(directory: Path) -> list[Figure]:
         ours.send("end")
         owner.join()
     return figures
-
-
-if __name__ == "__main__":
-    result = report("remote", measure(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir())))
-    print_report(result)
-    print(json.dumps(result["figures"], indent=1))

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from kvfsctl.output import fail
 
 app = typer.Typer(no_args_is_help=True, help="Measure kvfs against rivals and the machine's limits.")
 
@@ -71,6 +74,31 @@ def ftl(
     from kvfs_bench import ftl_overhead as bench
 
     _print("ftl", bench.measure(directory, quick), json_output)
+
+
+@app.command()
+def mount(
+    directory: Annotated[
+        Path, typer.Option(help="Where drive and folder are made: the disk to measure.")
+    ] = Path("."),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """The mount beside pyfuse3's bare passthrough and the disk; a store in another process beside one in this.
+
+    Needs fio, and 8 GiB of disk. Takes some minutes.
+    """
+    from kvfs_bench import mount as bench
+
+    status = Console(stderr=True).status("begins")
+    with status:
+        try:
+            figures = bench.measure(directory, quick, lambda text: status.update(text))
+        except RuntimeError as error:
+            fail(error)
+    _print("mount", figures, json_output)
 
 
 def _print(bench: str, figures: list, json_output: bool) -> None:
