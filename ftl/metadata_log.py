@@ -116,9 +116,6 @@ class MetadataLog:
                 except BaseException:
                     self._pending[:0] = records.tolist()
                     raise
-            if state.geometry.parity:
-                self._writer.complete_rows()
-                self._log.complete_row()
             self.sync()
         finally:
             self._release()
@@ -201,10 +198,14 @@ class MetadataLog:
         return gained
 
     def sync(self) -> None:
-        """Everything that was programmed when this is called is on stable media when it returns."""
+        """Everything that was programmed when this is called is on stable media when it returns, and has its
+        parity: recovery counts on it."""
         state = self._state
         last = self._writer.last_finished()
         if state.durable_program_number < last:
+            if state.geometry.parity:
+                self._writer.complete_rows()
+                self._log.complete_row()
             with state.unlocked():
                 state.media.sync()
             state.durable_program_number = max(last, state.durable_program_number)

@@ -159,12 +159,21 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
     return current
 
 
-def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
-
-    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
-    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+@dataclass
+class _Membership:
+    """groups: int64 [n], those with a parity page; parity: int64 [n], its record; lacking: uint32 [n], a bit for
+    each die whose member is not there
+    member: int64 [m], records of members; place: int64 [m], whose
     """
+
+    groups: np.ndarray
+    parity: np.ndarray
+    lacking: np.ndarray
+    member: np.ndarray
+    place: np.ndarray
+
+
+def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _Membership:
     num_dies = geometry.num_dies
     group = pages // num_dies  # neighbours: a plane's page on every die, in one row
     is_parity = records["kind"] == PageKind.PARITY
@@ -183,7 +192,23 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     member, place, bits = member[current], place[current], bits[current]
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
-    lacking = wanted & ~present
+    return _Membership(groups, parity, wanted & ~present, member, place)
+
+
+def unprotected_groups(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """int64: groups (page // num_dies) with a page, but not all that is needed to give it back."""
+    found = _membership(geometry, records, pages)
+    return np.setdiff1d(pages // geometry.num_dies, found.groups[found.lacking == 0])
+
+
+def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
+
+    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
+    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+    """
+    known = _membership(geometry, records, pages)
+    groups, parity, lacking, member, place = vars(known).values()
     lost = np.flatnonzero((lacking != 0) & (lacking & (lacking - np.uint32(1)) == 0))
     if not len(lost):
         return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
@@ -216,4 +241,4 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     np.bitwise_xor.at(check, place, _identity(records[member]))
     fits = check == chosen["members_check"]
     die = np.log2(lacking[lost]).astype(np.int64)
-    return found[fits], (groups[lost] * num_dies + die)[fits]
+    return found[fits], (groups[lost] * geometry.num_dies + die)[fits]

@@ -27,7 +27,7 @@ from ftl.deallocation_log import LogPage
 from ftl.layout import PAGE_OOB, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
-from ftl.parity import lost_records
+from ftl.parity import lost_records, unprotected_groups
 from ftl.provisioning import num_lbas
 from ftl.repair import repair_page
 from spdk_glue import dma
@@ -45,6 +45,7 @@ class Recovered:
     program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     checkpoint: the one that was built upon, None after a scan of everything
+    unprotected_groups: int64, groups of parity (page // num_dies) that a cut has left without redundancy
     """
 
     mapping: Mapping
@@ -60,6 +61,7 @@ class Recovered:
     torn_pages: int = 0
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
+    unprotected_groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
@@ -83,14 +85,22 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     if not len(records):
         mapping.finish_recovery()
         return found
-    good = _whole(media, records, pages, found)
+    doubtful = _doubtful(records, found)
+    begun_groups = pages[doubtful] // geometry.num_dies
+    good = _whole(media, records, pages, doubtful, found)
     records, pages = records[good], pages[good]
     if geometry.parity:
+        # all others had their parity before anything was called durable: what lacks there is damage
+        weak = unprotected_groups(geometry, records, pages)
+        found.unprotected_groups = np.intersect1d(begun_groups, weak)
         lost, lost_pages = lost_records(geometry, records, pages)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
         superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
 
+    # a copy is programmed after its original: of equal versions it comes last, and counts
+    order = np.argsort(records["program_number"], kind="stable")
+    records, pages = records[order], pages[order]
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     if found.checkpoint is not None:
         # what was programmed before the checkpoint is in its map, or was superseded by then
@@ -216,9 +226,6 @@ def _scan(
                 found.last_stream[superblock] = int(data["stream"][-1])
     found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
-    # a copy is programmed after its original: of equal versions it comes last, and counts
-    order = np.argsort(records["program_number"], kind="stable")
-    records, pages = records[order], pages[order]
     if len(records):
         versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
         found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
@@ -227,18 +234,22 @@ def _scan(
     return records, pages
 
 
-def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
-    """bool: the records whose payload is known, or now seen, to be whole."""
+def _doubtful(records, found: Recovered) -> np.ndarray:
+    """bool: the records of pages that no later one of their session calls durable."""
     sessions, which = np.unique(records["session"], return_inverse=True)
     durable = np.zeros(len(sessions), np.uint64)
     np.maximum.at(durable, which, records["durable_program_number"])
     if found.checkpoint is not None:
         own = sessions == found.checkpoint.session
         durable[own] = np.maximum(durable[own], found.checkpoint.program_number)
-    doubtful = records["program_number"] > durable[which]
+    return records["program_number"] > durable[which]
+
+
+def _whole(media: FlashMedia, records, pages, doubtful: np.ndarray, found: Recovered) -> np.ndarray:
+    """bool: the records whose payload is known, or now seen, to be whole."""
     # a failed program leaves anything behind, and its block is marked bad before it is durable
     superblocks, indices = np.divmod(pages, media.geometry.pages_per_superblock)
-    doubtful |= media.bad_blocks()[superblocks, indices % media.geometry.num_planes]
+    doubtful = doubtful | media.bad_blocks()[superblocks, indices % media.geometry.num_planes]
     doubtful = np.flatnonzero(doubtful)
     good = np.ones(len(records), bool)
     page_size = media.geometry.page_size

@@ -89,7 +89,19 @@ class FlashTranslationLayer:
         ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
+            ftl._protect(found.unprotected_groups)
         return ftl
+
+    def _protect(self, groups: np.ndarray) -> None:
+        """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
+        if not len(groups):
+            return
+        with self._state.lock:
+            try:
+                self._collector.move_groups(groups)
+                self._log.make_durable()
+            except OutOfFlash as error:
+                log.warning("no room to write anew what a power cut left without parity: %s", error)
 
     def _take_over(self, found: Recovered) -> list[int]:
         """What recovery found out becomes the state; returns the superblocks of the log, oldest first."""

@@ -42,6 +42,12 @@ def test_found_seeds(seed, faults):
     FtlSimulation(seed, faults).run(100)
 
 
+# A row that a power cut left with a torn member or without parity, and then a flipped bit (40028).
+@pytest.mark.parametrize("seed", [40028])
+def test_found_seeds_of_the_store(seed):
+    Simulation(seed).run(60)
+
+
 @pytest.mark.parametrize("simulation", [Simulation, FtlSimulation])
 def test_a_seed_replays(simulation):
     """A failure that its seed does not bring back cannot be mended."""
