@@ -94,10 +94,15 @@ class Collector:
             elif superblocks.count(State.FREE) <= GC_RESERVE:
                 raise OutOfFlash(superblocks.count(State.FREE), 0)
 
+    @property
+    def is_retiring(self) -> bool:
+        """Whether something lies on superblocks with failed blocks that is to be moved."""
+        superblocks = self._state.superblocks
+        return any(superblocks.states[s] == State.FULL for s in superblocks.retiring)
+
     def finish_retiring(self) -> None:
         """Move what lies on superblocks with failed blocks now."""
-        superblocks = self._state.superblocks
-        while any(superblocks.states[s] == State.FULL for s in superblocks.retiring):
+        while self.is_retiring:
             if not self.step():
                 self._state.changed.wait()  # for another collection
 
@@ -214,8 +219,10 @@ class Collector:
     def _data_records(self, superblock: int) -> tuple[np.ndarray, np.ndarray]:
         """PAGE_OOB [n] and int64 [n] pages of a superblock's data, as far as known."""
         state = self._state
+        unwritten = state.unwritten_parity(superblock)
         with state.unlocked():
-            records, pages, _ = oob.known_records(state.media, superblock, state.media.read_oob(superblock))
+            records = state.media.read_oob(superblock)
+            records, pages, _ = oob.known_records(state.media, superblock, records, unwritten)
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
         return records[data], pages[data]
 
@@ -290,6 +297,7 @@ class Collector:
                 state.media.mark_bad(superblock, failure.planes)
                 state.superblocks.planes_failed(superblock, failure.planes)
             state.checksums.forget(superblock)
+            state.begun.pop(superblock, None)
             state.superblocks.erased(superblock)
             state.counters.superblocks_erased += 1
             state.changed.notify_all()

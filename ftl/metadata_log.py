@@ -70,8 +70,13 @@ class LogSuperblocks:
             done += len(pages)
 
     def complete_row(self) -> None:
-        if self._open is not None:
+        if self.num_left:  # none are left behind a failure, nor is a row begun behind the last page
             self._writer.complete_row(self._open)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the last row has no parity, and never will, because a block failed."""
+        return bool(self.superblocks) and self.superblocks[-1] in self._state.superblocks.retiring
 
 
 class MetadataLog:
@@ -117,6 +122,8 @@ class MetadataLog:
                     self._pending[:0] = records.tolist()
                     raise
             self.sync()
+            if state.geometry.parity and self._log.is_cut_short:
+                self._rotate()
         finally:
             self._release()
 

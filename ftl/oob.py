@@ -5,7 +5,7 @@ import numpy as np
 from ftl.direct_io.api import crc32c_records
 from ftl.layout import OOB_MAGIC
 from ftl.media import FlashMedia
-from ftl.parity import lost_records
+from ftl.parity import ParityPages, lost_records, with_unwritten
 
 
 def holds(records: np.ndarray) -> np.ndarray:
@@ -14,16 +14,17 @@ def holds(records: np.ndarray) -> np.ndarray:
 
 
 def known_records(
-    media: FlashMedia, superblock: int, records: np.ndarray
+    media: FlashMedia, superblock: int, records: np.ndarray, unwritten: ParityPages | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(PAGE_OOB [n], int64 [n] pages, bool [n]) of a superblock's PAGE_OOB [pages_per_superblock]: the records
-    that hold and those that follow from parity; which are the latter.
+    that hold and those that follow from parity; which are the latter. unwritten: parity that is not on flash.
     """
     whole = holds(records)
     pages = superblock * media.geometry.pages_per_superblock + np.flatnonzero(whole)
     records = records[whole]
     num_held = len(pages)
     if media.geometry.parity:
-        lost, lost_pages = lost_records(media.geometry, records, pages)
+        by = with_unwritten(media.geometry, records, pages, unwritten)
+        lost, lost_pages = lost_records(media.geometry, *by)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
     return records, pages, np.arange(len(pages)) >= num_held

@@ -60,7 +60,10 @@ class PageWriter:
     def _open_superblock(self, superblock: int) -> OpenSuperblock:
         superblocks = self._state.superblocks
         bad, fill = superblocks.bad_planes[superblock], int(superblocks.fill[superblock])
-        return OpenSuperblock(superblock, self._state.geometry, bad, fill)
+        found = OpenSuperblock(superblock, self._state.geometry, bad, fill)
+        if found.parity is not None:
+            self._state.begun[superblock] = found
+        return found
 
     def _num_open(self) -> int:
         return sum(stream not in INTERNAL_STREAMS for stream in self._open)
@@ -70,6 +73,8 @@ class PageWriter:
             if found.superblock == superblock:
                 del self._open[stream]
                 self._state.superblocks.move(superblock, State.FULL)
+                if found.parity is not None and not found.parity.is_begun:
+                    del self._state.begun[superblock]
 
     def close(self, superblocks: set[int]) -> None:
         """Write no more into those that are open, so that they can be collected."""
@@ -165,6 +170,8 @@ class PageWriter:
                     continue
                 except BaseException:
                     # how far it came is unknown: nothing is programmed there again before an erase
+                    if found.parity is not None:
+                        found.parity.undo()
                     self._close(found.superblock)
                     raise
                 while version is not None and min(self._uncommitted) < version:
@@ -268,6 +275,8 @@ class PageWriter:
         state.counters.program_failures += len(failure.planes)
         state.media.mark_bad(failure.superblock, failure.planes)
         state.superblocks.planes_failed(failure.superblock, failure.planes)
+        if found.parity is not None:
+            found.parity.undo()
         if found.has_data:
             found.abandon()
             state.superblocks.retiring.add(failure.superblock)

@@ -53,6 +53,10 @@ class ParityPages:
     def addresses(self) -> np.ndarray:
         return dma.page_addresses(self.payload, self.payload.shape[1])
 
+    def of(self, chosen: np.ndarray) -> "ParityPages":
+        """Some of them. chosen: bool [n]."""
+        return ParityPages(self.pages[chosen], self.oob[chosen], self.payload[chosen])
+
 
 class ParityRows:
     """Running sums of the rows of a superblock that is being written."""
@@ -70,6 +74,7 @@ class ParityRows:
         self._sums = dma.allocate(self._num_groups * self._page_size).reshape(self._num_groups, -1)
         self._oob_sums = np.zeros(self._num_groups, PAGE_OOB)
         self._row = -1  # being summed; -1 for none
+        self._before = self._row, self._sums, self._oob_sums  # what `undo` goes back to
 
     def _last_data_of_rows(self, bad_planes: np.ndarray) -> np.ndarray:
         """int64 [rows]: index of the last page for data in each row, -1 in a row without any."""
@@ -80,6 +85,7 @@ class ParityRows:
 
     def add(self, indices: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> ParityPages | None:
         """Sum data pages, ascending indices in the superblock; the parity of rows that they complete."""
+        self._remember()
         rows = indices // self.num_planes
         first_row = int(rows[0])
         if self._row != first_row:
@@ -108,11 +114,28 @@ class ParityRows:
 
     def end_row(self) -> ParityPages | None:
         """The parity of a row that is left with fewer members."""
-        if self._row < 0:
+        if not self.is_begun:
             return None
-        found = self._pages(self._row, self._sums.copy(), self._oob_sums.copy())
+        self._remember()
+        found = self.unwritten()
         self._row = -1
         return found
+
+    def _remember(self) -> None:
+        self._before = self._row, self._sums.copy(), self._oob_sums.copy()
+
+    def undo(self) -> None:
+        """What was summed or ended last could not be programmed."""
+        self._row, self._sums, self._oob_sums = self._before
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a row is under way."""
+        return self._row >= 0
+
+    def unwritten(self) -> ParityPages | None:
+        """The parity of the row under way, as far as it goes."""
+        return self._pages(self._row, self._sums, self._oob_sums) if self.is_begun else None
 
     def _start(self, row: int) -> None:
         self._row = row
@@ -128,6 +151,17 @@ class ParityRows:
         payload = dma.allocate(np.count_nonzero(kept) * self._page_size).reshape(-1, self._page_size)
         payload[:] = sums[kept]
         return ParityPages(rows[kept] * self.num_planes + planes[kept], oob[kept].copy(), payload)
+
+
+def with_unwritten(
+    geometry: Geometry, records: np.ndarray, pages: np.ndarray, unwritten: ParityPages | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Records that hold and their pages, with parity that is in memory only in place of the flash's."""
+    if unwritten is None:
+        return records, pages
+    here = np.isin(pages // geometry.num_dies, unwritten.pages // geometry.num_dies)
+    kept = ~(here & (records["kind"] == PageKind.PARITY))
+    return np.concatenate([records[kept], unwritten.oob]), np.concatenate([pages[kept], unwritten.pages])
 
 
 def _bits(dies: np.ndarray) -> np.ndarray:

@@ -206,9 +206,10 @@ class FlashTranslationLayer:
                 self._flush()
 
     def _flush(self) -> None:
-        if self.geometry.parity:
-            self._collector.finish_retiring()  # a row that a failure cut short has no parity
         self._log.make_durable()
+        while self.geometry.parity and self._collector.is_retiring:
+            self._collector.finish_retiring()  # a row that a failure cut short has no parity
+            self._log.make_durable()
         self._log.mark()
         self._log.checkpoint_if_due()
         self._collector.erase_replaced()
@@ -262,7 +263,9 @@ class FlashTranslationLayer:
         for wrong in np.flatnonzero((found != expected) | ~known).tolist():
             self._state.counters.corrupt_pages += 1
             page, lba = int(pages[wrong]), int(lbas[wrong])
-            if not repair_page(self.media, page, lba, int(destinations[wrong])):
+            with self._state.lock:
+                unwritten = self._state.unwritten_parity(page // self.geometry.pages_per_superblock)
+            if not repair_page(self.media, page, lba, int(destinations[wrong]), unwritten):
                 raise CorruptPage(lba, page, int(expected[wrong]), int(found[wrong]))
             self._state.counters.repaired_pages += 1
             self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)
