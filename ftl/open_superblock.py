@@ -7,6 +7,7 @@ row keeps back a page for every plane of a die: see parity.py.
 import numpy as np
 
 from ftl.geometry import Geometry
+from ftl.page_chain import PageChain
 from ftl.parity import ParityRows
 
 
@@ -26,6 +27,7 @@ class OpenSuperblock:
         geometry = self._geometry
         usable = np.tile(~bad_planes, geometry.pages_per_erase_block)
         self.parity: ParityRows | None = None
+        self.chain = PageChain()
         if geometry.parity:
             self.parity = ParityRows(geometry, bad_planes)
             usable &= ~self.parity.is_parity

@@ -199,6 +199,8 @@ class PageWriter:
                 order = np.argsort(pages)
                 pages, sources = pages[order], np.concatenate([sources, parity.addresses])[order]
                 oob = np.concatenate([oob, parity.oob])[order]
+        else:
+            found.chain.link(oob)
         self.program(found.superblock, pages, sources, oob)
         found.has_data = True
 
