@@ -46,6 +46,7 @@ class Simulation:
             CONFIG, collector=self.schedule.collector, checkpoint_pages=self.schedule.checkpoint_pages
         )
         self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
+        self.media.dies_in = self.schedule.dies_in
         self.oracle = Oracle()
         self.workload = Workload(self.random, self.oracle)
         self.report = Report(seed)
