@@ -36,7 +36,7 @@ class LogSuperblocks:
     def _opened(self, superblock: int) -> OpenSuperblock:
         found = self._state.superblocks
         bad, fill = found.bad_planes[superblock], int(found.fill[superblock])
-        return OpenSuperblock(superblock, self._state.geometry, bad, fill)
+        return OpenSuperblock(superblock, self._state.geometry, bad, fill, found.keeps_parity)
 
     @property
     def num_left(self) -> int:

@@ -91,16 +91,16 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     begun_groups = pages[doubtful] // geometry.num_dies
     good = _whole(media, records, pages, doubtful, found)
     records, pages = records[good], pages[good]
+    durable = ~_doubtful(gone, durable_numbers)
+    lost, lost_pages = gone[durable], gone_pages[durable]
     if geometry.parity:
         # all others had their parity before anything was called durable: what lacks there is damage
         weak = unprotected_groups(geometry, records, pages)
         found.unprotected_groups = np.intersect1d(begun_groups, weak)
-        lost, lost_pages = lost_records(geometry, records, pages)
-        superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
+        by_parity, places = lost_records(geometry, records, pages)
+        lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
+        superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
-    else:
-        durable = ~_doubtful(gone, durable_numbers)
-        lost, lost_pages = gone[durable], gone_pages[durable]
     # of equals those that are there count
     records, pages = np.concatenate([lost, records]), np.concatenate([lost_pages, pages])
     # a copy is programmed after its original: of equal versions it comes last, and counts
@@ -214,10 +214,9 @@ def _scan(
         on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         holds = oob.holds(records)
-        if not media.geometry.parity:
-            gone, indices = page_chain.vanished(records, holds)
-            all_gone.append(gone)
-            all_gone_pages.append(superblock * per_superblock + indices)
+        gone, indices = page_chain.vanished(records, holds)
+        all_gone.append(gone)
+        all_gone_pages.append(superblock * per_superblock + indices)
         records, holds = records[programmed], holds[programmed]
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])

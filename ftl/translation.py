@@ -94,7 +94,7 @@ class FlashTranslationLayer:
 
     def _protect(self, groups: np.ndarray) -> None:
         """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
-        if not len(groups):
+        if not len(groups) or not self._state.superblocks.keeps_parity:
             return
         with self._state.lock:
             try:

@@ -45,16 +45,23 @@ class PageOracle:
             del self.may_hold[lba][:-1]
         self._doubtful.clear()
 
+    def is_now(self, lba: int, value: int) -> None:
+        """A write that was refused has come so far. Raises Lost."""
+        if value not in self.may_hold[lba]:
+            raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
+        self.may_hold[lba].append(value)
+
     def is_older(self, lba: int, value: int) -> bool:
         """Whether it has held this value at some time."""
         return value == EMPTY or self._lbas[value] == lba
 
     def check(self, found: "Found") -> None:
         """Every page holds what it may, or its loss is excused. Raises Lost."""
+        untold: set[int] | None = set()
         for lba, value in enumerate(found.values):
             if value in self.may_hold[lba] or lba in found.lost:
                 continue
-            untold = found.media.untold_lbas()
+            untold = untold or found.media.untold_lbas()
             if (untold is None or lba in untold) and self.is_older(lba, value):
                 continue
             raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
@@ -124,7 +131,8 @@ class FtlSimulation:
         try:
             self._operate()
         except OutOfFlash as error:
-            if not self.media.lost_pages():  # what is lost keeps its superblock from being erased
+            # what is lost keeps its superblock from being erased; without parity a die is more than the spare
+            if not self.media.lost_pages() and (self.schedule.geometry.parity or not self.media.dead_dies):
                 raise
             self.report.refusals += 1
             self.done.append(f"  refused: {error}")
@@ -158,7 +166,14 @@ class FtlSimulation:
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
         stream = int(self.random.integers(0, 3))
-        self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+        try:
+            self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+        except OutOfFlash:
+            found, lost = self._read(self._ftl, first, count)
+            for lba, value in enumerate(found, first):
+                if lba not in lost:
+                    self._oracle.is_now(lba, value)
+            raise
 
     # rounds
 
@@ -166,7 +181,7 @@ class FtlSimulation:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
         with suppress(PowerCut):
-            while True:
+            while self.report.refusals < MAX_REFUSALS:
                 self._step()
         self.media.on_operation = None
         self._crashed(depth=1)
@@ -209,15 +224,17 @@ class FtlSimulation:
 
     def _read(self, ftl: FlashTranslationLayer, first: int, count: int) -> tuple[list[int], set[int]]:
         """(values of LBAs, those that are errors as they may be). Raises Lost."""
-        lbas, lost = np.arange(first, first + count), set()
+        lbas = np.arange(first, first + count)
+        lost: set[int] = set()
         try:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
+            may_be = self.media.lost_pages()
             for position, lba in enumerate(lbas.tolist()):
                 try:
                     ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])
                 except CorruptPage as error:
-                    if error.lba != lba or not self.media.is_lost(error.physical_page):
+                    if error.lba != lba or error.physical_page not in may_be:
                         raise Lost(f"LBA {lba} cannot be read: {error}") from error
                     lost.add(lba)
         words = self._words()[:count]

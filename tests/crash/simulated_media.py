@@ -1,6 +1,7 @@
 """The flash under a simulation: NAND that misbehaves, a digest of what is done to it, and second chances."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -74,21 +75,19 @@ class SimulatedMedia(NandMedia):
     # what the faults took: the truth that oracles excuse losses by
 
     def lost_pages(self) -> dict[int, np.void]:
-        """By page, the OOB of what was programmed and cannot be read."""
+        """By page, the OOB of what was programmed and may be an error: it cannot be read, nor, with parity, can
+        another page of its group."""
         pages = np.arange(len(self.oob))
-        dead = pages[self._is_dead(pages % self.geometry.num_planes) & holds(self.oob)]
-        return {**{page: self.oob[page].copy() for page in dead.tolist()}, **self.gone}
-
-    def is_lost(self, page: int) -> bool:
-        """Whether a page may be an error: it cannot be read, nor, with parity, can another page of its group."""
-        lost = self.lost_pages()
-        num_dies = self.geometry.num_dies
-        group = sum(other // num_dies == page // num_dies for other in lost)
-        return page in lost and group > self.geometry.parity
+        dead = pages[self._is_dead(pages % self.geometry.num_planes) & (self.oob["magic"] != 0)]
+        lost = {**{page: self.oob[page].copy() for page in dead.tolist()}, **self.gone}
+        if not self.geometry.parity:
+            return lost
+        groups = Counter(page // self.geometry.num_dies for page in lost)
+        return {page: record for page, record in lost.items() if groups[page // self.geometry.num_dies] > 1}
 
     def untold_lbas(self) -> set[int] | None:
         """LBAs of which an older version may show, since no page says what the newest was; None for all."""
-        lost = {page: record for page, record in self.lost_pages().items() if self.is_lost(page)}
+        lost = self.lost_pages()
         if any(record["kind"] != PageKind.DATA for record in lost.values()):
             return None  # what was deallocated may be back
         return {int(record["lba"]) for page, record in lost.items() if not self._is_told(page, record)}
