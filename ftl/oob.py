@@ -7,10 +7,16 @@ from ftl.layout import OOB_MAGIC
 from ftl.media import FlashMedia
 from ftl.parity import ParityPages, lost_records, with_unwritten
 
+# Far beyond what any drive lives to see; further numbers must still fit behind them.
+HIGHEST = {"sequence_number": 1 << 62, "program_number": 1 << 62, "session": 1 << 31}
+
 
 def holds(records: np.ndarray) -> np.ndarray:
-    """bool [n]: PAGE_OOB [n] of programmed pages whose own checksum is right."""
-    return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+    """bool [n]: PAGE_OOB [n] of programmed pages whose own checksum is right, with numbers that a drive can reach."""
+    found = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
+    for name in ("sequence_number", "program_number", "session"):
+        found &= records[name] < HIGHEST[name]
+    return found
 
 
 def known_records(
