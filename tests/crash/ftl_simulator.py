@@ -229,12 +229,12 @@ class FtlSimulation:
         try:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
-            may_be = self.media.lost_pages()
+            may_be = {int(record["lba"]) for record in self.media.lost_pages().values()}
             for position, lba in enumerate(lbas.tolist()):
                 try:
                     ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])
                 except CorruptPage as error:
-                    if error.lba != lba or error.physical_page not in may_be:
+                    if error.lba != lba or lba not in may_be:
                         raise Lost(f"LBA {lba} cannot be read: {error}") from error
                     lost.add(lba)
         words = self._words()[:count]
