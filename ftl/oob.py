@@ -12,7 +12,7 @@ HIGHEST = {"sequence_number": 1 << 62, "program_number": 1 << 62, "session": 1 <
 
 
 def holds(records: np.ndarray) -> np.ndarray:
-    """bool [n]: PAGE_OOB [n] of programmed pages whose own checksum is right, with numbers that a drive can reach."""
+    """bool [n]: PAGE_OOB [n] of programmed pages whose own checksum is right and whose numbers can be."""
     found = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))
     for name in ("sequence_number", "program_number", "session"):
         found &= records[name] < HIGHEST[name]

@@ -1,8 +1,8 @@
 """Without parity, every data page says what was written before it in its superblock.
 
-So a page that is gone, with its OOB, is known all the same: the drive claimed a write that it did not do, or did
-elsewhere, or the die is dead. Opening maps the LBA to where the page was, and reading it is an error. Otherwise an
-older version would show through, and nothing would tell.
+So a page that is gone, with its OOB, is known all the same: the flash claimed a write that it did not do, or
+did elsewhere, or the die is dead. Opening maps the LBA to where the page was, and reading it is an error.
+Otherwise an older version would show through, and nothing would tell.
 """
 
 import numpy as np

@@ -268,7 +268,8 @@ class PageWriter:
             self._programming.discard(first)
             state.changed.notify_all()
         if self._failing_dies:
-            self._failing_dies = Counter({d: n for d, n in self._failing_dies.items() if d not in self._dies(pages)})
+            for die in self._dies(pages):
+                del self._failing_dies[die]
         state.checksums.set(pages, oob)
 
     def _dies(self, planes: np.ndarray) -> list[int]:
@@ -276,7 +277,7 @@ class PageWriter:
         return np.unique(planes % self._state.geometry.num_dies).tolist()
 
     def _note_failures(self, planes: np.ndarray) -> None:
-        """Give up a die that fails again and again: trying it in every superblock would use up flash and time."""
+        """Give up a die that fails again and again: trying it everywhere would use up flash and time."""
         state = self._state
         for die in self._dies(planes):
             self._failing_dies[die] += 1

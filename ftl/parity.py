@@ -195,8 +195,8 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
 
 @dataclass
 class _Membership:
-    """groups: int64 [n], those with a parity page; parity: int64 [n], its record; lacking: uint32 [n], a bit for
-    each die whose member is not there
+    """groups: int64 [n], those with a parity page; parity: int64 [n], its record; lacking: uint32 [n], a bit
+    for each die whose member is not there
     member: int64 [m], records of members; place: int64 [m], whose
     """
 

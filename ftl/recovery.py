@@ -197,8 +197,8 @@ def _take_over_map(found: Recovered, per_superblock: int, known: np.ndarray, rec
 def _scan(
     media: FlashMedia, superblocks: np.ndarray, found: Recovered, progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All OOB records that hold, and their pages; those of pages that are gone, without parity; notes counters and
-    fill in `found`."""
+    """All OOB records that hold, and their pages; those of pages that are gone, without parity; notes counters
+    and fill in `found`."""
     per_superblock = media.geometry.pages_per_superblock
     bad_planes = media.bad_blocks()
     all_records, all_pages = [np.empty(0, PAGE_OOB)], [np.empty(0, np.int64)]

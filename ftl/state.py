@@ -84,7 +84,7 @@ class FlashState:
         return self._unlocked
 
     def unwritten_parity(self, superblock: int) -> ParityPages | None:
-        """Parity of a superblock that is in memory only, as records on flash would have it. The lock is held."""
+        """Parity of a superblock that is in memory only, in the form it has on flash. The lock is held."""
         found = self.begun.get(superblock)
         while found is not None and found.is_busy:  # its members are not all on flash yet
             self.changed.wait()

@@ -83,7 +83,7 @@ class Superblocks:
         self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
 
     def _has_room_for_parity(self) -> bool:
-        """Without a die the rows are shorter, and parity takes a larger share of them: it may not fit any more."""
+        """Without a die rows are shorter, and parity takes a larger share of them: it may not fit any more."""
         if not self._geometry.parity or not self._dead_dies.any():
             return bool(self._geometry.parity)
         dead = np.tile(self._dead_dies, self._geometry.planes_per_die)
@@ -91,7 +91,7 @@ class Superblocks:
         return int(capacity[kept_back(self._geometry) :].sum()) >= num_lbas(self._geometry)
 
     def die_failed(self, die: int) -> list[int]:
-        """All blocks of a die that are in free superblocks are bad from now on; the superblocks that had some."""
+        """A die's blocks in free superblocks are bad from now on; the superblocks that had such."""
         self._dead_dies[die] = True
         planes = np.arange(die, self._geometry.num_planes, self._geometry.num_dies)
         free = self.of(State.FREE)

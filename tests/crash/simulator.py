@@ -207,7 +207,7 @@ class Simulation:
     # what faults besides power cuts take
 
     def _is_excused(self, error: Exception) -> bool:
-        """Whether it had to come to this: an error for what is lost, or an older version where nothing tells."""
+        """Whether it had to come to this: an error for what is lost, an older version where nothing tells."""
         if isinstance(error, Lost):
             untold = self.media.untold_lbas()
             return untold is None or bool(untold)
@@ -237,7 +237,10 @@ class Simulation:
     def _check(self) -> None:
         if self.media.lost_pages():
             return  # it says so
-        problems = self.store.check()
+        try:
+            problems = self.store.check()
+        except OutOfSpace:
+            return  # it flushes first
         if problems:
             raise Lost("check finds: " + "; ".join(problems))
 
@@ -245,7 +248,10 @@ class Simulation:
         """One bit of a page that is in use: an error that names the block, or right bytes; never wrong ones."""
         if self.media.gone or self.media.dead_dies:
             return  # two faults in a row are one too many
-        self.store.flush()
+        try:
+            self.store.flush()
+        except OutOfSpace:
+            return  # a catalogue that is full holds what it held
         self.oracle.promise(*self.oracle.sequences)
         reopen = self.random.random() < self.schedule.reopen_chance
         extents = list(self.store._catalogue.used_extents())

@@ -1,4 +1,7 @@
-"""Damaged drives opened through the whole store: one clear error, or a store of which every read is right or one.
+"""Damaged drives opened through the whole store: a clear error, or a store whose every read is right or is one.
+
+Where checksums hold over other content, or OOB is damaged by blocks, the drive cannot know; then only what kind
+of errors come out is looked at. tests/unit/ftl/test_page_chain.py has what is promised of single records.
 
 KVFS_FUZZ_IMAGES=10000 for the long run, KVFS_FUZZ_SEED to replay one.
 """
@@ -14,13 +17,14 @@ import numpy as np
 import pytest
 
 import kvfs
-from ftl.direct_io.api import crc32c_records
+from ftl.direct_io.api import crc32c_pages, crc32c_records
 from ftl.drive_layout import HEADERS_BYTES, DriveLayout
 from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, DRIVE_HEADER, PAGE_OOB
 from kvfs.embedded_drive import DriveConfig, format_drive, open_drive
 from kvfs.errors import KvfsError
 from kvfs.store import format_volume
+from spdk_glue import dma
 from spdk_glue.status import NvmeError
 
 from .token_content import MODEL_SHAPES
@@ -64,14 +68,13 @@ def image(request, folder):
                 store.flush()
             words = [shape.words(layer, stamps) for layer in range(shape.num_layers)]
             held[f"s{number}"] = words, stamps
-        store.create_sequence(store.model("wide") if "wide" in held else store.models()[0], "gone")
+        store.create_sequence(store.models()[0], "gone")
         store.delete_sequence("gone")
     return np.frombuffer(path.read_bytes(), np.uint8), held
 
 
 class Mutation:
-    """One way to damage a drive's file. is_forged: what was written has checksums that hold, or takes OOB away: the
-    drive cannot know."""
+    """One way to damage a drive's file. is_forged: the drive cannot know of it."""
 
     def __init__(self, image: np.ndarray, random: np.random.Generator):
         self.random, self.bytes, self.is_forged = random, image.copy(), False
@@ -95,14 +98,16 @@ class Mutation:
         )
         way = ways[random.integers(len(ways))]
         self.name = way.__name__
-        for _ in range(int(random.integers(1, 4))):
+        for _ in range(1 if way == self.truncate else int(random.integers(1, 4))):
             way()
         oob = slice(self.layout.oob_start, self.layout.oob_end)
-        self.is_forged |= (self.bytes[oob].tobytes() != image[oob].tobytes())
+        self.is_forged |= self.bytes[oob].tobytes() != image[oob].tobytes()
 
     def _oob(self, image: np.ndarray, superblock: int) -> np.ndarray:
         start = self.layout.oob_of(superblock)
-        return image[start : start + self.layout.geometry.pages_per_superblock * PAGE_OOB.itemsize].view(PAGE_OOB)
+        return image[start : start + self.layout.geometry.pages_per_superblock * PAGE_OOB.itemsize].view(
+            PAGE_OOB
+        )
 
     def _record(self, page: int) -> np.ndarray:
         """PAGE_OOB [1] of a page, to be changed."""
@@ -137,11 +142,6 @@ class Mutation:
     def truncate(self) -> None:
         self.bytes = self.bytes[: int(self.random.integers(len(self.bytes) + 1))]
         self.is_forged = True
-
-        def nothing() -> None:
-            """Once is enough."""
-
-        self.truncate = nothing
 
     def grow(self) -> None:
         more = np.zeros(int(self.random.integers(1, 1 << 16)), np.uint8)
@@ -194,9 +194,6 @@ class Mutation:
 
 
 def crc32c_of(payload: np.ndarray) -> int:
-    from ftl.direct_io.api import crc32c_pages
-    from spdk_glue import dma
-
     copy = dma.allocate(len(payload))
     copy[:] = payload
     return int(crc32c_pages(dma.page_addresses(copy, len(copy)), len(copy))[0])
@@ -276,4 +273,4 @@ def test_mutated_drives(image, folder):
     finally:
         logging.disable(logging.NOTSET)
     print(dict(outcomes))
-    assert NUM_IMAGES < 100 or all(outcomes[end] for end in ("refused", "whole", "error"))
+    assert NUM_IMAGES < 100 or all(outcomes[end] for end in ("refused", "whole"))
