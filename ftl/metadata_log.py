@@ -121,6 +121,9 @@ class MetadataLog:
                 except BaseException:
                     self._pending[:0] = records.tolist()
                     raise
+            if state.geometry.parity:
+                self._writer.complete_rows()
+                self._log.complete_row()
             self.sync()
             if state.geometry.parity and self._log.is_cut_short:
                 self._rotate()
@@ -205,14 +208,14 @@ class MetadataLog:
         return gained
 
     def sync(self) -> None:
-        """Everything that was programmed when this is called is on stable media when it returns, and has its
-        parity: recovery counts on it."""
+        """Everything that was programmed when this is called is on stable media when it returns.
+
+        Rows under way are not called durable before they have their parity: recovery counts on that.
+        """
         state = self._state
         last = self._writer.last_finished()
         if state.durable_program_number < last:
-            if state.geometry.parity:
-                self._writer.complete_rows()
-                self._log.complete_row()
+            last = min(last, state.first_begun_number() - 1)
             with state.unlocked():
                 state.media.sync()
             state.durable_program_number = max(last, state.durable_program_number)

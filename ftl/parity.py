@@ -74,7 +74,8 @@ class ParityRows:
         self._sums = dma.allocate(self._num_groups * self._page_size).reshape(self._num_groups, -1)
         self._oob_sums = np.zeros(self._num_groups, PAGE_OOB)
         self._row = -1  # being summed; -1 for none
-        self._before = self._row, self._sums, self._oob_sums  # what `undo` goes back to
+        self.first_number = 0  # program number of its first member
+        self._before = self._row, self.first_number, self._sums, self._oob_sums  # what `undo` goes back to
 
     def _last_data_of_rows(self, bad_planes: np.ndarray) -> np.ndarray:
         """int64 [rows]: index of the last page for data in each row, -1 in a row without any."""
@@ -108,6 +109,8 @@ class ParityRows:
         if is_complete:
             self._row = -1
         else:
+            if self._row != int(rows[-1]) or self.first_number == 0:
+                self.first_number = int(oob["program_number"][np.searchsorted(rows, rows[-1])])
             self._row = int(rows[-1])
             self._sums[:], self._oob_sums[:] = sums[cut:], oob_sums[cut:]
         return self._pages(first_row, sums[:cut], oob_sums[:cut]) if complete_rows else None
@@ -122,11 +125,11 @@ class ParityRows:
         return found
 
     def _remember(self) -> None:
-        self._before = self._row, self._sums.copy(), self._oob_sums.copy()
+        self._before = self._row, self.first_number, self._sums.copy(), self._oob_sums.copy()
 
     def undo(self) -> None:
         """What was summed or ended last could not be programmed."""
-        self._row, self._sums, self._oob_sums = self._before
+        self._row, self.first_number, self._sums, self._oob_sums = self._before
 
     @property
     def is_begun(self) -> bool:
@@ -138,7 +141,7 @@ class ParityRows:
         return self._pages(self._row, self._sums, self._oob_sums) if self.is_begun else None
 
     def _start(self, row: int) -> None:
-        self._row = row
+        self._row, self.first_number = row, 0
         self._sums[:] = 0
         self._oob_sums[:] = np.zeros((), PAGE_OOB)
 

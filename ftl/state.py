@@ -96,6 +96,11 @@ class FlashState:
             parity.oob["program_number"] = self.next_program_number
         return parity
 
+    def first_begun_number(self) -> int:
+        """The lowest program number of a row without parity on flash; the next one if there is none."""
+        rows = [found.parity.first_number for found in self.begun.values() if found.parity.is_begun]
+        return min(rows, default=self.next_program_number)
+
     def new_sequence_numbers(self, count: int) -> int:
         """The first of `count` versions that no other data have."""
         first = self.next_sequence_number
