@@ -23,7 +23,15 @@ from kvfs.check import (
     check_flash,
     check_payloads,
 )
-from kvfs.embedded_drive import CollectorOptions, Drive, DriveConfig, Geometry, format_drive, open_drive
+from kvfs.embedded_drive import (
+    CollectorOptions,
+    Drive,
+    DriveConfig,
+    Geometry,
+    close_drive,
+    format_drive,
+    open_drive,
+)
 from kvfs.errors import (
     EmptySequence,
     InvalidArgument,
@@ -99,7 +107,7 @@ class Store:
         self._tail_bytes = tail_bytes
         with ExitStack() as stack:
             self._drive = drive
-            stack.callback(drive.close)
+            stack.callback(close_drive, drive, self.path)
             if self._writeback_tokens < 1:
                 raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
             self._worker = load_worker(worker)
