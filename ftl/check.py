@@ -91,7 +91,9 @@ def _check_records(state: FlashState, lbas, pages, states, durable_program_numbe
         records = state.media.read_oob(superblock)
         if states[superblock] == State.FREE:
             found.extend(_check_erased(state, superblock, records))
-        records, physical, is_lost = oob.known_records(state.media, superblock, records)
+        with state.lock:
+            unwritten = state.unwritten_parity(superblock)
+        records, physical, is_lost = oob.known_records(state.media, superblock, records, unwritten)
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
         records, physical, is_lost = records[data], physical[data], is_lost[data]
         first = superblock * state.pages_per_superblock

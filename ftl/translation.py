@@ -89,7 +89,19 @@ class FlashTranslationLayer:
         ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
+            ftl._protect(found.unprotected_groups)
         return ftl
+
+    def _protect(self, groups: np.ndarray) -> None:
+        """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
+        if not len(groups) or not self._state.superblocks.keeps_parity:
+            return
+        with self._state.lock:
+            try:
+                self._collector.move_groups(groups)
+                self._log.make_durable()
+            except OutOfFlash as error:
+                log.warning("no room to write anew what a power cut left without parity: %s", error)
 
     def _take_over(self, found: Recovered) -> list[int]:
         """What recovery found out becomes the state; returns the superblocks of the log, oldest first."""
@@ -194,9 +206,10 @@ class FlashTranslationLayer:
                 self._flush()
 
     def _flush(self) -> None:
-        if self.geometry.parity:
-            self._collector.finish_retiring()  # a row that a failure cut short has no parity
         self._log.make_durable()
+        while self.geometry.parity and self._collector.is_retiring:
+            self._collector.finish_retiring()  # a row that a failure cut short has no parity
+            self._log.make_durable()
         self._log.mark()
         self._log.checkpoint_if_due()
         self._collector.erase_replaced()
@@ -250,7 +263,9 @@ class FlashTranslationLayer:
         for wrong in np.flatnonzero((found != expected) | ~known).tolist():
             self._state.counters.corrupt_pages += 1
             page, lba = int(pages[wrong]), int(lbas[wrong])
-            if not repair_page(self.media, page, lba, int(destinations[wrong])):
+            with self._state.lock:
+                unwritten = self._state.unwritten_parity(page // self.geometry.pages_per_superblock)
+            if not repair_page(self.media, page, lba, int(destinations[wrong]), unwritten):
                 raise CorruptPage(lba, page, int(expected[wrong]), int(found[wrong]))
             self._state.counters.repaired_pages += 1
             self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)

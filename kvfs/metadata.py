@@ -201,6 +201,8 @@ class Catalogue:
                 self._db.execute("ROLLBACK")
             if isinstance(error, apsw.FullError):
                 raise CatalogueFull(self._volume.database.capacity) from error
+            if isinstance(error.__cause__, NvmeError):  # what SQLite was told is for SQLite
+                raise error.__cause__ from None
             raise
 
     def _end_batch(self) -> None:

@@ -8,9 +8,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
+from ftl.errors import CorruptPage, OutOfFlash
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 
@@ -21,6 +23,7 @@ from .simulated_media import PowerCut, SimulatedMedia
 
 EMPTY = 0
 LONGEST_WRITE = 12  # blocks
+MAX_REFUSALS = 20  # of a drive whose flash is at its end
 FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs
 
 
@@ -30,9 +33,11 @@ class PageOracle:
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
         self._doubtful: set[int] = set()
+        self._lbas: dict[int, int] = {}  # of every value ever written
 
     def write(self, lba: int, value: int) -> None:
         self.may_hold[lba].append(value)
+        self._lbas[value] = lba
         self._doubtful.add(lba)
 
     def flushed(self) -> None:
@@ -40,19 +45,43 @@ class PageOracle:
             del self.may_hold[lba][:-1]
         self._doubtful.clear()
 
-    def check(self, words: np.ndarray) -> None:
-        """Every page holds what it may. words: uint64 [num_lbas, any number], as read. Raises Lost."""
-        if not (words == words[:, :1]).all():
-            raise Lost("a torn page was served")
-        for lba, value in enumerate(words[:, 0].tolist()):
-            if value not in self.may_hold[lba]:
-                raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
+    def is_now(self, lba: int, value: int) -> None:
+        """A write that was refused has come so far. Raises Lost."""
+        if value not in self.may_hold[lba]:
+            raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
+        self.may_hold[lba].append(value)
 
-    def settle(self, words: np.ndarray) -> None:
+    def is_older(self, lba: int, value: int) -> bool:
+        """Whether it has held this value at some time."""
+        return value == EMPTY or self._lbas[value] == lba
+
+    def check(self, found: "Found") -> None:
+        """Every page holds what it may, or its loss is excused. Raises Lost."""
+        untold: set[int] | None = set()
+        for lba, value in enumerate(found.values):
+            if value in self.may_hold[lba] or lba in found.lost:
+                continue
+            untold = untold or found.media.untold_lbas()
+            if (untold is None or lba in untold) and self.is_older(lba, value):
+                continue
+            raise Lost(f"LBA {lba} holds {value}, may hold {self.may_hold[lba]}")
+
+    def settle(self, found: "Found") -> None:
         """As check; what was found is all there is from now on: opening has made it durable."""
-        self.check(words)
-        self.may_hold = [[value] for value in words[:, 0].tolist()]
+        self.check(found)
+        for lba, value in enumerate(found.values):
+            if lba not in found.lost:
+                self.may_hold[lba] = [value]
         self._doubtful.clear()
+
+
+@dataclass
+class Found:
+    """values: of all LBAs; lost: those that were errors, with good reason."""
+
+    values: list[int]
+    lost: set[int]
+    media: SimulatedMedia
 
 
 class FtlSimulation:
@@ -62,6 +91,7 @@ class FtlSimulation:
         self.random = np.random.default_rng(seed)
         self.schedule = FaultSchedule.draw(self.random, faults, FTL_SHAPES)
         self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
+        self.media.dies_in = self.schedule.dies_in
         self.report = Report(seed)
         self.done: deque[str] = deque(maxlen=40)
         self._next_value = 1
@@ -81,7 +111,7 @@ class FtlSimulation:
         try:
             for _ in range(FIRST_STEPS):
                 self._step()
-            while len(self.report.crash_points) < num_crash_points:
+            while len(self.report.crash_points) < num_crash_points and self.report.refusals < MAX_REFUSALS:
                 self._round()
         except Exception as error:
             raise SimulationFailed(self.report.seed, list(self.done), error) from error
@@ -98,6 +128,16 @@ class FtlSimulation:
     def _step(self) -> None:
         """A write, an overwrite, a deallocation, a flush or a read; the oracle learns before the drive."""
         self.report.steps += 1
+        try:
+            self._operate()
+        except OutOfFlash as error:
+            # what is lost keeps its superblock from being erased; without parity a die is more than the spare
+            if not self.media.lost_pages() and (self.schedule.geometry.parity or not self.media.dead_dies):
+                raise
+            self.report.refusals += 1
+            self.done.append(f"  refused: {error}")
+
+    def _operate(self) -> None:
         count = int(self.random.integers(1, LONGEST_WRITE))
         first = int(self.random.integers(0, self._ftl.num_lbas - count))
         choice = self.random.random()
@@ -114,10 +154,10 @@ class FtlSimulation:
             self._ftl.flush()
             self._oracle.flushed()
         else:
-            self._ftl.read(np.arange(first, first + count), self._addresses[:count])
-            found = self._words()[:count, 0].tolist()
-            if found != [values[-1] for values in self._oracle.may_hold[first : first + count]]:
-                raise Lost(f"{count} LBAs from {first} on hold {found}")
+            found, lost = self._read(self._ftl, first, count)
+            for lba, value in enumerate(found, first):
+                if lba not in lost and value != self._oracle.may_hold[lba][-1]:
+                    raise Lost(f"LBA {lba} holds {value}, not {self._oracle.may_hold[lba]}")
 
     def _write(self, first: int, count: int) -> None:
         values = range(self._next_value, self._next_value + count)
@@ -126,7 +166,14 @@ class FtlSimulation:
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
         stream = int(self.random.integers(0, 3))
-        self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+        try:
+            self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+        except OutOfFlash:
+            found, lost = self._read(self._ftl, first, count)
+            for lba, value in enumerate(found, first):
+                if lba not in lost:
+                    self._oracle.is_now(lba, value)
+            raise
 
     # rounds
 
@@ -134,7 +181,7 @@ class FtlSimulation:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
         with suppress(PowerCut):
-            while True:
+            while self.report.refusals < MAX_REFUSALS:
                 self._step()
         self.media.on_operation = None
         self._crashed(depth=1)
@@ -172,6 +219,26 @@ class FtlSimulation:
             self._crashed(depth)
         return FlashTranslationLayer.open(self.media, **self._options)
 
-    def _read_all(self, ftl: FlashTranslationLayer) -> np.ndarray:
-        ftl.read(np.arange(ftl.num_lbas), self._addresses)
-        return self._words()
+    def _read_all(self, ftl: FlashTranslationLayer) -> Found:
+        return Found(*self._read(ftl, 0, ftl.num_lbas), self.media)
+
+    def _read(self, ftl: FlashTranslationLayer, first: int, count: int) -> tuple[list[int], set[int]]:
+        """(values of LBAs, those that are errors as they may be). Raises Lost."""
+        lbas = np.arange(first, first + count)
+        lost: set[int] = set()
+        try:
+            ftl.read(lbas, self._addresses[:count])
+        except CorruptPage:
+            may_be = {int(record["lba"]) for record in self.media.lost_pages().values()}
+            for position, lba in enumerate(lbas.tolist()):
+                try:
+                    ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])
+                except CorruptPage as error:
+                    if error.lba != lba or lba not in may_be:
+                        raise Lost(f"LBA {lba} cannot be read: {error}") from error
+                    lost.add(lba)
+        words = self._words()[:count]
+        whole = np.array([lba not in lost for lba in lbas.tolist()])
+        if not (words[whole] == words[whole, :1]).all():
+            raise Lost("a torn page was served")
+        return words[:, 0].tolist(), lost
