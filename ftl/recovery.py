@@ -90,6 +90,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
         superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
+        records, pages = _by_program_number(records, pages)
 
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     if found.checkpoint is not None:
@@ -216,15 +217,19 @@ def _scan(
                 found.last_stream[superblock] = int(data["stream"][-1])
     found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
-    # a copy is programmed after its original: of equal versions it comes last, and counts
-    order = np.argsort(records["program_number"], kind="stable")
-    records, pages = records[order], pages[order]
+    records, pages = _by_program_number(records, pages)
     if len(records):
         versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
         found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
         found.next_program_number = max(found.next_program_number, int(records["program_number"].max()) + 1)
         found.session = max(found.session, int(records["session"].max()) + 1)
     return records, pages
+
+
+def _by_program_number(records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy is programmed after its original: of equal versions it comes last, and counts."""
+    order = np.argsort(records["program_number"], kind="stable")
+    return records[order], pages[order]
 
 
 def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:

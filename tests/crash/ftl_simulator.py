@@ -15,6 +15,7 @@ from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 
 from .fault_schedule import FTL_SHAPES, FaultSchedule
+from .ftl_trials import FtlTrials
 from .oracle import Lost
 from .report import Report, SimulationFailed
 from .simulated_media import PowerCut, SimulatedMedia
@@ -25,20 +26,31 @@ FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that co
 
 
 class PageOracle:
-    """may_hold[lba]: the values it may hold now; the first is the durable one."""
+    """may_hold[lba]: the values it may hold now; the first is the durable one.
+
+    protected: LBAs whose newest value a flush has promised since the power was cut, so that parity covers it
+    """
 
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
+        self.protected: set[int] = set()
         self._doubtful: set[int] = set()
 
     def write(self, lba: int, value: int) -> None:
         self.may_hold[lba].append(value)
         self._doubtful.add(lba)
+        self.protected.discard(lba)
 
-    def flushed(self) -> None:
-        for lba in self._doubtful:
-            del self.may_hold[lba][:-1]
-        self._doubtful.clear()
+    def begin_flush(self) -> dict[int, int]:
+        """What is written by now: how many values of each LBA that completing the flush will outdate."""
+        return {lba: len(self.may_hold[lba]) - 1 for lba in self._doubtful}
+
+    def flushed(self, outdated: dict[int, int]) -> None:
+        for lba, count in outdated.items():
+            del self.may_hold[lba][:count]
+            if len(self.may_hold[lba]) == 1:
+                self._doubtful.discard(lba)
+                self.protected.add(lba)
 
     def check(self, words: np.ndarray) -> None:
         """Every page holds what it may. words: uint64 [num_lbas, any number], as read. Raises Lost."""
@@ -52,6 +64,7 @@ class PageOracle:
         """As check; what was found is all there is from now on: opening has made it durable."""
         self.check(words)
         self.may_hold = [[value] for value in words[:, 0].tolist()]
+        self.protected.clear()  # copies that the power cut tore may be alone in their rows
         self._doubtful.clear()
 
 
@@ -69,6 +82,8 @@ class FtlSimulation:
             "options": self.schedule.collector,
             "checkpoint_pages": self.schedule.checkpoint_pages,
         }
+        self._trials = FtlTrials(self)
+        self._writing = range(0)  # LBAs of the write under way
         self._ftl = FlashTranslationLayer.format(self.media, **self._options)
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
@@ -106,27 +121,41 @@ class FtlSimulation:
             self._write(first, count)
         elif choice < 0.8:
             self.done.append(f"deallocate {count} at {first}")
-            for lba in range(first, first + count):
-                self._oracle.write(lba, EMPTY)
-            self._ftl.deallocate([[first, count]])
+            self.deallocate(first, count)
+        elif choice < 0.92:
+            self.flush()
         elif choice < 0.95:
-            self.done.append("flush")
-            self._ftl.flush()
-            self._oracle.flushed()
+            self._trials.collect()
         else:
             self._ftl.read(np.arange(first, first + count), self._addresses[:count])
             found = self._words()[:count, 0].tolist()
             if found != [values[-1] for values in self._oracle.may_hold[first : first + count]]:
                 raise Lost(f"{count} LBAs from {first} on hold {found}")
 
-    def _write(self, first: int, count: int) -> None:
-        values = range(self._next_value, self._next_value + count)
+    def new_values(self, count: int) -> range:
         self._next_value += count
+        return range(self._next_value - count, self._next_value)
+
+    def deallocate(self, first: int, count: int) -> None:
+        for lba in range(first, first + count):
+            self._oracle.write(lba, EMPTY)
+        self._ftl.deallocate([[first, count]])
+
+    def flush(self) -> None:
+        self.done.append("flush")
+        outdated = self._oracle.begin_flush()
+        self._ftl.flush()
+        self._oracle.flushed(outdated)
+
+    def _write(self, first: int, count: int) -> None:
+        values = self.new_values(count)
         for lba, value in enumerate(values, first):
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
         stream = int(self.random.integers(0, 3))
+        self._writing = range(first, first + count)
         self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
+        self._writing = range(0)
 
     # rounds
 
@@ -140,9 +169,11 @@ class FtlSimulation:
         self._crashed(depth=1)
         self._ftl = self._open_with_power_cuts()
         self._oracle.settle(self._read_all(self._ftl))
+        self._trials.run()
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""
+        self._trials.meanwhile()
         if self.random.random() >= self.schedule.what_if_chance:
             return
         with self.media.what_if():

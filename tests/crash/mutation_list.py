@@ -473,7 +473,7 @@ _FTL = [
         ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
     ),
     *_of(
-        "ftl/recovery.py",
+        "ftl/oob.py",
         (
             "torn OOB believed",
             'return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))',

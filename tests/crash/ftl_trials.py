@@ -1,0 +1,217 @@
+"""What the flash layer is put through besides power cuts, and what must hold whenever it is looked at.
+
+Threads are not needed for it: the media call the simulation from inside every operation, with the layer's lock
+released, and that is where another host's commands would come in between.
+"""
+
+from unittest.mock import patch
+
+import numpy as np
+
+from ftl import recovery
+from ftl.errors import CorruptPage
+from ftl.mapping import PAGE_NONE
+from ftl.nand_model import NandModel
+from ftl.scrub import scrub
+from ftl.superblocks import State
+from ftl.translation import FlashTranslationLayer
+
+from .oracle import Lost
+from .pages import make_pages
+
+QUIET_STEPS = 15  # before the trials
+MEANWHILE_CHANCE = 0.3  # of another command inside a media operation
+ROOM = 3  # free superblocks that collecting one more needs at most
+
+
+class FtlTrials:
+    """Trials of one FtlSimulation, whose layer, medium and oracle they use."""
+
+    def __init__(self, simulation):
+        self._simulation = simulation
+        self._random = simulation.random
+        self._is_inside = False
+
+    @property
+    def _ftl(self) -> FlashTranslationLayer:
+        return self._simulation._ftl
+
+    def _note(self, text: str) -> None:
+        self._simulation.done.append(text)
+
+    def _newest(self, lbas: np.ndarray) -> list[int]:
+        return [self._simulation._oracle.may_hold[lba][-1] for lba in lbas.tolist()]
+
+    # while the media work
+
+    def meanwhile(self) -> None:
+        """Now and then, inside a media operation: one small command of another host."""
+        is_sole = not self._is_inside and not self._ftl._writer._uncommitted  # or it would wait for ever
+        if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
+            return
+        count = int(self._random.integers(1, 5))
+        first = int(self._random.integers(0, self._ftl.num_lbas - count))
+        busy = self._simulation._writing
+        if first < busy.stop and busy.start < first + count:
+            return
+        self._is_inside = True
+        try:
+            [self._overwrite, self._deallocate, self._read][self._random.integers(3)](first, count)
+        finally:
+            self._is_inside = False
+
+    def _overwrite(self, first: int, count: int) -> None:
+        """Where that needs no collection, which may be what is under way."""
+        ready = [
+            stream
+            for stream, found in sorted(self._ftl._writer._open.items())
+            if stream < 3 and not found.is_busy and found.num_left >= count
+        ]
+        if ready and self._simulation.schedule.nand == NandModel():
+            values = self._simulation.new_values(count)
+            self._note(f"  meanwhile write {count} at {first}: {values.start}")
+            for lba, value in enumerate(values, first):
+                self._simulation._oracle.write(lba, value)
+            _buffer, addresses = make_pages(list(values), self._ftl.page_size)
+            self._ftl.write(np.arange(first, first + count), addresses, ready[0])
+
+    def _deallocate(self, first: int, count: int) -> None:
+        self._note(f"  meanwhile deallocate {count} at {first}")
+        self._simulation.deallocate(first, count)
+
+    def _read(self, first: int, count: int) -> None:
+        self._compare(np.arange(first, first + count), "read meanwhile")
+
+    def _compare(self, lbas: np.ndarray, why: str) -> None:
+        buffer, addresses = make_pages([0] * len(lbas), self._ftl.page_size)
+        self._ftl.read(lbas, addresses)
+        words = buffer.view("<u8").reshape(len(lbas), -1)
+        if (words != np.array(self._newest(lbas), np.uint64)[:, None]).any():
+            raise Lost(f"{why}: LBAs {lbas.tolist()} hold {words[:, 0].tolist()}, not {self._newest(lbas)}")
+
+    # steps of the workload
+
+    def collect(self) -> None:
+        """Collection moves what somebody who resolved it before has yet to read."""
+        ftl = self._ftl
+        full = np.flatnonzero(ftl.superblock_states() == State.FULL)
+        if not len(full) or ftl.free_superblocks < ROOM:
+            return
+        likely = full[np.argmin(ftl.valid_pages()[full])]
+        self._note("collect while somebody reads")
+        with ftl.read_guard():
+            all_pages = ftl.resolve(np.arange(ftl.num_lbas))
+            here = all_pages // ftl.geometry.pages_per_superblock == likely
+            lbas = np.flatnonzero(here & (all_pages != PAGE_NONE))
+            pages, expected = all_pages[lbas], self._newest(lbas)
+            ftl.collect(1)
+            if not len(lbas):
+                return
+            buffer, addresses = make_pages([0] * len(lbas), ftl.page_size)
+            ftl.read_physical(pages, lbas, addresses)
+        if buffer.view("<u8").reshape(len(lbas), -1)[:, 0].tolist() != expected:
+            raise Lost(f"a reader of LBAs {lbas.tolist()} was served something else")
+
+    # trials, with the power on
+
+    def run(self) -> None:
+        """After a power cut all is as it should be, and goes on to be; then comes some of the damage."""
+        self._check_findings()
+        for _ in range(QUIET_STEPS):
+            self._simulation._step()
+        self._simulation.flush()
+        self._check_findings()
+        self._check_checkpoint()
+        if self._random.random() < 0.3:
+            self._damage()
+        if self._simulation.schedule.geometry.parity and self._random.random() < 0.3:
+            self._lose_a_die()
+
+    def _check_findings(self) -> None:
+        """Map, OOB and superblocks agree, and every superblock is somebody's."""
+        ftl = self._ftl
+        findings = ftl.check()
+        if findings:
+            raise Lost(f"the flash layer finds: {findings[:5]}")
+        states, log = ftl.superblock_states(), ftl._log
+        wanted = {
+            State.LOG: {*log._log.superblocks, *log._checkpoint_superblocks, *log.replaced},
+            State.OPEN: {found.superblock for found in ftl._writer._open.values()},
+            State.ERASING: {*ftl._collector._emptied, *(s for s, _ in ftl._collector._erasing)},
+        }
+        for state, superblocks in wanted.items():
+            if superblocks != set(np.flatnonzero(states == state).tolist()):
+                raise Lost(f"{state.name} are {np.flatnonzero(states == state)}, known are {superblocks}")
+
+    def _check_checkpoint(self) -> None:
+        """Opening by the checkpoint and by reading everything come to the same."""
+        quick = recovery.recover(self._simulation.media)
+        if quick.checkpoint is None:
+            return
+        with patch.object(recovery, "_load_checkpoint", lambda *_: None):
+            thorough = recovery.recover(self._simulation.media)
+        if not np.array_equal(quick.mapping.copy_entries(), thorough.mapping.copy_entries()):
+            raise Lost("the checkpoint's map is not that of the flash")
+        for name in ("next_sequence_number", "next_program_number", "session"):
+            if getattr(quick, name) < getattr(thorough, name):
+                raise Lost(f"{name} from a checkpoint would be used again")
+
+    def _damage(self) -> None:
+        """A flipped bit: parity gives the page back and scrub writes it anew, or an error names the LBA."""
+        ftl, media = self._ftl, self._simulation.media
+        lbas = np.array(sorted(self._simulation._oracle.protected), np.int64)
+        pages = ftl.resolve(lbas)
+        lbas, pages = lbas[pages != PAGE_NONE], pages[pages != PAGE_NONE]
+        if not len(lbas):
+            return
+        which = int(self._random.integers(len(lbas)))
+        lba, page = int(lbas[which]), int(pages[which])
+        self._note(f"bit flip in LBA {lba}, page {page}")
+        media.flip_bit(page)
+        if ftl.geometry.parity:
+            self._compare(lbas[which : which + 1], "read of a damaged page")
+            lost = [lba for report in scrub(ftl) for lba in report.lost]
+            if lost:
+                raise Lost(f"scrub cannot give back {lost}")
+        else:
+            self._expect_error(lba)
+            if ftl.free_superblocks >= ROOM:
+                ftl.renew({page // ftl.geometry.pages_per_superblock})  # meets the damage and moves the rest
+            self._expect_error(lba)
+            media.flip_bit(page)
+            self._compare(lbas[which : which + 1], "read of a mended page")
+
+    def _expect_error(self, lba: int) -> None:
+        _buffer, addresses = make_pages([0], self._ftl.page_size)
+        try:
+            self._ftl.read(np.array([lba]), addresses)
+        except CorruptPage as error:
+            if error.lba != lba:
+                raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error
+        else:
+            raise Lost(f"LBA {lba} is corrupt, and was served")
+
+    def _lose_a_die(self) -> None:
+        """Whatever a flush has promised is there without any one die, also for whoever opens the drive then."""
+        simulation, media = self._simulation, self._simulation.media
+        die = int(self._random.integers(simulation.schedule.geometry.num_dies))
+        self._note(f"without die {die}")
+        with media.what_if():
+            media.dead_dies, alive = {die}, media.dead_dies
+            try:
+                again = FlashTranslationLayer.open(media, **simulation._options)
+                for ftl in (self._ftl, again):
+                    self._check_protected(ftl)
+            finally:
+                media.dead_dies = alive
+
+    def _check_protected(self, ftl: FlashTranslationLayer) -> None:
+        lbas = np.array(sorted(self._simulation._oracle.protected), np.int64)
+        if not len(lbas):
+            return
+        buffer, addresses = make_pages([0] * len(lbas), ftl.page_size)
+        ftl.read(lbas, addresses)
+        words = buffer.view("<u8").reshape(len(lbas), -1)
+        for lba, found, wanted in zip(lbas.tolist(), words[:, 0].tolist(), self._newest(lbas), strict=True):
+            if found != wanted:
+                raise Lost(f"without a die LBA {lba} holds {found}, not {wanted}")
