@@ -18,7 +18,7 @@ import numpy as np
 from ftl import oob
 from ftl.errors import CorruptPage, EraseFailed, FlashError, OutOfFlash
 from ftl.garbage_collection import choose_victim, make_policy
-from ftl.layout import PageKind
+from ftl.layout import PAGE_OOB, PageKind
 from ftl.metadata_log import MetadataLog
 from ftl.page_writer import GC_STREAM, PageWriter
 from ftl.provisioning import GC_RESERVE
@@ -74,6 +74,7 @@ class Collector:
         self._emptied: list[int] = []  # hold nothing valid; erased once that is durable
         self._erasing: list[tuple[int, int]] = []  # superblock, epoch whose readers it waits for
         self._erase_callbacks: list[Callable[[int, int], None]] = []
+        self.bare = np.empty(0, PAGE_OOB), np.empty(0, np.int64)  # mapped without parity: see recovery.py
 
     def connect(self, writer: PageWriter, metadata_log: MetadataLog) -> None:
         self._writer, self._log = writer, metadata_log
@@ -203,32 +204,52 @@ class Collector:
         with state.unlocked():
             records, pages, _ = oob.known_records(state.media, victim, state.media.read_oob(victim))
         data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
-        records, pages = records[data], pages[data]
-        lbas = records["lba"].astype(np.int64)
-        buffer = dma.allocate(COPY_PAGES * state.page_size)
-        addresses = dma.page_addresses(buffer, state.page_size)
-        position = 0
-        while position < len(pages) and state.mapping.valid_pages[victim]:
-            valid = position + np.flatnonzero(state.mapping.resolve(lbas[position:]) == pages[position:])
-            chosen = valid[:COPY_PAGES]
-            if not len(chosen):
-                break
-            position = int(chosen[-1]) + 1
-            try:
-                with state.unlocked():
-                    self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
-            except CorruptPage as error:
-                self._quarantine(victim, error)
-                return False
-            versions = records["sequence_number"][chosen]
-            for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
-                state.mapping.move(lbas[chosen][part], pages[chosen][part], copies)
-                state.counters.gc_pages_written += len(copies)
+        try:
+            self._copy_pages(records[data], pages[data])
+        except CorruptPage as error:
+            self._quarantine(victim, error)
+            return False
         if state.mapping.valid_pages[victim]:
             # pages that the map names but whose OOB does not hold any more
             self._quarantine(victim, "its OOB is damaged")
             return False
         return True
+
+    def _copy_pages(self, records: np.ndarray, pages: np.ndarray) -> None:
+        """Copy those that are still mapped: PAGE_OOB [n] and int64 [n]. Raises CorruptPage."""
+        state = self._state
+        lbas = records["lba"].astype(np.int64)
+        buffer = dma.allocate(COPY_PAGES * state.page_size)
+        addresses = dma.page_addresses(buffer, state.page_size)
+        position = 0
+        while position < len(pages):
+            valid = position + np.flatnonzero(state.mapping.resolve(lbas[position:]) == pages[position:])
+            chosen = valid[:COPY_PAGES]
+            if not len(chosen):
+                break
+            position = int(chosen[-1]) + 1
+            with state.unlocked():
+                self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
+            versions = records["sequence_number"][chosen]
+            for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
+                state.mapping.move(lbas[chosen][part], pages[chosen][part], copies)
+                state.counters.gc_pages_written += len(copies)
+
+    def cover_bare(self) -> None:
+        """Write anew what a power cut left without parity: once that is flushed, it survives a die, too."""
+        if not len(self.bare[1]):
+            return
+        while self._is_busy:
+            self._state.changed.wait()
+        self._is_busy = True  # nothing of it is erased meanwhile
+        try:
+            self._copy_pages(*self.bare)
+            self.bare = np.empty(0, PAGE_OOB), np.empty(0, np.int64)
+        except (CorruptPage, OutOfFlash) as error:
+            log.error("no parity for what a power cut left: %s", error)
+        finally:
+            self._is_busy = False
+            self._state.changed.notify_all()
 
     def erase_replaced(self) -> None:
         """Metadata superblocks that hold nothing needed any more."""

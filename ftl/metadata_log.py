@@ -84,8 +84,9 @@ class MetadataLog:
         log_superblocks: list[int],
         checkpoint_superblocks: list[int],
         checkpoint_pages: int,
+        is_bare: bool,
     ):
-        """checkpoint_pages: programmed between two checkpoints, at least."""
+        """checkpoint_pages: programmed between two checkpoints, at least; is_bare: see recovery.py."""
         self._state = state
         self._writer = writer
         self._log = LogSuperblocks(state, writer, log_superblocks)
@@ -93,6 +94,7 @@ class MetadataLog:
         self._checkpoint_pages = checkpoint_pages
         self._checkpoint_due = state.next_program_number + checkpoint_pages
         self._pending: list[tuple[int, int, int]] = []
+        self._is_bare = is_bare
         self._marked_program_number = state.durable_program_number
         self._is_busy = False
         self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
@@ -107,6 +109,9 @@ class MetadataLog:
         state = self._state
         self._claim()
         try:
+            if self._is_bare:
+                self._rotate()
+                self._is_bare = False
             if self._pending:
                 records = np.array(self._pending, DEALLOCATION)
                 self._pending.clear()
@@ -135,6 +140,8 @@ class MetadataLog:
         try:
             no_records = np.empty(0, DEALLOCATION)
             self._append(PageKind.DEALLOCATE, deallocation_log.encode(state.page_size, no_records))
+            if state.geometry.parity:
+                self._log.complete_row()
             self._marked_program_number = state.next_program_number - 1
         finally:
             self._release()
@@ -238,6 +245,8 @@ class MetadataLog:
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
+        if state.geometry.parity:
+            self._log.complete_row()
         self.sync()
         for superblock in old:
             self._log.superblocks.remove(superblock)

@@ -159,13 +159,23 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
     return current
 
 
-def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
+@dataclass
+class _Groups:
+    """Groups that have parity, and what is there of them.
 
-    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
-    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+    numbers: int64 [n]; parity: int64 [n], the record of each one's parity; wanted, present: uint32 [n], bits of
+    dies; member, place: int64 [m], records of members and their group's position
     """
-    num_dies = geometry.num_dies
+
+    numbers: np.ndarray
+    parity: np.ndarray
+    wanted: np.ndarray
+    present: np.ndarray
+    member: np.ndarray
+    place: np.ndarray
+
+
+def _find_groups(num_dies: int, records: np.ndarray, pages: np.ndarray) -> _Groups:
     group = pages // num_dies  # neighbours: a plane's page on every die, in one row
     is_parity = records["kind"] == PageKind.PARITY
     # the newest: a block that went bad may keep one of an earlier life
@@ -183,12 +193,35 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     member, place, bits = member[current], place[current], bits[current]
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
-    lacking = wanted & ~present
+    return _Groups(groups, parity, wanted, present, member, place)
+
+
+def is_covered(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """bool [n]: members of a whole group, which survive the loss of any page of it. See lost_records."""
+    found = _find_groups(geometry.num_dies, records, pages)
+    check = np.zeros(len(found.parity), np.uint32)
+    np.bitwise_xor.at(check, found.place, _identity(records[found.member]))
+    whole = (found.present == found.wanted) & (check == records["members_check"][found.parity])
+    covered = np.zeros(len(records), bool)
+    covered[found.member[whole[found.place]]] = True
+    return covered
+
+
+def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
+
+    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
+    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+    """
+    num_dies = geometry.num_dies
+    groups = _find_groups(num_dies, records, pages)
+    member, place, parity = groups.member, groups.place, groups.parity
+    lacking = groups.wanted & ~groups.present
     lost = np.flatnonzero((lacking != 0) & (lacking & (lacking - np.uint32(1)) == 0))
     if not len(lost):
         return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
     found = np.zeros(len(lost), PAGE_OOB)
-    row = np.full(len(groups), -1)
+    row = np.full(len(parity), -1)
     row[lost] = np.arange(len(lost))
     kept = row[place] >= 0
     member, place = member[kept], row[place[kept]]
@@ -216,4 +249,4 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     np.bitwise_xor.at(check, place, _identity(records[member]))
     fits = check == chosen["members_check"]
     die = np.log2(lacking[lost]).astype(np.int64)
-    return found[fits], (groups[lost] * num_dies + die)[fits]
+    return found[fits], (groups.numbers[lost] * num_dies + die)[fits]

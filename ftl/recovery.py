@@ -27,7 +27,7 @@ from ftl.deallocation_log import LogPage
 from ftl.layout import PAGE_OOB, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
-from ftl.parity import lost_records
+from ftl.parity import is_covered, lost_records
 from ftl.provisioning import num_lbas
 from ftl.repair import repair_page
 from spdk_glue import dma
@@ -45,6 +45,8 @@ class Recovered:
     program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     checkpoint: the one that was built upon, None after a scan of everything
+    bare: PAGE_OOB [n] and int64 [n] pages: what a power cut left in the map without whole parity
+    is_log_bare: whether metadata are among it
     """
 
     mapping: Mapping
@@ -60,6 +62,12 @@ class Recovered:
     torn_pages: int = 0
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
+    bare: tuple[np.ndarray, np.ndarray] = field(default_factory=lambda: _nothing())
+    is_log_bare: bool = False
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
 
 
 def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
@@ -85,12 +93,17 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         return found
     good = _whole(media, records, pages, found)
     records, pages = records[good], pages[good]
+    bare, bare_pages = _nothing()
     if geometry.parity:
+        covered = pages[is_covered(geometry, records, pages)]
         lost, lost_pages = lost_records(geometry, records, pages)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
         superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
         records, pages = _by_program_number(records, pages)
+        # what was durable has the parity that a flush gave it, unless a die is gone: that is for scrub to mend
+        is_bare = _is_doubtful(records, found) & ~np.isin(pages, covered)
+        bare, bare_pages = records[is_bare], pages[is_bare]
 
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     if found.checkpoint is not None:
@@ -106,6 +119,13 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     log_pages = _read_log(media, records[log_kind], pages[log_kind])
     _apply_log(mapping, versions, log_pages, found.checkpoint.sequence_number if found.checkpoint else 0)
     mapping.finish_recovery()
+    if len(bare):
+        is_log = np.isin(bare["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
+        found.is_log_bare = bool(is_log.any())
+        is_data = (bare["kind"] == PageKind.DATA) & (bare["lba"] < len(mapping))
+        bare, bare_pages = bare[is_data], bare_pages[is_data]
+        mapped = mapping.resolve(bare["lba"].astype(np.int64)) == bare_pages
+        found.bare = bare[mapped], bare_pages[mapped]
     # An erase that a power cut undid in part leaves metadata of an earlier life beside new data. What is mapped
     # makes it a superblock of data: others are erased as a whole once their metadata are replaced.
     for superblocks in (found.log_superblocks, found.checkpoint_superblocks):
@@ -232,15 +252,20 @@ def _by_program_number(records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarr
     return records[order], pages[order]
 
 
-def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
-    """bool: the records whose payload is known, or now seen, to be whole."""
+def _is_doubtful(records: np.ndarray, found: Recovered) -> np.ndarray:
+    """bool: those whose session does not say that they were durable."""
     sessions, which = np.unique(records["session"], return_inverse=True)
     durable = np.zeros(len(sessions), np.uint64)
     np.maximum.at(durable, which, records["durable_program_number"])
     if found.checkpoint is not None:
         own = sessions == found.checkpoint.session
         durable[own] = np.maximum(durable[own], found.checkpoint.program_number)
-    doubtful = records["program_number"] > durable[which]
+    return records["program_number"] > durable[which]
+
+
+def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
+    """bool: the records whose payload is known, or now seen, to be whole."""
+    doubtful = _is_doubtful(records, found)
     # a failed program leaves anything behind, and its block is marked bad before it is durable
     superblocks, indices = np.divmod(pages, media.geometry.pages_per_superblock)
     doubtful |= media.bad_blocks()[superblocks, indices % media.geometry.num_planes]

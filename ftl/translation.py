@@ -53,8 +53,13 @@ class FlashTranslationLayer:
         self._writer = PageWriter(self._state, self.num_streams, self._collector.make_room)
         log_superblocks = self._take_over(found) if found else []
         checkpoints = list(found.checkpoint_superblocks) if found else []
-        self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
+        is_bare = found is not None and found.is_log_bare
+        self._log = MetadataLog(
+            self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages, is_bare
+        )
         self._collector.connect(self._writer, self._log)
+        if found:
+            self._collector.bare = found.bare
         self._background = None
         if background and not media.read_only:
             self._background = BackgroundCollector(self._state, self._collector)
@@ -196,6 +201,7 @@ class FlashTranslationLayer:
     def _flush(self) -> None:
         if self.geometry.parity:
             self._collector.finish_retiring()  # a row that a failure cut short has no parity
+            self._collector.cover_bare()  # nor has one that a power cut tore
         self._log.make_durable()
         self._log.mark()
         self._log.checkpoint_if_due()

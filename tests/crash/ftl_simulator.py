@@ -26,20 +26,15 @@ FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that co
 
 
 class PageOracle:
-    """may_hold[lba]: the values it may hold now; the first is the durable one.
-
-    protected: LBAs whose newest value a flush has promised since the power was cut, so that parity covers it
-    """
+    """may_hold[lba]: the values it may hold now; the first is the durable one."""
 
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
-        self.protected: set[int] = set()
         self._doubtful: set[int] = set()
 
     def write(self, lba: int, value: int) -> None:
         self.may_hold[lba].append(value)
         self._doubtful.add(lba)
-        self.protected.discard(lba)
 
     def begin_flush(self) -> dict[int, int]:
         """What is written by now: how many values of each LBA that completing the flush will outdate."""
@@ -50,7 +45,6 @@ class PageOracle:
             del self.may_hold[lba][:count]
             if len(self.may_hold[lba]) == 1:
                 self._doubtful.discard(lba)
-                self.protected.add(lba)
 
     def check(self, words: np.ndarray) -> None:
         """Every page holds what it may. words: uint64 [num_lbas, any number], as read. Raises Lost."""
@@ -64,7 +58,6 @@ class PageOracle:
         """As check; what was found is all there is from now on: opening has made it durable."""
         self.check(words)
         self.may_hold = [[value] for value in words[:, 0].tolist()]
-        self.protected.clear()  # copies that the power cut tore may be alone in their rows
         self._doubtful.clear()
 
 

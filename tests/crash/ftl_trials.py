@@ -82,12 +82,16 @@ class FtlTrials:
     def _read(self, first: int, count: int) -> None:
         self._compare(np.arange(first, first + count), "read meanwhile")
 
-    def _compare(self, lbas: np.ndarray, why: str) -> None:
+    def _compare(self, lbas: np.ndarray, why: str, ftl: FlashTranslationLayer | None = None) -> None:
+        """What LBAs hold is what was written last; ftl: another layer than the one in use."""
         buffer, addresses = make_pages([0] * len(lbas), self._ftl.page_size)
-        self._ftl.read(lbas, addresses)
+        (ftl or self._ftl).read(lbas, addresses)
         words = buffer.view("<u8").reshape(len(lbas), -1)
-        if (words != np.array(self._newest(lbas), np.uint64)[:, None]).any():
-            raise Lost(f"{why}: LBAs {lbas.tolist()} hold {words[:, 0].tolist()}, not {self._newest(lbas)}")
+        expected = self._newest(lbas)
+        wrong = np.flatnonzero((words != np.array(expected, np.uint64)[:, None]).any(axis=1))
+        if len(wrong):
+            lba, found = int(lbas[wrong[0]]), int(words[wrong[0], 0])
+            raise Lost(f"{why}: LBA {lba} holds {found}, not {expected[wrong[0]]}")
 
     # steps of the workload
 
@@ -159,9 +163,9 @@ class FtlTrials:
     def _damage(self) -> None:
         """A flipped bit: parity gives the page back and scrub writes it anew, or an error names the LBA."""
         ftl, media = self._ftl, self._simulation.media
-        lbas = np.array(sorted(self._simulation._oracle.protected), np.int64)
-        pages = ftl.resolve(lbas)
-        lbas, pages = lbas[pages != PAGE_NONE], pages[pages != PAGE_NONE]
+        pages = ftl.resolve(np.arange(ftl.num_lbas))
+        lbas = np.flatnonzero(pages != PAGE_NONE)
+        pages = pages[lbas]
         if not len(lbas):
             return
         which = int(self._random.integers(len(lbas)))
@@ -201,17 +205,6 @@ class FtlTrials:
             try:
                 again = FlashTranslationLayer.open(media, **simulation._options)
                 for ftl in (self._ftl, again):
-                    self._check_protected(ftl)
+                    self._compare(np.arange(ftl.num_lbas), "without a die", ftl)
             finally:
                 media.dead_dies = alive
-
-    def _check_protected(self, ftl: FlashTranslationLayer) -> None:
-        lbas = np.array(sorted(self._simulation._oracle.protected), np.int64)
-        if not len(lbas):
-            return
-        buffer, addresses = make_pages([0] * len(lbas), ftl.page_size)
-        ftl.read(lbas, addresses)
-        words = buffer.view("<u8").reshape(len(lbas), -1)
-        for lba, found, wanted in zip(lbas.tolist(), words[:, 0].tolist(), self._newest(lbas), strict=True):
-            if found != wanted:
-                raise Lost(f"without a die LBA {lba} holds {found}, not {wanted}")
