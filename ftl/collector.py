@@ -237,16 +237,23 @@ class Collector:
 
     def cover_bare(self) -> None:
         """Write anew what a power cut left without parity: once that is flushed, it survives a die, too."""
-        if not len(self.bare[1]):
+        if not len(self.bare[1]) and not self._log.is_bare:
             return
+        try:
+            self.make_room()
+            self._copy_bare()
+            if self._log.is_bare:
+                self._log.renew()
+        except (CorruptPage, OutOfFlash) as error:
+            log.error("no parity for what a power cut left: %s", error)
+
+    def _copy_bare(self) -> None:
         while self._is_busy:
             self._state.changed.wait()
         self._is_busy = True  # nothing of it is erased meanwhile
         try:
             self._copy_pages(*self.bare)
             self.bare = np.empty(0, PAGE_OOB), np.empty(0, np.int64)
-        except (CorruptPage, OutOfFlash) as error:
-            log.error("no parity for what a power cut left: %s", error)
         finally:
             self._is_busy = False
             self._state.changed.notify_all()

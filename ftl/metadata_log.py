@@ -94,7 +94,7 @@ class MetadataLog:
         self._checkpoint_pages = checkpoint_pages
         self._checkpoint_due = state.next_program_number + checkpoint_pages
         self._pending: list[tuple[int, int, int]] = []
-        self._is_bare = is_bare
+        self.is_bare = is_bare
         self._marked_program_number = state.durable_program_number
         self._is_busy = False
         self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
@@ -109,9 +109,6 @@ class MetadataLog:
         state = self._state
         self._claim()
         try:
-            if self._is_bare:
-                self._rotate()
-                self._is_bare = False
             if self._pending:
                 records = np.array(self._pending, DEALLOCATION)
                 self._pending.clear()
@@ -121,10 +118,16 @@ class MetadataLog:
                 except BaseException:
                     self._pending[:0] = records.tolist()
                     raise
-            if state.geometry.parity:
-                self._writer.complete_rows()
-                self._log.complete_row()
             self.sync()
+        finally:
+            self._release()
+
+    def renew(self) -> None:
+        """Begin anew, with a snapshot."""
+        self._claim()
+        try:
+            self._rotate()
+            self.is_bare = False
         finally:
             self._release()
 
@@ -208,8 +211,11 @@ class MetadataLog:
         return gained
 
     def sync(self) -> None:
-        """Everything that was programmed when this is called is on stable media when it returns."""
+        """Everything that was programmed when this is called is on stable media when it returns, with parity."""
         state = self._state
+        if state.geometry.parity:
+            self._writer.complete_rows()
+            self._log.complete_row()
         last = self._writer.last_finished()
         if state.durable_program_number < last:
             with state.unlocked():
@@ -245,8 +251,6 @@ class MetadataLog:
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
-        if state.geometry.parity:
-            self._log.complete_row()
         self.sync()
         for superblock in old:
             self._log.superblocks.remove(superblock)

@@ -101,7 +101,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
         records, pages = _by_program_number(records, pages)
-        # what was durable has the parity that a flush gave it, unless a die is gone: that is for scrub to mend
+        # what was durable has parity, unless a die is gone: that is for scrub to mend
         is_bare = _is_doubtful(records, found) & ~np.isin(pages, covered)
         bare, bare_pages = records[is_bare], pages[is_bare]
 
