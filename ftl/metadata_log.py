@@ -211,7 +211,7 @@ class MetadataLog:
         return gained
 
     def sync(self) -> None:
-        """Everything that was programmed when this is called is on stable media when it returns, with parity."""
+        """Everything that was programmed when this is called is on stable media, with parity, at its end."""
         state = self._state
         if state.geometry.parity:
             self._writer.complete_rows()

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class PageOracle:
 
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
+        self._outdated = [0] * num_lbas  # values that flushes have taken off so far
         self._doubtful: set[int] = set()
 
     def write(self, lba: int, value: int) -> None:
@@ -37,12 +39,13 @@ class PageOracle:
         self._doubtful.add(lba)
 
     def begin_flush(self) -> dict[int, int]:
-        """What is written by now: how many values of each LBA that completing the flush will outdate."""
-        return {lba: len(self.may_hold[lba]) - 1 for lba in self._doubtful}
+        """How many values of each LBA are outdated once this flush completes; another may before it."""
+        return {lba: self._outdated[lba] + len(self.may_hold[lba]) - 1 for lba in self._doubtful}
 
     def flushed(self, outdated: dict[int, int]) -> None:
         for lba, count in outdated.items():
-            del self.may_hold[lba][:count]
+            del self.may_hold[lba][: max(0, count - self._outdated[lba])]
+            self._outdated[lba] = max(count, self._outdated[lba])
             if len(self.may_hold[lba]) == 1:
                 self._doubtful.discard(lba)
 
@@ -72,12 +75,14 @@ class FtlSimulation:
         self.done: deque[str] = deque(maxlen=40)
         self._next_value = 1
         self._options = {
-            "options": self.schedule.collector,
+            "options": replace(self.schedule.collector, rated_cycles=int(self.random.choice([30, 3000]))),
             "checkpoint_pages": self.schedule.checkpoint_pages,
         }
         self._trials = FtlTrials(self)
         self._writing = range(0)  # LBAs of the write under way
         self._ftl = FlashTranslationLayer.format(self.media, **self._options)
+        # the drive is not new: parity keeps the lower halves of these only
+        self._ftl._state.next_program_number = int(self.random.choice([1, (1 << 32) - 1000]))
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -155,10 +160,11 @@ class FtlSimulation:
     def _round(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
+        self.media.after_operation = self._trials.meanwhile
         with suppress(PowerCut):
             while True:
                 self._step()
-        self.media.on_operation = None
+        self.media.on_operation = self.media.after_operation = None
         self._crashed(depth=1)
         self._ftl = self._open_with_power_cuts()
         self._oracle.settle(self._read_all(self._ftl))
@@ -166,7 +172,6 @@ class FtlSimulation:
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""
-        self._trials.meanwhile()
         if self.random.random() >= self.schedule.what_if_chance:
             return
         with self.media.what_if():

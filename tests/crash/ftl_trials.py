@@ -9,9 +9,12 @@ from unittest.mock import patch
 import numpy as np
 
 from ftl import recovery
+from ftl.check import Kind, check
 from ftl.errors import CorruptPage
+from ftl.layout import OOB_MAGIC, PageKind
 from ftl.mapping import PAGE_NONE
 from ftl.nand_model import NandModel
+from ftl.oob import holds
 from ftl.scrub import scrub
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
@@ -45,7 +48,7 @@ class FtlTrials:
     # while the media work
 
     def meanwhile(self) -> None:
-        """Now and then, inside a media operation: one small command of another host."""
+        """Now and then, as a media operation ends: one small command of another host."""
         is_sole = not self._is_inside and not self._ftl._writer._uncommitted  # or it would wait for ever
         if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
             return
@@ -56,7 +59,8 @@ class FtlTrials:
             return
         self._is_inside = True
         try:
-            [self._overwrite, self._deallocate, self._read][self._random.integers(3)](first, count)
+            commands = [self._overwrite, self._deallocate, self._read, self._make_durable]
+            commands[self._random.integers(len(commands))](first, count)
         finally:
             self._is_inside = False
 
@@ -78,6 +82,19 @@ class FtlTrials:
     def _deallocate(self, first: int, count: int) -> None:
         self._note(f"  meanwhile deallocate {count} at {first}")
         self._simulation.deallocate(first, count)
+
+    def _make_durable(self, *_) -> None:
+        """What a flush does first; where that would not wait for what is under way."""
+        state, log, simulation = self._ftl._state, self._ftl._log, self._simulation
+        is_free = not log._is_busy and log._log.num_left > 4 and not state.geometry.parity
+        if is_free and simulation.schedule.nand == NandModel():
+            self._note("  meanwhile make durable")
+            outdated = simulation._oracle.begin_flush()
+            for lba in simulation._writing:  # not written yet
+                outdated.pop(lba, None)
+            with state.lock:
+                log.make_durable()
+            simulation._oracle.flushed(outdated)
 
     def _read(self, first: int, count: int) -> None:
         self._compare(np.arange(first, first + count), "read meanwhile")
@@ -128,6 +145,8 @@ class FtlTrials:
         self._check_checkpoint()
         if self._random.random() < 0.3:
             self._damage()
+        if self._random.random() < 0.3:
+            self._tamper()
         if self._simulation.schedule.geometry.parity and self._random.random() < 0.3:
             self._lose_a_die()
 
@@ -161,29 +180,106 @@ class FtlTrials:
                 raise Lost(f"{name} from a checkpoint would be used again")
 
     def _damage(self) -> None:
-        """A flipped bit: parity gives the page back and scrub writes it anew, or an error names the LBA."""
-        ftl, media = self._ftl, self._simulation.media
-        pages = ftl.resolve(np.arange(ftl.num_lbas))
-        lbas = np.flatnonzero(pages != PAGE_NONE)
-        pages = pages[lbas]
+        """Flipped bits: parity gives a page back and scrub writes it anew, or an error names the LBA."""
+        ftl, media, geometry = self._ftl, self._simulation.media, self._ftl.geometry
+        all_pages = ftl.resolve(np.arange(ftl.num_lbas))
+        lbas = np.flatnonzero(all_pages != PAGE_NONE)
         if not len(lbas):
             return
-        which = int(self._random.integers(len(lbas)))
-        lba, page = int(lbas[which]), int(pages[which])
-        self._note(f"bit flip in LBA {lba}, page {page}")
-        media.flip_bit(page)
-        if ftl.geometry.parity:
-            self._compare(lbas[which : which + 1], "read of a damaged page")
-            lost = [lba for report in scrub(ftl) for lba in report.lost]
-            if lost:
-                raise Lost(f"scrub cannot give back {lost}")
-        else:
-            self._expect_error(lba)
-            if ftl.free_superblocks >= ROOM:
-                ftl.renew({page // ftl.geometry.pages_per_superblock})  # meets the damage and moves the rest
-            self._expect_error(lba)
-            media.flip_bit(page)
-            self._compare(lbas[which : which + 1], "read of a mended page")
+        lba = int(self._random.choice(lbas))
+        page = int(all_pages[lba])
+        if self._random.random() < 0.2:
+            self._damage_oob(lba, page)
+            return
+        neighbours = lbas[all_pages[lbas] // geometry.num_dies == page // geometry.num_dies]
+        hit = np.array([lba]) if not geometry.parity or self._random.random() < 0.6 else neighbours[:2]
+        is_lost = not geometry.parity or len(hit) > 1
+        self._note(f"bit flips in LBAs {hit.tolist()}, page {page}")
+        for damaged in all_pages[hit].tolist():
+            media.flip_bit(damaged)
+        had_room = ftl.free_superblocks > ROOM
+        if not is_lost:
+            self._compare(hit, "read of a damaged page")
+        self._scrub(hit, is_lost)
+        if is_lost:
+            for other in hit.tolist():
+                self._expect_error(other)
+            for damaged in all_pages[hit].tolist():
+                media.flip_bit(damaged)
+            self._compare(np.arange(ftl.num_lbas), "read of a mended drive")
+        elif had_room and int(ftl.resolve(hit)[0]) == page:
+            raise Lost(f"scrub leaves LBA {hit[0]} at its damaged page {page}")
+
+    def _scrub(self, hit: np.ndarray, is_lost: bool) -> None:
+        found = list(scrub(self._ftl))
+        lost = [lba for report in found for lba in report.lost]
+        repaired = [lba for report in found for lba in report.repaired]
+        if (lost, repaired) != ((hit.tolist(), []) if is_lost else ([], hit.tolist())):
+            raise Lost(f"LBAs {hit.tolist()} are damaged; scrub says lost {lost}, repaired {repaired}")
+        if is_lost and self._ftl.free_superblocks > ROOM:
+            # meets the damage, moves the rest, and must keep what it cannot read
+            per_superblock = self._ftl.geometry.pages_per_superblock
+            self._ftl.renew(set((self._ftl.resolve(hit) // per_superblock).tolist()))
+            self._ftl.collect(1)
+
+    def _damage_oob(self, lba: int, page: int) -> None:
+        """A page whose record does not hold is still that page, or an error; collection may not lose it."""
+        self._note(f"bit flip in the OOB of page {page}, LBA {lba}")
+        record = self._simulation.media.oob[page : page + 1].view(np.uint8)
+        record[20] ^= 1  # a byte of the LBA
+        damaged = record.copy()
+        if self._ftl.free_superblocks > ROOM:
+            self._ftl.renew({page // self._ftl.geometry.pages_per_superblock})
+        try:
+            self._compare(np.array([lba]), "read of a page with a damaged record")
+        except CorruptPage as error:
+            if self._ftl.geometry.parity or error.lba != lba:
+                raise
+        if (record == damaged).all():  # nothing was programmed there since
+            record[20] ^= 1
+        self._ftl._state.checksums.forget(page // self._ftl.geometry.pages_per_superblock)
+        self._compare(np.array([lba]), "read of a page with a mended record")
+
+    def _tamper(self) -> None:
+        """What is wrong in memory is found by the check, by its name; then it is mended."""
+        ftl, state = self._ftl, self._ftl._state
+        entries, valid = state.mapping._entries, state.mapping.valid_pages
+        mapped, free = np.flatnonzero(entries), state.superblocks.of(State.FREE)
+        if len(mapped) < 2 or not len(free):
+            return
+        one, other = self._random.choice(mapped, 2, replace=False).tolist()
+        good = int(np.argmin(state.superblocks.bad_planes[free[0]]))
+        first_free = int(free[0]) * ftl.geometry.pages_per_superblock + good
+        changes = {
+            Kind.OUTSIDE_DATA: (entries, {one: first_free + 1}),
+            Kind.WRONG_LBA: (entries, {one: entries[other], other: entries[one]}),
+            Kind.MAPPED_TWICE: (entries, {one: entries[other]}),
+            Kind.VALID_PAGES: (valid, {0: valid[0] + 1}),
+            Kind.NOT_ERASED: (self._simulation.media.oob["magic"], {first_free: OOB_MAGIC}),
+        }
+        older = self._older_version(one)
+        if older is not None:
+            changes[Kind.SUPERSEDED] = (entries, {one: older + 1})
+        kind = self._random.choice(sorted(changes))
+        array, values = changes[Kind(kind)]
+        before = array.copy()
+        for index, value in values.items():
+            array[index] = value
+        found = {finding.kind for finding in check(state)}
+        array[:] = before
+        self._simulation.media.read_oob(int(free[0]))  # by which the medium knows what is programmed
+        if Kind(kind) not in found:
+            raise Lost(f"the check does not find {kind!r} but {found}")
+
+    def _older_version(self, lba: int) -> int | None:
+        """A durable page on flash that held an LBA before, in a superblock with data."""
+        oob, state = self._simulation.media.oob, self._ftl._state
+        page = int(state.mapping.resolve(np.array([lba]))[0])
+        older = (oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob)
+        older &= oob["sequence_number"] < oob["sequence_number"][page]
+        full = np.repeat(state.superblocks.states == State.FULL, self._ftl.geometry.pages_per_superblock)
+        found = np.flatnonzero(older & full)
+        return int(found[0]) if len(found) else None
 
     def _expect_error(self, lba: int) -> None:
         _buffer, addresses = make_pages([0], self._ftl.page_size)
@@ -208,3 +304,6 @@ class FtlTrials:
                     self._compare(np.arange(ftl.num_lbas), "without a die", ftl)
             finally:
                 media.dead_dies = alive
+        for superblock in range(media.geometry.num_superblocks):  # the die is back
+            self._ftl._state.checksums.forget(superblock)
+        self._ftl._state.superblocks.damaged.clear()

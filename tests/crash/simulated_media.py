@@ -13,12 +13,13 @@ __all__ = ["PowerCut", "SimulatedMedia"]
 
 
 class SimulatedMedia(NandMedia):
-    """on_operation is called with each program, erase and sync before it is done."""
+    """on_operation is called with each program, erase and sync before it is done, after_operation after it."""
 
     def __init__(self, geometry: Geometry, random: np.random.Generator, model: NandModel | None = None):
         super().__init__(geometry, random, model)
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
+        self.after_operation: Callable[[], None] | None = None
         self.operations_before = 0  # of earlier boots
 
     @property
@@ -51,6 +52,8 @@ class SimulatedMedia(NandMedia):
         if self.on_operation is not None and not self.power_failed:
             self.on_operation(operation)
         operation()
+        if self.after_operation is not None:
+            self.after_operation()
 
     @contextmanager
     def what_if(self) -> Iterator[None]:
@@ -58,13 +61,14 @@ class SimulatedMedia(NandMedia):
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
-        self.on_operation = None
+        self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
         finally:
             for array, old in zip(arrays, before, strict=True):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
+            self.after_operation = after_operation
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""

@@ -1,4 +1,4 @@
-"""Damage that a store cannot open with or cannot mend by itself: `check` must name it, `repair` mend what it can.
+"""Damage that a store cannot mend by itself: `check` must name it, and `repair` mend what it can.
 
 Nothing that is undamaged may be lost by that, and of a damaged sequence no token before the first lost page.
 """
