@@ -849,8 +849,8 @@ _FLASH_METADATA = [
         ),
         (
             "old checkpoint never erased",
-            "            self.replaced.extend(self._checkpoint_superblocks)\n            self._checkpoint_superblocks ="
-            " taken",
+            "            self.replaced.extend(self._checkpoint_superblocks)\n"
+            "            self._checkpoint_superblocks = taken",
             "            self._checkpoint_superblocks = taken",
         ),
         ("old log never erased", "            self.replaced.append(superblock)\n", ""),
