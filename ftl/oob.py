@@ -25,5 +25,7 @@ def known_records(
     num_held = len(pages)
     if media.geometry.parity:
         lost, lost_pages = lost_records(media.geometry, records, pages)
+        held = ~np.isin(pages, lost_pages)  # a bad block may show a page of an earlier life there
+        records, pages, num_held = records[held], pages[held], np.count_nonzero(held)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
     return records, pages, np.arange(len(pages)) >= num_held

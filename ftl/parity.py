@@ -185,7 +185,10 @@ def _find_groups(num_dies: int, records: np.ndarray, pages: np.ndarray) -> _Grou
     parity = parity[newest]
     member = np.flatnonzero(~is_parity & np.isin(group, groups))
     place = np.searchsorted(groups, group[member])
-    wanted = records["member_dies"][parity]
+    wanted = records["member_dies"][parity].copy()
+    # members come before their parity: one that a block kept when it went bad says nothing of a later life
+    numbers = records["program_number"]
+    wanted[place[numbers[member] > numbers[parity][place]]] = 0
     bits = _bits(pages[member] % num_dies)
     counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]

@@ -182,8 +182,11 @@ class FtlTrials:
     def _damage(self) -> None:
         """Flipped bits: parity gives a page back and scrub writes it anew, or an error names the LBA."""
         ftl, media, geometry = self._ftl, self._simulation.media, self._ftl.geometry
+        flushed = ftl.resolve(np.arange(ftl.num_lbas))
+        for _ in range(self._random.integers(3)):
+            self._simulation._step()
         all_pages = ftl.resolve(np.arange(ftl.num_lbas))
-        lbas = np.flatnonzero(all_pages != PAGE_NONE)
+        lbas = np.flatnonzero((all_pages != PAGE_NONE) & (all_pages == flushed))
         if not len(lbas):
             return
         lba = int(self._random.choice(lbas))
@@ -295,6 +298,7 @@ class FtlTrials:
         """Whatever a flush has promised is there without any one die, also for whoever opens the drive then."""
         simulation, media = self._simulation, self._simulation.media
         die = int(self._random.integers(simulation.schedule.geometry.num_dies))
+        simulation.flush()
         self._note(f"without die {die}")
         with media.what_if():
             media.dead_dies, alive = {die}, media.dead_dies

@@ -28,10 +28,13 @@ from .mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
-BLOCK_FAULTS = ("program", "erase", "bad-blocks")
 # (mode, first seed, seeds, crash points of each, faults): short runs first, until one kills
 STORE_RUNS = (("store", 0, 4, 60, ()), ("store", 10, 25, 150, ()))
-FLASH_RUNS = (("ftl", 0, 10, 120, ()), ("ftl", 100, 10, 120, BLOCK_FAULTS), STORE_RUNS[0])
+FLASH_RUNS = (
+    ("ftl", 0, 16, 50, ()),
+    ("ftl", 100, 16, 50, ("weak-blocks", "bad-blocks")),
+    ("store", 0, 4, 40, ()),
+)
 TIME_LIMIT_S = 300  # of one mutation; a run that does not end counts as killed
 WANTED = 0.95
 
