@@ -297,6 +297,9 @@ class FtlTrials:
     def _lose_a_die(self) -> None:
         """Whatever a flush has promised is there without any one die, also for whoever opens the drive then."""
         simulation, media = self._simulation, self._simulation.media
+        num_good = np.count_nonzero(~self._ftl.superblocks.bad_planes, axis=1)
+        if (num_good == 1).any():  # no parity is possible there
+            return
         die = int(self._random.integers(simulation.schedule.geometry.num_dies))
         simulation.flush()
         self._note(f"without die {die}")
