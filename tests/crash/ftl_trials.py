@@ -143,12 +143,15 @@ class FtlTrials:
         self._simulation.flush()
         self._check_findings()
         self._check_checkpoint()
-        if self._random.random() < 0.3:
+        if self._is_likely():
             self._damage()
-        if self._random.random() < 0.3:
+        if self._is_likely():
             self._tamper()
-        if self._simulation.schedule.geometry.parity and self._random.random() < 0.3:
+        if self._simulation.schedule.geometry.parity and self._is_likely():
             self._lose_a_die()
+
+    def _is_likely(self) -> bool:
+        return self._random.random() < 0.4
 
     def _check_findings(self) -> None:
         """Map, OOB and superblocks agree, and every superblock is somebody's."""
@@ -189,7 +192,9 @@ class FtlTrials:
         lbas = np.flatnonzero((all_pages != PAGE_NONE) & (all_pages == flushed))
         if not len(lbas):
             return
-        lba = int(self._random.choice(lbas))
+        superblocks = all_pages[lbas] // geometry.pages_per_superblock
+        being_written = lbas[ftl.superblock_states()[superblocks] == State.OPEN]
+        lba = int(self._random.choice(being_written if len(being_written) and self._is_likely() else lbas))
         page = int(all_pages[lba])
         if self._random.random() < 0.2:
             self._damage_oob(lba, page)
@@ -203,6 +208,8 @@ class FtlTrials:
         had_room = ftl.free_superblocks > ROOM
         if not is_lost:
             self._compare(hit, "read of a damaged page")
+            if page // geometry.pages_per_superblock not in ftl.superblocks.damaged:
+                raise Lost(f"nobody knows that page {page} is damaged")
         self._scrub(hit, is_lost)
         if is_lost:
             for other in hit.tolist():

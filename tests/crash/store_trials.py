@@ -3,7 +3,7 @@
 Nothing that is undamaged may be lost by that, and of a damaged sequence no token before the first lost page.
 """
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -15,8 +15,10 @@ from kvfs.check import Report
 from kvfs.errors import OutOfSpace
 from kvfs.inspection import Inspection
 from kvfs.repair import repair
+from spdk_glue.status import NvmeError
 
 from .oracle import Lost
+from .simulated_media import PowerCut
 
 PAGES_LOST = 3  # at most, at a time
 # What could be wrong with a catalogue that SQLite finds whole; no sequence may lose anything by mending it.
@@ -66,19 +68,35 @@ class StoreTrials:
         simulation.workload.done.append(f"-- damage to pages {pages.tolist()}; leaves {remaining}")
         for page in pages.tolist():
             simulation.media.flip_bit(page)
-        with closing(self._inspect()) as inspected:
-            with inspected.catalogue.transaction():
-                inspected.catalogue._db.execute(WRONG_ROWS[self._random.integers(len(WRONG_ROWS))])
-            inspected.look_again()
-            repair(inspected, inspected.check())
+        inspected = self._inspect()
+        with inspected.catalogue.transaction():
+            inspected.catalogue._db.execute(WRONG_ROWS[self._random.integers(len(WRONG_ROWS))])
+        inspected.look_again()
+        repair(inspected, inspected.check())
+        self._end(inspected)
         with closing(self._inspect()) as inspected:
             self._expect_nothing(inspected.check())
+        simulation._use(simulation._open())
         for name, num_tokens in remaining.items():
             state = simulation.oracle.sequences[name]
-            state.truncate(num_tokens)
+            found = simulation.store.sequence(name).num_tokens
+            # a group that forks share is nobody's to append to, so all but one are cut before it
+            if found not in (num_tokens, num_tokens - num_tokens % state.shape.group_tokens):
+                raise Lost(f"repair keeps {found} tokens of {name!r}, where {num_tokens} are whole")
+            state.truncate(found)
             state.promise()
-        simulation._use(simulation._open())
         simulation.settle()
+
+    def _end(self, inspected: Inspection) -> None:
+        """By closing, or by a power cut: what repair has done is durable."""
+        media = self._simulation.media
+        if self._random.random() < 0.5:
+            inspected.close()
+            return
+        media.cut_after = -1
+        with suppress(PowerCut, NvmeError):
+            inspected.close()
+        media.reboot()
 
     def _expect_nothing(self, report: Report) -> None:
         if report.problems:
