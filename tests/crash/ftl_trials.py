@@ -159,6 +159,8 @@ class FtlTrials:
         findings = ftl.check()
         if findings:
             raise Lost(f"the flash layer finds: {findings[:5]}")
+        if (self._simulation.media.bad_blocks() != ftl.superblocks.bad_planes).any():
+            raise Lost("the medium and the layer do not agree which blocks are bad")
         states, log = ftl.superblock_states(), ftl._log
         wanted = {
             State.LOG: {*log._log.superblocks, *log._checkpoint_superblocks, *log.replaced},

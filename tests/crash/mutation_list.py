@@ -509,7 +509,7 @@ _FLASH_WRITES = [
             "",
         ),
         ("failed superblock passes for empty", "        found.has_data = True\n", ""),
-        ("copies pass for newer", "sequence_numbers[part]", "sequence_numbers[part] + np.uint64(1)"),
+        ("copies pass for newer", "sequence_numbers[part]", "sequence_numbers[part] + np.uint64(50)"),
         (
             "programs under way pass for durable",
             "return min(self._programming, default=self._state.next_program_number) - 1",
@@ -627,6 +627,11 @@ _PARITY = [
             "covered[found.member] = True",
         ),
         (
+            "parity of an earlier life counts",
+            "    wanted[place[numbers[member] > numbers[parity][place]]] = 0\n",
+            "",
+        ),
+        (
             "lost page on the wrong die",
             "(groups.numbers[lost] * num_dies + die)",
             "(groups.numbers[lost] * num_dies)",
@@ -650,6 +655,11 @@ _PARITY = [
     ),
     *_of(
         "ftl/oob.py",
+        (
+            "earlier life beside what parity gives back",
+            "held = ~np.isin(pages, lost_pages)",
+            "held = np.ones(len(pages), bool)",
+        ),
         ("lost records stay lost", "    if media.geometry.parity:\n", "    if False:\n"),
     ),
     *_of(
@@ -776,8 +786,8 @@ _COLLECTION = [
         ),
         (
             "log lost at opening",
-            "return sorted(found.log_superblocks, key=lambda superblock: found.newest[superblock])",
-            "return []",
+            "self._of_log(found.log_superblocks) if found else []",
+            "[]",
         ),
         (
             "rows cut short by a failure left",
@@ -1051,7 +1061,12 @@ _REPAIR = [
             "wrote {0} superblocks",
         ),
         ("given back until the power fails", "    inspection.namespace.flush()\n", ""),
-        ("damage not cut off", "            _cut(inspection, row, num_tokens)\n", ""),
+        (
+            "forks cut inside a group they share",
+            "if num_tokens % group_tokens and sum(",
+            "if False and sum(",
+        ),
+        ("damage not cut off", "            num_tokens = _cut(inspection, row, num_tokens)\n", ""),
     ),
     *_of(
         "kvfs/check.py",

@@ -32,7 +32,7 @@ COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
 STORE_RUNS = (("store", 0, 4, 60, ()), ("store", 10, 25, 150, ()))
 FLASH_RUNS = (
     ("ftl", 0, 16, 50, ()),
-    ("ftl", 100, 16, 50, ("weak-blocks", "bad-blocks")),
+    ("ftl", 100, 16, 50, ("weak-blocks",)),
     ("store", 0, 4, 40, ()),
 )
 TIME_LIMIT_S = 300  # of one mutation; a run that does not end counts as killed
