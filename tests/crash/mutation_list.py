@@ -82,6 +82,11 @@ _METADATA = _of(
         "pass",
     ),
     (
+        "log full for ever",
+        "if self._volume.wal.size > self._volume.wal.capacity // 2:",
+        "if False:",
+    ),
+    (
         "transactions pass for durable",
         '            self._db.execute("COMMIT")\n            self.is_durable = False',
         '            self._db.execute("COMMIT")',
