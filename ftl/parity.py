@@ -221,7 +221,12 @@ def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _
     parity = parity[newest]
     member = np.flatnonzero(~is_parity & np.isin(group, groups))
     place = np.searchsorted(groups, group[member])
-    wanted = records["member_dies"][parity]
+    wanted = records["member_dies"][parity].copy()
+    # members come before their parity: one that a block kept when it went bad says nothing of a later life
+    numbers = records["program_number"]
+    is_stale = np.zeros(len(groups), bool)
+    is_stale[place[numbers[member] > numbers[parity][place]]] = True
+    wanted[is_stale] = 0
     bits = _bits(pages[member] % num_dies)
     counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]
@@ -229,7 +234,9 @@ def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _
     member, place, bits = member[current], place[current], bits[current]
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
-    return _Membership(groups, parity, wanted & ~present, member, place)
+    lacking = wanted & ~present
+    lacking[is_stale] = ~np.uint32(0)
+    return _Membership(groups, parity, lacking, member, place)
 
 
 def unprotected_groups(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> np.ndarray:

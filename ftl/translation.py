@@ -51,8 +51,10 @@ class FlashTranslationLayer:
         self.options = options or CollectorOptions()
         self._collector = Collector(self._state, self.options, self._read_checked)
         self._writer = PageWriter(self._state, self.num_streams, self._collector.make_room)
-        log_superblocks = self._take_over(found) if found else []
-        checkpoints = list(found.checkpoint_superblocks) if found else []
+        if found:
+            self._take_over(found)
+        log_superblocks = self._of_log(found.log_superblocks) if found else []
+        checkpoints = self._of_log(found.checkpoint_superblocks) if found else []
         self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
         self._collector.connect(self._writer, self._log)
         self._background = None
@@ -103,8 +105,14 @@ class FlashTranslationLayer:
             except OutOfFlash as error:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
 
-    def _take_over(self, found: Recovered) -> list[int]:
-        """What recovery found out becomes the state; returns the superblocks of the log, oldest first."""
+    def _of_log(self, superblocks: list[int]) -> list[int]:
+        """Oldest first, without those of which no good block is left: nothing can be done with them any more."""
+        found = self._state.superblocks
+        left = [superblock for superblock in superblocks if found.states[superblock] == State.LOG]
+        return sorted(left, key=lambda superblock: found.newest[superblock])
+
+    def _take_over(self, found: Recovered) -> None:
+        """What recovery found out becomes the state."""
         state = self._state
         state.mapping = found.mapping
         state.next_sequence_number = found.next_sequence_number
@@ -127,7 +135,6 @@ class FlashTranslationLayer:
         for superblock, stream in found.last_stream.items():
             if state.superblocks.states[superblock] == State.FULL:
                 self._writer.resume(stream, superblock)
-        return sorted(found.log_superblocks, key=lambda superblock: found.newest[superblock])
 
     def close(self) -> None:
         """Flush and end; every later call raises MediaClosed."""

@@ -17,6 +17,7 @@ FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
 FAULTS = {
     "program": {"program_failure_rate": 1e-4},
     "erase": {"erase_failure_rate": 1e-4},
+    "weak-blocks": {"program_failure_rate": 5e-4, "erase_failure_rate": 2e-3},  # some fail in a short run
     "bad-blocks": {"factory_bad_fraction": 0.02, "grown_bad_fraction": 0.02, "rated_cycles": 200},
     "lost-writes": {"lost_write_rate": 2e-3},
     "misdirected-writes": {"misdirected_write_rate": 2e-3},

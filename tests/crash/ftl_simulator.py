@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 
 from .fault_schedule import FTL_SHAPES, FaultSchedule
+from .ftl_trials import FtlTrials
 from .oracle import Lost
 from .report import Report, SimulationFailed
 from .simulated_media import PowerCut, SimulatedMedia
@@ -32,6 +33,7 @@ class PageOracle:
 
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
+        self._outdated = [0] * num_lbas  # values that flushes have taken off so far
         self._doubtful: set[int] = set()
         self._lbas: dict[int, int] = {}  # of every value ever written
 
@@ -40,10 +42,16 @@ class PageOracle:
         self._lbas[value] = lba
         self._doubtful.add(lba)
 
-    def flushed(self) -> None:
-        for lba in self._doubtful:
-            del self.may_hold[lba][:-1]
-        self._doubtful.clear()
+    def begin_flush(self) -> dict[int, int]:
+        """How many values of each LBA are outdated once this flush completes; another may before it."""
+        return {lba: self._outdated[lba] + len(self.may_hold[lba]) - 1 for lba in self._doubtful}
+
+    def flushed(self, outdated: dict[int, int]) -> None:
+        for lba, count in outdated.items():
+            del self.may_hold[lba][: max(0, count - self._outdated[lba])]
+            self._outdated[lba] = max(count, self._outdated[lba])
+            if len(self.may_hold[lba]) == 1:
+                self._doubtful.discard(lba)
 
     def is_now(self, lba: int, value: int) -> None:
         """A write that was refused has come so far. Raises Lost."""
@@ -96,10 +104,14 @@ class FtlSimulation:
         self.done: deque[str] = deque(maxlen=40)
         self._next_value = 1
         self._options = {
-            "options": self.schedule.collector,
+            "options": replace(self.schedule.collector, rated_cycles=int(self.random.choice([30, 3000]))),
             "checkpoint_pages": self.schedule.checkpoint_pages,
         }
+        self._trials = FtlTrials(self)
+        self._writing = range(0)  # LBAs of the write under way
         self._ftl = FlashTranslationLayer.format(self.media, **self._options)
+        # the drive is not new: parity keeps the lower halves of these only
+        self._ftl._state.next_program_number = int(self.random.choice([1, (1 << 32) - 1000]))
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -146,26 +158,39 @@ class FtlSimulation:
             self._write(first, count)
         elif choice < 0.8:
             self.done.append(f"deallocate {count} at {first}")
-            for lba in range(first, first + count):
-                self._oracle.write(lba, EMPTY)
-            self._ftl.deallocate([[first, count]])
+            self.deallocate(first, count)
+        elif choice < 0.92:
+            self.flush()
         elif choice < 0.95:
-            self.done.append("flush")
-            self._ftl.flush()
-            self._oracle.flushed()
+            self._trials.collect()
         else:
             found, lost = self._read(self._ftl, first, count)
             for lba, value in enumerate(found, first):
                 if lba not in lost and value != self._oracle.may_hold[lba][-1]:
                     raise Lost(f"LBA {lba} holds {value}, not {self._oracle.may_hold[lba]}")
 
-    def _write(self, first: int, count: int) -> None:
-        values = range(self._next_value, self._next_value + count)
+    def new_values(self, count: int) -> range:
         self._next_value += count
+        return range(self._next_value - count, self._next_value)
+
+    def deallocate(self, first: int, count: int) -> None:
+        for lba in range(first, first + count):
+            self._oracle.write(lba, EMPTY)
+        self._ftl.deallocate([[first, count]])
+
+    def flush(self) -> None:
+        self.done.append("flush")
+        outdated = self._oracle.begin_flush()
+        self._ftl.flush()
+        self._oracle.flushed(outdated)
+
+    def _write(self, first: int, count: int) -> None:
+        values = self.new_values(count)
         for lba, value in enumerate(values, first):
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
         stream = int(self.random.integers(0, 3))
+        self._writing = range(first, first + count)
         try:
             self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
         except OutOfFlash:
@@ -174,19 +199,22 @@ class FtlSimulation:
                 if lba not in lost:
                     self._oracle.is_now(lba, value)
             raise
+        self._writing = range(0)
 
     # rounds
 
     def _round(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
+        self.media.after_operation = self._trials.meanwhile
         with suppress(PowerCut):
             while self.report.refusals < MAX_REFUSALS:
                 self._step()
-        self.media.on_operation = None
+        self.media.on_operation = self.media.after_operation = None
         self._crashed(depth=1)
         self._ftl = self._open_with_power_cuts()
         self._oracle.settle(self._read_all(self._ftl))
+        self._trials.run()
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""

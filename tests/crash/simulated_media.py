@@ -18,12 +18,13 @@ __all__ = ["PowerCut", "SimulatedMedia"]
 
 
 class SimulatedMedia(NandMedia):
-    """on_operation is called with each program, erase and sync before it is done."""
+    """on_operation is called with each program, erase and sync before it is done, after_operation after it."""
 
     def __init__(self, geometry: Geometry, random: np.random.Generator, model: NandModel | None = None):
         super().__init__(geometry, random, model)
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
+        self.after_operation: Callable[[], None] | None = None
         self.operations_before = 0  # of earlier boots
         self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
         self.dies_in: int | None = None  # operations after which a die is dead
@@ -112,6 +113,8 @@ class SimulatedMedia(NandMedia):
         if self.on_operation is not None and not self.power_failed:
             self.on_operation(operation)
         operation()
+        if self.after_operation is not None:
+            self.after_operation()
 
     @contextmanager
     def what_if(self) -> Iterator[None]:
@@ -120,7 +123,7 @@ class SimulatedMedia(NandMedia):
         before = [array.copy() for array in arrays]
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
         gone, dead_dies = dict(self.gone), set(self.dead_dies)
-        self.on_operation = None
+        self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
         finally:
@@ -128,6 +131,7 @@ class SimulatedMedia(NandMedia):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
             self.gone, self.dead_dies = gone, dead_dies
+            self.after_operation = after_operation
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""
