@@ -98,7 +98,7 @@ class MetadataLog:
         self._checkpoint_pages = checkpoint_pages
         self._checkpoint_due = state.next_program_number + checkpoint_pages
         self._pending: list[tuple[int, int, int]] = []
-        self._marked_program_number = state.durable_program_number
+        self._marked_program_number = self._synced_program_number = state.durable_program_number
         self._is_busy = False
         self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
 
@@ -213,12 +213,14 @@ class MetadataLog:
         Rows under way are not called durable before they have their parity: recovery counts on that.
         """
         state = self._state
-        last = self._writer.last_finished()
-        if state.durable_program_number < last:
-            last = min(last, state.first_begun_number() - 1)
+        finished = self._writer.last_finished()
+        # programs that began later than one under way may have ended
+        if self._synced_program_number < state.next_program_number - 1:
+            durable = min(finished, state.first_begun_number() - 1)
             with state.unlocked():
                 state.media.sync()
-            state.durable_program_number = max(last, state.durable_program_number)
+            self._synced_program_number = max(finished, self._synced_program_number)
+            state.durable_program_number = max(durable, state.durable_program_number)
 
     def _claim(self) -> None:
         while self._is_busy:

@@ -106,7 +106,7 @@ class FlashTranslationLayer:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
 
     def _of_log(self, superblocks: list[int]) -> list[int]:
-        """Oldest first, without those of which no good block is left: nothing can be done with them any more."""
+        """Oldest first, without those of which no good block is left: nothing can be done with those."""
         found = self._state.superblocks
         left = [superblock for superblock in superblocks if found.states[superblock] == State.LOG]
         return sorted(left, key=lambda superblock: found.newest[superblock])
