@@ -215,8 +215,10 @@ def _scan(
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         holds = oob.holds(records)
         gone, indices = page_chain.vanished(records, holds)
-        all_gone.append(gone)
-        all_gone_pages.append(superblock * per_superblock + indices)
+        # on a block that failed it may be that it was refused, and written elsewhere
+        good = ~bad_planes[superblock, indices % media.geometry.num_planes]
+        all_gone.append(gone[good])
+        all_gone_pages.append(superblock * per_superblock + indices[good])
         records, holds = records[programmed], holds[programmed]
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])

@@ -96,6 +96,8 @@ class SimulatedMedia(NandMedia):
     def _is_told(self, page: int, lost: np.void) -> bool:
         """Whether the page behind says what a page was: see ftl/page_chain.py."""
         size = self.geometry.pages_per_superblock
+        if self._rules.bad[page // size, page % self.geometry.num_planes]:
+            return False
         behind = np.arange(page + 1, (page // size + 1) * size)
         behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
         if not len(behind):
@@ -108,7 +110,9 @@ class SimulatedMedia(NandMedia):
 
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
         self.digest = zlib.crc32(what, self.digest)
-        if self.dies_in is not None and self.all_operations >= self.dies_in:
+        # not in an opening: until it has come through, what a power cut left without parity has that fault
+        in_workload = self.on_operation is not None or self.dies_in == 0
+        if self.dies_in is not None and in_workload and self.all_operations >= self.dies_in:
             self.dead_dies = {DYING_DIE}
         if self.on_operation is not None and not self.power_failed:
             self.on_operation(operation)
