@@ -94,10 +94,15 @@ class Collector:
             elif superblocks.count(State.FREE) <= GC_RESERVE:
                 raise OutOfFlash(superblocks.count(State.FREE), 0)
 
+    @property
+    def is_retiring(self) -> bool:
+        """Whether something lies on superblocks with failed blocks that is to be moved."""
+        superblocks = self._state.superblocks
+        return any(superblocks.states[s] == State.FULL for s in superblocks.retiring)
+
     def finish_retiring(self) -> None:
         """Move what lies on superblocks with failed blocks now."""
-        superblocks = self._state.superblocks
-        while any(superblocks.states[s] == State.FULL for s in superblocks.retiring):
+        while self.is_retiring:
             if not self.step():
                 self._state.changed.wait()  # for another collection
 
@@ -200,35 +205,58 @@ class Collector:
         state = self._state
         if state.mapping.valid_pages[victim] == 0:
             return True
-        with state.unlocked():
-            records, pages, _ = oob.known_records(state.media, victim, state.media.read_oob(victim))
-        data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
-        records, pages = records[data], pages[data]
-        lbas = records["lba"].astype(np.int64)
-        buffer = dma.allocate(COPY_PAGES * state.page_size)
-        addresses = dma.page_addresses(buffer, state.page_size)
-        position = 0
-        while position < len(pages) and state.mapping.valid_pages[victim]:
-            valid = position + np.flatnonzero(state.mapping.resolve(lbas[position:]) == pages[position:])
-            chosen = valid[:COPY_PAGES]
-            if not len(chosen):
-                break
-            position = int(chosen[-1]) + 1
-            try:
-                with state.unlocked():
-                    self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
-            except CorruptPage as error:
-                self._quarantine(victim, error)
-                return False
-            versions = records["sequence_number"][chosen]
-            for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
-                state.mapping.move(lbas[chosen][part], pages[chosen][part], copies)
-                state.counters.gc_pages_written += len(copies)
+        try:
+            self._move(*self._data_records(victim))
+        except CorruptPage as error:
+            self._quarantine(victim, error)
+            return False
         if state.mapping.valid_pages[victim]:
             # pages that the map names but whose OOB does not hold any more
             self._quarantine(victim, "its OOB is damaged")
             return False
         return True
+
+    def _data_records(self, superblock: int) -> tuple[np.ndarray, np.ndarray]:
+        """PAGE_OOB [n] and int64 [n] pages of a superblock's data, as far as known."""
+        state = self._state
+        unwritten = state.unwritten_parity(superblock)
+        with state.unlocked():
+            records = state.media.read_oob(superblock)
+            records, pages, _ = oob.known_records(state.media, superblock, records, unwritten)
+        data = (records["kind"] == PageKind.DATA) & (records["lba"] < state.num_lbas)
+        return records[data], pages[data]
+
+    def _move(self, records: np.ndarray, pages: np.ndarray) -> None:
+        """Copy those of a superblock's pages that are mapped. Raises CorruptPage."""
+        state = self._state
+        lbas = records["lba"].astype(np.int64)
+        buffer = dma.allocate(COPY_PAGES * state.page_size)
+        addresses = dma.page_addresses(buffer, state.page_size)
+        position = 0
+        while position < len(pages):
+            valid = position + np.flatnonzero(state.mapping.resolve(lbas[position:]) == pages[position:])
+            chosen = valid[:COPY_PAGES]
+            if not len(chosen):
+                break
+            position = int(chosen[-1]) + 1
+            with state.unlocked():
+                self._read_checked(pages[chosen], lbas[chosen], addresses[: len(chosen)])
+            versions = records["sequence_number"][chosen]
+            for part, copies in self._writer.append(GC_STREAM, lbas[chosen], addresses, versions):
+                state.mapping.move(lbas[chosen][part], pages[chosen][part], copies)
+                state.counters.gc_pages_written += len(copies)
+
+    def move_groups(self, groups: np.ndarray) -> None:
+        """Copy what is mapped in these groups of parity, int64 of page // num_dies; what is corrupt stays."""
+        state = self._state
+        num_dies = state.geometry.num_dies
+        for superblock in np.unique(groups * num_dies // state.pages_per_superblock).tolist():
+            records, pages = self._data_records(superblock)
+            chosen = np.isin(pages // num_dies, groups)
+            try:
+                self._move(records[chosen], pages[chosen])
+            except CorruptPage as error:
+                log.error("%s", error)
 
     def erase_replaced(self) -> None:
         """Metadata superblocks that hold nothing needed any more."""
@@ -269,6 +297,7 @@ class Collector:
                 state.media.mark_bad(superblock, failure.planes)
                 state.superblocks.planes_failed(superblock, failure.planes)
             state.checksums.forget(superblock)
+            state.begun.pop(superblock, None)
             state.superblocks.erased(superblock)
             state.counters.superblocks_erased += 1
             state.changed.notify_all()

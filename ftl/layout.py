@@ -50,6 +50,16 @@ PAGE_OOB = np.dtype(
 )
 assert PAGE_OOB.itemsize == 64
 
+# The same bytes on a data page of a drive without parity: the page before it in its superblock.
+PREVIOUS_PAGE = np.dtype(
+    {
+        "names": ["lba_plus_1", "version"],  # 0: none, or not known; the lower half of its sequence_number
+        "formats": ["<u8", "<u4"],
+        "offsets": [52, 60],
+        "itemsize": PAGE_OOB.itemsize,
+    }
+)
+
 LOG_MAGIC = 0x474C564B  # "KVLG"
 
 # Start of the payload of every metadata page; `num_records` DEALLOCATION records follow.

@@ -36,7 +36,7 @@ class LogSuperblocks:
     def _opened(self, superblock: int) -> OpenSuperblock:
         found = self._state.superblocks
         bad, fill = found.bad_planes[superblock], int(found.fill[superblock])
-        return OpenSuperblock(superblock, self._state.geometry, bad, fill)
+        return OpenSuperblock(superblock, self._state.geometry, bad, fill, found.keeps_parity)
 
     @property
     def num_left(self) -> int:
@@ -70,8 +70,13 @@ class LogSuperblocks:
             done += len(pages)
 
     def complete_row(self) -> None:
-        if self._open is not None:
+        if self.num_left:  # none are left behind a failure, nor is a row begun behind the last page
             self._writer.complete_row(self._open)
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the last row has no parity, and never will, because a block failed."""
+        return bool(self.superblocks) and self.superblocks[-1] in self._state.superblocks.retiring
 
 
 class MetadataLog:
@@ -93,7 +98,7 @@ class MetadataLog:
         self._checkpoint_pages = checkpoint_pages
         self._checkpoint_due = state.next_program_number + checkpoint_pages
         self._pending: list[tuple[int, int, int]] = []
-        self._marked_program_number = state.durable_program_number
+        self._marked_program_number = self._synced_program_number = state.durable_program_number
         self._is_busy = False
         self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
 
@@ -120,6 +125,8 @@ class MetadataLog:
                 self._writer.complete_rows()
                 self._log.complete_row()
             self.sync()
+            if state.geometry.parity and self._log.is_cut_short:
+                self._rotate()
         finally:
             self._release()
 
@@ -201,13 +208,19 @@ class MetadataLog:
         return gained
 
     def sync(self) -> None:
-        """Everything that was programmed when this is called is on stable media when it returns."""
+        """Everything that was programmed when this is called is on stable media when it returns.
+
+        Rows under way are not called durable before they have their parity: recovery counts on that.
+        """
         state = self._state
-        last = self._writer.last_finished()
-        if state.durable_program_number < last:
+        finished = self._writer.last_finished()
+        # programs that began later than one under way may have ended
+        if self._synced_program_number < state.next_program_number - 1:
+            durable = min(finished, state.first_begun_number() - 1)
             with state.unlocked():
                 state.media.sync()
-            state.durable_program_number = max(last, state.durable_program_number)
+            self._synced_program_number = max(finished, self._synced_program_number)
+            state.durable_program_number = max(durable, state.durable_program_number)
 
     def _claim(self) -> None:
         while self._is_busy:

@@ -7,18 +7,21 @@ row keeps back a page for every plane of a die: see parity.py.
 import numpy as np
 
 from ftl.geometry import Geometry
+from ftl.page_chain import PageChain
 from ftl.parity import ParityRows
 
 
 class OpenSuperblock:
     """Made when a superblock is opened, or found part-filled by recovery (`fill` pages into it)."""
 
-    def __init__(self, superblock: int, geometry: Geometry, bad_planes: np.ndarray, fill: int):
+    def __init__(
+        self, superblock: int, geometry: Geometry, bad_planes: np.ndarray, fill: int, with_parity: bool
+    ):
         self.superblock = superblock
         self.is_busy = False  # pages of it are being programmed
         self.last_used = 0
         self.has_data = fill > 0
-        self._geometry = geometry
+        self._geometry, self._with_parity = geometry, with_parity
         self._first_page = superblock * geometry.pages_per_superblock
         self._begin(bad_planes, fill)
 
@@ -26,7 +29,8 @@ class OpenSuperblock:
         geometry = self._geometry
         usable = np.tile(~bad_planes, geometry.pages_per_erase_block)
         self.parity: ParityRows | None = None
-        if geometry.parity:
+        self.chain = PageChain()
+        if self._with_parity:
             self.parity = ParityRows(geometry, bad_planes)
             usable &= ~self.parity.is_parity
             # the sums over a row that was begun before are not known: it goes on with the next

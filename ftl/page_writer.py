@@ -9,6 +9,7 @@ host become visible in the order of their versions: the map never shows what rec
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,7 @@ CHECKPOINT_STREAM = 0xFD
 GC_STREAM = 0xFE
 LOG_STREAM = 0xFF
 INTERNAL_STREAMS = (CHECKPOINT_STREAM, GC_STREAM, LOG_STREAM)
+DEAD_DIE_FAILURES = 3  # in a row, in as many superblocks
 PROGRAM_ATTEMPTS = 8  # a batch that fails in so many superblocks means that the flash is at its end
 
 
@@ -41,6 +43,7 @@ class PageWriter:
         self._make_room = make_room
         self._open: dict[int, OpenSuperblock] = {}  # by stream
         self._uses = 0
+        self._failing_dies: Counter[int] = Counter()  # how often in a row programs have failed on them
         self._programming: set[int] = set()  # first program number of each batch under way
         self._is_held = False  # nothing new of the host's begins: see quiesced
         self._uncommitted: set[int] = set()  # first version of each of the host's batches not in the map yet
@@ -60,7 +63,10 @@ class PageWriter:
     def _open_superblock(self, superblock: int) -> OpenSuperblock:
         superblocks = self._state.superblocks
         bad, fill = superblocks.bad_planes[superblock], int(superblocks.fill[superblock])
-        return OpenSuperblock(superblock, self._state.geometry, bad, fill)
+        found = OpenSuperblock(superblock, self._state.geometry, bad, fill, superblocks.keeps_parity)
+        if found.parity is not None:
+            self._state.begun[superblock] = found
+        return found
 
     def _num_open(self) -> int:
         return sum(stream not in INTERNAL_STREAMS for stream in self._open)
@@ -70,14 +76,15 @@ class PageWriter:
             if found.superblock == superblock:
                 del self._open[stream]
                 self._state.superblocks.move(superblock, State.FULL)
+                if found.parity is not None and not found.parity.is_begun:
+                    del self._state.begun[superblock]
 
     def close(self, superblocks: set[int]) -> None:
         """Write no more into those that are open, so that they can be collected."""
         for found in [found for found in self._open.values() if found.superblock in superblocks]:
             while found.is_busy:
                 self._state.changed.wait()
-            if found.parity is not None:
-                self.complete_row(found)
+            self.complete_row(found)
             self._close(found.superblock)
 
     def _acquire(self, stream: int) -> OpenSuperblock:
@@ -165,6 +172,8 @@ class PageWriter:
                     continue
                 except BaseException:
                     # how far it came is unknown: nothing is programmed there again before an erase
+                    if found.parity is not None:
+                        found.parity.undo()
                     self._close(found.superblock)
                     raise
                 while version is not None and min(self._uncommitted) < version:
@@ -192,6 +201,8 @@ class PageWriter:
                 order = np.argsort(pages)
                 pages, sources = pages[order], np.concatenate([sources, parity.addresses])[order]
                 oob = np.concatenate([oob, parity.oob])[order]
+        else:
+            found.chain.link(oob)
         self.program(found.superblock, pages, sources, oob)
         found.has_data = True
 
@@ -208,7 +219,7 @@ class PageWriter:
             self.complete_row(found)
 
     def complete_row(self, found: OpenSuperblock) -> None:
-        parity = found.parity.end_row()
+        parity = found.parity.end_row() if found.parity is not None else None
         if parity is None:
             return
         found.is_busy = True
@@ -256,7 +267,26 @@ class PageWriter:
         finally:
             self._programming.discard(first)
             state.changed.notify_all()
+        if self._failing_dies:
+            for die in self._dies(pages):
+                del self._failing_dies[die]
         state.checksums.set(pages, oob)
+
+    def _dies(self, planes: np.ndarray) -> list[int]:
+        """Of planes, or of pages."""
+        return np.unique(planes % self._state.geometry.num_dies).tolist()
+
+    def _note_failures(self, planes: np.ndarray) -> None:
+        """Give up a die that fails again and again: trying it everywhere would use up flash and time."""
+        state = self._state
+        for die in self._dies(planes):
+            self._failing_dies[die] += 1
+            if self._failing_dies[die] < DEAD_DIE_FAILURES:
+                continue
+            log.error("die %d fails whatever is programmed: it is used no more", die)
+            planes = np.arange(die, state.geometry.num_planes, state.geometry.num_dies)
+            for superblock in state.superblocks.die_failed(die):
+                state.media.mark_bad(superblock, planes)
 
     def retire(self, failure: ProgramFailed, found: OpenSuperblock) -> None:
         """Erase blocks could not be programmed: they are bad from now on.
@@ -268,6 +298,9 @@ class PageWriter:
         state.counters.program_failures += len(failure.planes)
         state.media.mark_bad(failure.superblock, failure.planes)
         state.superblocks.planes_failed(failure.superblock, failure.planes)
+        self._note_failures(failure.planes)
+        if found.parity is not None:
+            found.parity.undo()
         if found.has_data:
             found.abandon()
             state.superblocks.retiring.add(failure.superblock)

@@ -53,6 +53,10 @@ class ParityPages:
     def addresses(self) -> np.ndarray:
         return dma.page_addresses(self.payload, self.payload.shape[1])
 
+    def of(self, chosen: np.ndarray) -> "ParityPages":
+        """Some of them. chosen: bool [n]."""
+        return ParityPages(self.pages[chosen], self.oob[chosen], self.payload[chosen])
+
 
 class ParityRows:
     """Running sums of the rows of a superblock that is being written."""
@@ -70,6 +74,8 @@ class ParityRows:
         self._sums = dma.allocate(self._num_groups * self._page_size).reshape(self._num_groups, -1)
         self._oob_sums = np.zeros(self._num_groups, PAGE_OOB)
         self._row = -1  # being summed; -1 for none
+        self.first_number = 0  # program number of its first member
+        self._before = self._row, self.first_number, self._sums, self._oob_sums  # what `undo` goes back to
 
     def _last_data_of_rows(self, bad_planes: np.ndarray) -> np.ndarray:
         """int64 [rows]: index of the last page for data in each row, -1 in a row without any."""
@@ -80,6 +86,7 @@ class ParityRows:
 
     def add(self, indices: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> ParityPages | None:
         """Sum data pages, ascending indices in the superblock; the parity of rows that they complete."""
+        self._remember()
         rows = indices // self.num_planes
         first_row = int(rows[0])
         if self._row != first_row:
@@ -102,20 +109,39 @@ class ParityRows:
         if is_complete:
             self._row = -1
         else:
+            if self._row != int(rows[-1]) or self.first_number == 0:
+                self.first_number = int(oob["program_number"][np.searchsorted(rows, rows[-1])])
             self._row = int(rows[-1])
             self._sums[:], self._oob_sums[:] = sums[cut:], oob_sums[cut:]
         return self._pages(first_row, sums[:cut], oob_sums[:cut]) if complete_rows else None
 
     def end_row(self) -> ParityPages | None:
         """The parity of a row that is left with fewer members."""
-        if self._row < 0:
+        if not self.is_begun:
             return None
-        found = self._pages(self._row, self._sums.copy(), self._oob_sums.copy())
+        self._remember()
+        found = self.unwritten()
         self._row = -1
         return found
 
+    def _remember(self) -> None:
+        self._before = self._row, self.first_number, self._sums.copy(), self._oob_sums.copy()
+
+    def undo(self) -> None:
+        """What was summed or ended last could not be programmed."""
+        self._row, self.first_number, self._sums, self._oob_sums = self._before
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a row is under way."""
+        return self._row >= 0
+
+    def unwritten(self) -> ParityPages | None:
+        """The parity of the row under way, as far as it goes."""
+        return self._pages(self._row, self._sums, self._oob_sums) if self.is_begun else None
+
     def _start(self, row: int) -> None:
-        self._row = row
+        self._row, self.first_number = row, 0
         self._sums[:] = 0
         self._oob_sums[:] = np.zeros((), PAGE_OOB)
 
@@ -128,6 +154,17 @@ class ParityRows:
         payload = dma.allocate(np.count_nonzero(kept) * self._page_size).reshape(-1, self._page_size)
         payload[:] = sums[kept]
         return ParityPages(rows[kept] * self.num_planes + planes[kept], oob[kept].copy(), payload)
+
+
+def with_unwritten(
+    geometry: Geometry, records: np.ndarray, pages: np.ndarray, unwritten: ParityPages | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Records that hold and their pages, with parity that is in memory only in place of the flash's."""
+    if unwritten is None:
+        return records, pages
+    here = np.isin(pages // geometry.num_dies, unwritten.pages // geometry.num_dies)
+    kept = ~(here & (records["kind"] == PageKind.PARITY))
+    return np.concatenate([records[kept], unwritten.oob]), np.concatenate([pages[kept], unwritten.pages])
 
 
 def _bits(dies: np.ndarray) -> np.ndarray:
@@ -159,12 +196,21 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
     return current
 
 
-def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
-
-    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
-    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+@dataclass
+class _Membership:
+    """groups: int64 [n], those with a parity page; parity: int64 [n], its record; lacking: uint32 [n], a bit
+    for each die whose member is not there
+    member: int64 [m], records of members; place: int64 [m], whose
     """
+
+    groups: np.ndarray
+    parity: np.ndarray
+    lacking: np.ndarray
+    member: np.ndarray
+    place: np.ndarray
+
+
+def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _Membership:
     num_dies = geometry.num_dies
     group = pages // num_dies  # neighbours: a plane's page on every die, in one row
     is_parity = records["kind"] == PageKind.PARITY
@@ -175,7 +221,12 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     parity = parity[newest]
     member = np.flatnonzero(~is_parity & np.isin(group, groups))
     place = np.searchsorted(groups, group[member])
-    wanted = records["member_dies"][parity]
+    wanted = records["member_dies"][parity].copy()
+    # members come before their parity: one that a block kept when it went bad says nothing of a later life
+    numbers = records["program_number"]
+    is_stale = np.zeros(len(groups), bool)
+    is_stale[place[numbers[member] > numbers[parity][place]]] = True
+    wanted[is_stale] = 0
     bits = _bits(pages[member] % num_dies)
     counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]
@@ -184,6 +235,24 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
     lacking = wanted & ~present
+    lacking[is_stale] = ~np.uint32(0)
+    return _Membership(groups, parity, lacking, member, place)
+
+
+def unprotected_groups(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """int64: groups (page // num_dies) with a page, but not all that is needed to give it back."""
+    found = _membership(geometry, records, pages)
+    return np.setdiff1d(pages // geometry.num_dies, found.groups[found.lacking == 0])
+
+
+def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(PAGE_OOB [n], int64 [n] pages) of the pages whose OOB is lost and follows from their group.
+
+    records, pages: all that hold, PAGE_OOB [m] and int64 [m]. A checksum follows from the others' because CRCs
+    are affine: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0).
+    """
+    known = _membership(geometry, records, pages)
+    groups, parity, lacking, member, place = vars(known).values()
     lost = np.flatnonzero((lacking != 0) & (lacking & (lacking - np.uint32(1)) == 0))
     if not len(lost):
         return np.empty(0, PAGE_OOB), np.empty(0, np.int64)
@@ -216,4 +285,4 @@ def lost_records(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> 
     np.bitwise_xor.at(check, place, _identity(records[member]))
     fits = check == chosen["members_check"]
     die = np.log2(lacking[lost]).astype(np.int64)
-    return found[fits], (groups[lost] * num_dies + die)[fits]
+    return found[fits], (groups[lost] * geometry.num_dies + die)[fits]

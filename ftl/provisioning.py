@@ -22,14 +22,18 @@ def num_streams(geometry: Geometry) -> int:
     return max(2, min(8, geometry.num_superblocks // 8), min(STREAMS_MAX, geometry.num_superblocks // 16))
 
 
+def kept_back(geometry: Geometry) -> int:
+    """Superblocks that may be open or have to be free."""
+    return num_streams(geometry) + INTERNAL_SUPERBLOCKS
+
+
 def num_lbas(geometry: Geometry) -> int:
     """Logical blocks that a drive of this geometry can always hold and overwrite.
 
     Raises ValueError if the flash is too small to hold any.
     """
-    kept_back = num_streams(geometry) + INTERNAL_SUPERBLOCKS
     usable = geometry.num_pages * (100 - geometry.spare_percent) // 100
-    found = usable - kept_back * geometry.pages_per_superblock
+    found = usable - kept_back(geometry) * geometry.pages_per_superblock
     if geometry.parity:
         found = found * (geometry.num_dies - 1) // geometry.num_dies
     if found < 1:

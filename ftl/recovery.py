@@ -5,7 +5,8 @@ durable when it was programmed. So:
 
 1. Read the OOB of all superblocks that hold anything; a record counts if its own checksum holds.
 2. Pages programmed after what their session knew to be durable may be torn: read them, and drop those
-   whose payload does not match. An older version of their LBA shows through.
+   whose payload does not match. An older version of their LBA shows through. Of durable pages that are gone it
+   must not: parity or the page behind (page_chain.py) says what they were.
 3. The highest version of each LBA wins; then the log's deallocations drop versions older than they are.
 
 A checkpoint (checkpoint.py) saves most of step 1: superblocks that it knows and that were not written since are
@@ -21,13 +22,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ftl import checkpoint, deallocation_log, oob
+from ftl import checkpoint, deallocation_log, oob, page_chain
 from ftl.checkpoint import Checkpoint
 from ftl.deallocation_log import LogPage
 from ftl.layout import PAGE_OOB, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
-from ftl.parity import lost_records
+from ftl.parity import lost_records, unprotected_groups
 from ftl.provisioning import num_lbas
 from ftl.repair import repair_page
 from spdk_glue import dma
@@ -45,6 +46,7 @@ class Recovered:
     program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     checkpoint: the one that was built upon, None after a scan of everything
+    unprotected_groups: int64, groups of parity (page // num_dies) that a cut has left without redundancy
     """
 
     mapping: Mapping
@@ -60,6 +62,7 @@ class Recovered:
     torn_pages: int = 0
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
+    unprotected_groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
@@ -76,21 +79,33 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     found.checkpoint_superblocks = programmed[heads["kind"] == PageKind.CHECKPOINT].tolist()
     found.checkpoint = _load_checkpoint(media, found.checkpoint_superblocks, mapping)
     known = _take_over_checkpoint(found, programmed, heads)
-    records, pages = _scan(media, programmed[~known], found, progress)
+    records, pages, gone, gone_pages = _scan(media, programmed[~known], found, progress)
     versions = mapping.start_recovery()
     if found.checkpoint is not None:
         _take_over_map(found, geometry.pages_per_superblock, programmed[known], records, pages)
     if not len(records):
         mapping.finish_recovery()
         return found
-    good = _whole(media, records, pages, found)
+    durable_numbers = _durable_numbers(records, found)
+    doubtful = _doubtful(records, durable_numbers)
+    begun_groups = pages[doubtful] // geometry.num_dies
+    good = _whole(media, records, pages, doubtful, found)
     records, pages = records[good], pages[good]
+    durable = ~_doubtful(gone, durable_numbers)
+    lost, lost_pages = gone[durable], gone_pages[durable]
     if geometry.parity:
-        lost, lost_pages = lost_records(geometry, records, pages)
-        records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
-        superblocks, indices = np.divmod(lost_pages, geometry.pages_per_superblock)
+        # all others had their parity before anything was called durable: what lacks there is damage
+        weak = unprotected_groups(geometry, records, pages)
+        found.unprotected_groups = np.intersect1d(begun_groups, weak)
+        by_parity, places = lost_records(geometry, records, pages)
+        lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
+        superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
-
+    # of equals those that are there count
+    records, pages = np.concatenate([lost, records]), np.concatenate([lost_pages, pages])
+    # a copy is programmed after its original: of equal versions it comes last, and counts
+    order = np.argsort(records["program_number"], kind="stable")
+    records, pages = records[order], pages[order]
     data = (records["kind"] == PageKind.DATA) & (records["lba"] < len(mapping))
     if found.checkpoint is not None:
         # what was programmed before the checkpoint is in its map, or was superseded by then
@@ -181,11 +196,13 @@ def _take_over_map(found: Recovered, per_superblock: int, known: np.ndarray, rec
 
 def _scan(
     media: FlashMedia, superblocks: np.ndarray, found: Recovered, progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """All OOB records that hold, and their pages; notes counters and fill in `found`."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All OOB records that hold, and their pages; those of pages that are gone, without parity; notes counters
+    and fill in `found`."""
     per_superblock = media.geometry.pages_per_superblock
     bad_planes = media.bad_blocks()
     all_records, all_pages = [np.empty(0, PAGE_OOB)], [np.empty(0, np.int64)]
+    all_gone, all_gone_pages = [np.empty(0, PAGE_OOB)], [np.empty(0, np.int64)]
     for number, superblock in enumerate(superblocks.tolist()):
         if progress is not None:
             progress(number, len(superblocks))
@@ -196,8 +213,13 @@ def _scan(
         # a block that could not be erased shows what it held in an earlier life
         on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
-        records = records[programmed]
         holds = oob.holds(records)
+        gone, indices = page_chain.vanished(records, holds)
+        # on a block that failed it may be that it was refused, and written elsewhere
+        good = ~bad_planes[superblock, indices % media.geometry.num_planes]
+        all_gone.append(gone[good])
+        all_gone_pages.append(superblock * per_superblock + indices[good])
+        records, holds = records[programmed], holds[programmed]
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])
         if not holds.any():
@@ -216,29 +238,40 @@ def _scan(
                 found.last_stream[superblock] = int(data["stream"][-1])
     found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
-    # a copy is programmed after its original: of equal versions it comes last, and counts
-    order = np.argsort(records["program_number"], kind="stable")
-    records, pages = records[order], pages[order]
     if len(records):
         versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
         found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
         found.next_program_number = max(found.next_program_number, int(records["program_number"].max()) + 1)
         found.session = max(found.session, int(records["session"].max()) + 1)
-    return records, pages
+    gone = np.concatenate(all_gone)
+    page_chain.complete_versions(gone, found.next_sequence_number)
+    return records, pages, gone, np.concatenate(all_gone_pages)
 
 
-def _whole(media: FlashMedia, records, pages, found: Recovered) -> np.ndarray:
-    """bool: the records whose payload is known, or now seen, to be whole."""
+def _doubtful(records, durable: dict[int, int]) -> np.ndarray:
+    """bool: the records of pages that no later one of their session calls durable."""
     sessions, which = np.unique(records["session"], return_inverse=True)
-    durable = np.zeros(len(sessions), np.uint64)
-    np.maximum.at(durable, which, records["durable_program_number"])
+    newest = np.array([durable[session] for session in sessions.tolist()], np.uint64)
+    return records["program_number"] > newest[which]
+
+
+def _durable_numbers(records, found: Recovered) -> dict[int, int]:
+    """By session, the last program number that is known to have been durable."""
+    sessions, which = np.unique(records["session"], return_inverse=True)
+    newest = np.zeros(len(sessions), np.uint64)
+    np.maximum.at(newest, which, records["durable_program_number"])
+    durable = dict(zip(sessions.tolist(), newest.tolist(), strict=True))
     if found.checkpoint is not None:
-        own = sessions == found.checkpoint.session
-        durable[own] = np.maximum(durable[own], found.checkpoint.program_number)
-    doubtful = records["program_number"] > durable[which]
+        session = found.checkpoint.session
+        durable[session] = max(durable.get(session, 0), found.checkpoint.program_number)
+    return durable
+
+
+def _whole(media: FlashMedia, records, pages, doubtful: np.ndarray, found: Recovered) -> np.ndarray:
+    """bool: the records whose payload is known, or now seen, to be whole."""
     # a failed program leaves anything behind, and its block is marked bad before it is durable
     superblocks, indices = np.divmod(pages, media.geometry.pages_per_superblock)
-    doubtful |= media.bad_blocks()[superblocks, indices % media.geometry.num_planes]
+    doubtful = doubtful | media.bad_blocks()[superblocks, indices % media.geometry.num_planes]
     doubtful = np.flatnonzero(doubtful)
     good = np.ones(len(records), bool)
     page_size = media.geometry.page_size

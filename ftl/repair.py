@@ -6,12 +6,16 @@ from ftl import oob
 from ftl.direct_io.api import copy_pages, crc32c_pages
 from ftl.layout import PageKind
 from ftl.media import FlashMedia
-from ftl.parity import lost_records
+from ftl.parity import ParityPages, lost_records, with_unwritten
 from spdk_glue import dma
 
 
-def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> bool:
+def repair_page(
+    media: FlashMedia, page: int, lba: int, destination: int, unwritten: ParityPages | None = None
+) -> bool:
     """Write what a physical page must have held to an address; whether that was possible.
+
+    unwritten: parity of its superblock that is not on flash yet.
 
     False without parity, where a second page of the group is damaged too, or where what parity gives is not
     `lba` with the checksum that follows from the others'.
@@ -27,6 +31,10 @@ def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> boo
     own = records[index - first] if whole[index - first] else None
     whole[index - first] = False
     records, pages = records[whole], group[whole]
+    if unwritten is not None:
+        kept = unwritten.pages // geometry.num_dies == page // geometry.num_dies
+        unwritten = unwritten.of(kept) if kept.any() else None
+    records, pages = with_unwritten(geometry, records, pages, unwritten)
     lost, lost_pages = lost_records(geometry, records, pages)
     if lost_pages.tolist() != [page] or int(lost["lba"][0]) != lba:
         return False
@@ -39,11 +47,13 @@ def repair_page(media: FlashMedia, page: int, lba: int, destination: int) -> boo
     parity = int(np.argmax(np.where(is_parity, records["program_number"], 0)))
     dies = (pages % geometry.num_dies).astype(np.uint32)
     summed = ~is_parity & (records["member_dies"][parity] >> dies & 1 != 0)
-    summed[parity] = True
+    summed[parity] = unwritten is None
     buffer = dma.allocate(np.count_nonzero(summed) * geometry.page_size).reshape(-1, geometry.page_size)
     media.read(pages[summed], dma.page_addresses(buffer, geometry.page_size))
     payload = dma.allocate(geometry.page_size)
     payload[:] = np.bitwise_xor.reduce(buffer, axis=0)
+    if unwritten is not None:
+        payload ^= unwritten.payload[0]
     address = dma.page_addresses(payload, geometry.page_size)
     # a damaged member shows here as well: the sum would not have the checksum that it must have
     if crc32c_pages(address, geometry.page_size)[0] != lost["payload_crc32c"][0]:

@@ -8,8 +8,11 @@ import threading
 from dataclasses import asdict, dataclass
 
 from ftl.checksums import ChecksumTable
+from ftl.layout import OOB_MAGIC, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
+from ftl.open_superblock import OpenSuperblock
+from ftl.parity import ParityPages
 from ftl.provisioning import num_lbas
 from ftl.read_guard import ReadGuards
 from ftl.superblocks import Superblocks
@@ -72,11 +75,31 @@ class FlashState:
         self.session = 1
         self.has_changed = False
         self.closed = False
+        # Superblocks with a row that has no parity on flash: it is being written, or could not be completed.
+        self.begun: dict[int, OpenSuperblock] = {}
         self._unlocked = Unlocked(self.lock)
 
     def unlocked(self) -> "Unlocked":
         """Let others in meanwhile. The caller holds the lock, once, before and after."""
         return self._unlocked
+
+    def unwritten_parity(self, superblock: int) -> ParityPages | None:
+        """Parity of a superblock that is in memory only, in the form it has on flash. The lock is held."""
+        found = self.begun.get(superblock)
+        while found is not None and found.is_busy:  # its members are not all on flash yet
+            self.changed.wait()
+            found = self.begun.get(superblock)
+        parity = found.parity.unwritten() if found is not None else None
+        if parity is not None:
+            parity.pages = parity.pages + superblock * self.pages_per_superblock
+            parity.oob["kind"], parity.oob["magic"] = PageKind.PARITY, OOB_MAGIC
+            parity.oob["program_number"] = self.next_program_number
+        return parity
+
+    def first_begun_number(self) -> int:
+        """The lowest program number of a row without parity on flash; the next one if there is none."""
+        rows = [found.parity.first_number for found in self.begun.values() if found.parity.is_begun]
+        return min(rows, default=self.next_program_number)
 
     def new_sequence_numbers(self, count: int) -> int:
         """The first of `count` versions that no other data have."""

@@ -2,6 +2,7 @@
 
 FREE -> OPEN -> FULL -> ERASING -> FREE
 FREE -> LOG -> ERASING            metadata
+FREE -> BAD                       its only good blocks were on a die that is dead
 FULL -> QUARANTINED               a page in it failed its checksum; it is collected once nothing in it is mapped
 ERASING -> BAD                    no good erase block is left in it
 
@@ -13,6 +14,9 @@ from enum import IntEnum
 import numpy as np
 
 from ftl.geometry import Geometry
+from ftl.provisioning import kept_back, num_lbas
+
+DEAD_DIE_SHARE = 0.5  # of bad blocks, from which on a die counts as dead
 
 
 class State(IntEnum):
@@ -26,7 +30,7 @@ class State(IntEnum):
 
 
 NEXT = {
-    State.FREE: {State.OPEN, State.LOG},
+    State.FREE: {State.OPEN, State.LOG, State.BAD},
     State.OPEN: {State.FULL},
     State.FULL: {State.ERASING, State.QUARANTINED},
     State.LOG: {State.ERASING},
@@ -44,6 +48,7 @@ class Superblocks:
     fill: int64, one past the index of the last page programmed
     first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
         since
+    keeps_parity: whether what is written from now on has it: not where a die is dead and room is short
     retiring: set of those with a block that failed; what they hold is moved before all else
     damaged: set of those with a page that only parity could give back
     """
@@ -51,6 +56,9 @@ class Superblocks:
     def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
         self._geometry = geometry
         self.bad_planes = bad_planes
+        by_die = bad_planes.reshape(len(bad_planes), -1, geometry.num_dies)
+        self._dead_dies = by_die.mean(axis=(0, 1)) > DEAD_DIE_SHARE
+        self.keeps_parity = self._has_room_for_parity()
         self.capacity = self._data_pages(bad_planes)
         self.states = np.where(bad_planes.all(axis=1), State.BAD, State.FREE).astype(np.uint8)
         self.erase_counts = erase_counts
@@ -74,10 +82,32 @@ class Superblocks:
         self.capacity[superblock] = self._data_pages(self.bad_planes[superblock : superblock + 1])[0]
         self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
 
-    def _data_pages(self, bad_planes: np.ndarray) -> np.ndarray:
+    def _has_room_for_parity(self) -> bool:
+        """Without a die rows are shorter, and parity takes a larger share of them: it may not fit any more."""
+        if not self._geometry.parity or not self._dead_dies.any():
+            return bool(self._geometry.parity)
+        dead = np.tile(self._dead_dies, self._geometry.planes_per_die)
+        capacity = np.sort(self._data_pages(self.bad_planes | dead, with_parity=True))
+        return int(capacity[kept_back(self._geometry) :].sum()) >= num_lbas(self._geometry)
+
+    def die_failed(self, die: int) -> list[int]:
+        """A die's blocks in free superblocks are bad from now on; the superblocks that had such."""
+        self._dead_dies[die] = True
+        planes = np.arange(die, self._geometry.num_planes, self._geometry.num_dies)
+        free = self.of(State.FREE)
+        free = free[~self.bad_planes[np.ix_(free, planes)].all(axis=1)]
+        self.bad_planes[np.ix_(free, planes)] = True
+        self.keeps_parity = self._has_room_for_parity()
+        self.capacity = self._data_pages(self.bad_planes)
+        for superblock in free[self.bad_planes[free].all(axis=1)].tolist():
+            self.move(superblock, State.BAD)
+        return free.tolist()
+
+    def _data_pages(self, bad_planes: np.ndarray, with_parity: bool | None = None) -> np.ndarray:
         """Pages on good blocks that parity does not take, by superblock."""
+        with_parity = self.keeps_parity if with_parity is None else with_parity
         good = np.count_nonzero(~bad_planes, axis=1)
-        if self._geometry.parity:
+        if self._geometry.parity and with_parity:
             by_group = ~bad_planes.reshape(len(bad_planes), -1, self._geometry.num_dies)
             good = good - np.count_nonzero(np.count_nonzero(by_group, axis=2) >= 2, axis=1)
         return good * self._geometry.pages_per_erase_block

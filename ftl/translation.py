@@ -51,8 +51,10 @@ class FlashTranslationLayer:
         self.options = options or CollectorOptions()
         self._collector = Collector(self._state, self.options, self._read_checked)
         self._writer = PageWriter(self._state, self.num_streams, self._collector.make_room)
-        log_superblocks = self._take_over(found) if found else []
-        checkpoints = list(found.checkpoint_superblocks) if found else []
+        if found:
+            self._take_over(found)
+        log_superblocks = self._of_log(found.log_superblocks) if found else []
+        checkpoints = self._of_log(found.checkpoint_superblocks) if found else []
         self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
         self._collector.connect(self._writer, self._log)
         self._background = None
@@ -89,10 +91,28 @@ class FlashTranslationLayer:
         ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
+            ftl._protect(found.unprotected_groups)
         return ftl
 
-    def _take_over(self, found: Recovered) -> list[int]:
-        """What recovery found out becomes the state; returns the superblocks of the log, oldest first."""
+    def _protect(self, groups: np.ndarray) -> None:
+        """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
+        if not len(groups) or not self._state.superblocks.keeps_parity:
+            return
+        with self._state.lock:
+            try:
+                self._collector.move_groups(groups)
+                self._log.make_durable()
+            except OutOfFlash as error:
+                log.warning("no room to write anew what a power cut left without parity: %s", error)
+
+    def _of_log(self, superblocks: list[int]) -> list[int]:
+        """Oldest first, without those of which no good block is left: nothing can be done with those."""
+        found = self._state.superblocks
+        left = [superblock for superblock in superblocks if found.states[superblock] == State.LOG]
+        return sorted(left, key=lambda superblock: found.newest[superblock])
+
+    def _take_over(self, found: Recovered) -> None:
+        """What recovery found out becomes the state."""
         state = self._state
         state.mapping = found.mapping
         state.next_sequence_number = found.next_sequence_number
@@ -115,7 +135,6 @@ class FlashTranslationLayer:
         for superblock, stream in found.last_stream.items():
             if state.superblocks.states[superblock] == State.FULL:
                 self._writer.resume(stream, superblock)
-        return sorted(found.log_superblocks, key=lambda superblock: found.newest[superblock])
 
     def close(self) -> None:
         """Flush and end; every later call raises MediaClosed."""
@@ -194,9 +213,10 @@ class FlashTranslationLayer:
                 self._flush()
 
     def _flush(self) -> None:
-        if self.geometry.parity:
-            self._collector.finish_retiring()  # a row that a failure cut short has no parity
         self._log.make_durable()
+        while self.geometry.parity and self._collector.is_retiring:
+            self._collector.finish_retiring()  # a row that a failure cut short has no parity
+            self._log.make_durable()
         self._log.mark()
         self._log.checkpoint_if_due()
         self._collector.erase_replaced()
@@ -250,7 +270,9 @@ class FlashTranslationLayer:
         for wrong in np.flatnonzero((found != expected) | ~known).tolist():
             self._state.counters.corrupt_pages += 1
             page, lba = int(pages[wrong]), int(lbas[wrong])
-            if not repair_page(self.media, page, lba, int(destinations[wrong])):
+            with self._state.lock:
+                unwritten = self._state.unwritten_parity(page // self.geometry.pages_per_superblock)
+            if not repair_page(self.media, page, lba, int(destinations[wrong]), unwritten):
                 raise CorruptPage(lba, page, int(expected[wrong]), int(found[wrong]))
             self._state.counters.repaired_pages += 1
             self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)

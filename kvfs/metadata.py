@@ -191,6 +191,9 @@ class Catalogue:
             yield
             return
         self._end_batch()
+        if self._volume.wal.size > self._volume.wal.capacity // 2:
+            # SQLite does that after a commit only, and without room in the log there is never one again
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.execute("BEGIN")
         try:
             yield
@@ -201,6 +204,8 @@ class Catalogue:
                 self._db.execute("ROLLBACK")
             if isinstance(error, apsw.FullError):
                 raise CatalogueFull(self._volume.database.capacity) from error
+            if isinstance(error.__cause__, NvmeError):  # what SQLite was told is for SQLite
+                raise error.__cause__ from None
             raise
 
     def _end_batch(self) -> None:

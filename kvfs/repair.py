@@ -30,7 +30,7 @@ def _mend_catalogue(inspection: Inspection, report: Report) -> list[str]:
     with catalogue.transaction():
         for sequence_id, num_tokens in sorted(report.whole_tokens.items()):
             row = owners.sequences[sequence_id]
-            _cut(inspection, row, num_tokens)
+            num_tokens = _cut(inspection, row, num_tokens)
             done.append(f"truncated sequence {row.name!r} from {row.num_tokens} to {num_tokens} tokens")
         num_broken, num_counts, freed = catalogue.mend_references()
         done += owners.files.remove_extents(report.not_theirs)
@@ -48,12 +48,17 @@ def _mend_catalogue(inspection: Inspection, report: Report) -> list[str]:
     return done
 
 
-def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> None:
-    """Keep the first tokens, which are whole pages of the groups."""
-    group_tokens = inspection.owners.layout(row).geometry.group_tokens
+def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> int:
+    """Keep the first tokens, which are whole pages of the groups; how many."""
+    catalogue, group_tokens = inspection.catalogue, inspection.owners.layout(row).geometry.group_tokens
     num_groups = -(-num_tokens // group_tokens)
-    groups = inspection.catalogue.groups(row.id)[:num_groups]
-    tokens = inspection.catalogue.tokens(row.id)[:num_tokens]
+    groups = catalogue.groups(row.id)[:num_groups]
+    if num_tokens % group_tokens and sum(link[2] == groups[-1].id for link in catalogue.links()) > 1:
+        # a group is appended to by one sequence only: of forks that are cut inside it, the last one keeps it
+        num_groups -= 1
+        num_tokens = num_groups * group_tokens
+        groups = groups[:num_groups]
+    tokens = catalogue.tokens(row.id)[:num_tokens]
     cut = replace(
         row,
         changed_ns=time.time_ns(),
@@ -62,7 +67,8 @@ def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> None:
         tail_lba=0,
         tail_lbas=0,
     )
-    inspection.catalogue.store_sequence(cut, groups, num_groups, tokens, num_tokens)
+    catalogue.store_sequence(cut, groups, num_groups, tokens, num_tokens)
+    return num_tokens
 
 
 def _give_back(inspection: Inspection, report: Report) -> list[str]:

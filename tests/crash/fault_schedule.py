@@ -17,10 +17,11 @@ FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
 FAULTS = {
     "program": {"program_failure_rate": 1e-4},
     "erase": {"erase_failure_rate": 1e-4},
+    "weak-blocks": {"program_failure_rate": 5e-4, "erase_failure_rate": 2e-3},  # some fail in a short run
     "bad-blocks": {"factory_bad_fraction": 0.02, "grown_bad_fraction": 0.02, "rated_cycles": 200},
-    "lost-writes": {"lost_write_rate": 1e-4},
-    "misdirected-writes": {"misdirected_write_rate": 1e-4},
-    "dead-die": {"dead_dies": frozenset({1})},
+    "lost-writes": {"lost_write_rate": 2e-3},
+    "misdirected-writes": {"misdirected_write_rate": 2e-3},
+    "dead-die": {},  # one dies: before anything else, or later
     "flip-and-reopen": {},  # bits also flip while the drive is closed
 }
 MAX_DEPTH = 3  # power cuts in a row: in the workload, in opening, in opening again
@@ -37,6 +38,7 @@ class FaultSchedule:
     metadata_lbas: tuple[int, int]  # database and log
     writeback_tokens: int | None
     tail_bytes: int
+    dies_in: int | None  # operations until a die dies
     longest_cut: int
     what_if_chance: float  # of trying a power cut in a media operation, without having it
     clean_close_chance: float  # instead of a power cut
@@ -62,6 +64,7 @@ class FaultSchedule:
             metadata_lbas=METADATA_AREAS[random.integers(len(METADATA_AREAS))],
             writeback_tokens=[None, None, 1, 8, 40][random.integers(5)],
             tail_bytes=int(random.choice([1 << 30, 1 << 30, 128 << 10, 32 << 10])),
+            dies_in=int(random.choice([0, 100, 300, 600])) if "dead-die" in faults else None,
             longest_cut=int(random.choice([20, 60, 150])),
             what_if_chance=float(random.choice([0.1, 0.3, 0.6])),
             clean_close_chance=0.1,

@@ -1,25 +1,34 @@
 """The flash under a simulation: NAND that misbehaves, a digest of what is done to it, and second chances."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from ftl.geometry import Geometry
+from ftl.layout import PREVIOUS_PAGE, PageKind
 from ftl.media_nand import NandMedia, NandModel, PowerCut
+from ftl.oob import holds
+
+DYING_DIE = 1
 
 __all__ = ["PowerCut", "SimulatedMedia"]
 
 
 class SimulatedMedia(NandMedia):
-    """on_operation is called with each program, erase and sync before it is done."""
+    """on_operation is called with each program, erase and sync before it is done, after_operation after it."""
 
     def __init__(self, geometry: Geometry, random: np.random.Generator, model: NandModel | None = None):
         super().__init__(geometry, random, model)
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
+        self.after_operation: Callable[[], None] | None = None
         self.operations_before = 0  # of earlier boots
+        self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
+        self.dies_in: int | None = None  # operations after which a die is dead
+        self._record: np.ndarray | None = None  # being programmed
 
     @property
     def all_operations(self) -> int:
@@ -46,11 +55,70 @@ class SimulatedMedia(NandMedia):
     def sync(self):
         self._operate(b"sync", lambda: NandMedia.sync(self))
 
+    def _program(self, pages, addresses, oob):
+        self._record = oob
+        super()._program(pages, addresses, oob)
+
+    def _stray(self, pages, stored):
+        before = stored.copy()
+        targets = super()._stray(pages, stored)
+        for position in np.flatnonzero(before & (~stored | (targets != pages))).tolist():
+            self.gone[int(pages[position])] = self._record[position].copy()
+        for page in targets[stored].tolist():
+            self.gone.pop(page, None)  # whatever strayed from here, something is here now
+        return targets
+
+    def _erase(self, superblock):
+        size = self.geometry.pages_per_superblock
+        self.gone = {page: record for page, record in self.gone.items() if page // size != superblock}
+        return super()._erase(superblock)
+
+    # what the faults took: the truth that oracles excuse losses by
+
+    def lost_pages(self) -> dict[int, np.void]:
+        """By page, the OOB of what was programmed and may be an error: it cannot be read, nor, with parity, can
+        another page of its group."""
+        pages = np.arange(len(self.oob))
+        dead = pages[self._is_dead(pages % self.geometry.num_planes) & (self.oob["magic"] != 0)]
+        lost = {**{page: self.oob[page].copy() for page in dead.tolist()}, **self.gone}
+        if not self.geometry.parity:
+            return lost
+        groups = Counter(page // self.geometry.num_dies for page in lost)
+        return {page: record for page, record in lost.items() if groups[page // self.geometry.num_dies] > 1}
+
+    def untold_lbas(self) -> set[int] | None:
+        """LBAs of which an older version may show, since no page says what the newest was; None for all."""
+        lost = self.lost_pages()
+        if any(record["kind"] != PageKind.DATA for record in lost.values()):
+            return None  # what was deallocated may be back
+        return {int(record["lba"]) for page, record in lost.items() if not self._is_told(page, record)}
+
+    def _is_told(self, page: int, lost: np.void) -> bool:
+        """Whether the page behind says what a page was: see ftl/page_chain.py."""
+        size = self.geometry.pages_per_superblock
+        if self._rules.bad[page // size, page % self.geometry.num_planes]:
+            return False
+        behind = np.arange(page + 1, (page // size + 1) * size)
+        behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
+        if not len(behind):
+            return False
+        alive = holds(self.oob) & ~self._is_dead(np.arange(len(self.oob)) % self.geometry.num_planes)
+        record, oob = self.oob[behind[0]], self.oob[alive]
+        named = record.copy().reshape(1).view(PREVIOUS_PAGE)["lba_plus_1"][0] == lost["lba"] + 1
+        durable = oob["durable_program_number"][oob["session"] == record["session"]].max()
+        return bool(named and record["program_number"] - 1 <= durable)
+
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
         self.digest = zlib.crc32(what, self.digest)
+        # not in an opening: until it has come through, what a power cut left without parity has that fault
+        in_workload = self.on_operation is not None or self.dies_in == 0
+        if self.dies_in is not None and in_workload and self.all_operations >= self.dies_in:
+            self.dead_dies = {DYING_DIE}
         if self.on_operation is not None and not self.power_failed:
             self.on_operation(operation)
         operation()
+        if self.after_operation is not None:
+            self.after_operation()
 
     @contextmanager
     def what_if(self) -> Iterator[None]:
@@ -58,13 +126,16 @@ class SimulatedMedia(NandMedia):
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
-        self.on_operation = None
+        gone, dead_dies = dict(self.gone), set(self.dead_dies)
+        self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
         finally:
             for array, old in zip(arrays, before, strict=True):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
+            self.gone, self.dead_dies = gone, dead_dies
+            self.after_operation = after_operation
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""

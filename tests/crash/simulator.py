@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import NoReturn
 
 import numpy as np
 
 from accel.drive import Drive, DriveConfig
 from ftl.translation import FlashTranslationLayer
-from kvfs.errors import NvmeStatusError, OutOfSpace
+from kvfs.errors import KvfsError, NvmeStatusError, OutOfSpace
 from kvfs.formatting import format_volume
 from kvfs.store import Store
 from spdk_glue.status import NvmeError
@@ -28,10 +29,12 @@ from .invariants import check_space
 from .oracle import FoundSequence, Lost, Oracle
 from .report import Report, SimulationFailed
 from .simulated_media import PowerCut, SimulatedMedia
+from .store_trials import StoreTrials
 from .workload import Workload
 
 PATH = "simulated"
 FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs and space is short
+MEND_CHANCE = 0.1  # per round, of damage to a closed drive; as often, what a power cut left is mended
 CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 
@@ -47,9 +50,11 @@ class Simulation:
             CONFIG, collector=self.schedule.collector, checkpoint_pages=self.schedule.checkpoint_pages
         )
         self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
+        self.media.dies_in = self.schedule.dies_in
         self.oracle = Oracle()
         self.workload = Workload(self.random, self.oracle)
         self.report = Report(seed)
+        self._trials = StoreTrials(self)
         self.store: Store | None = None
         self._what_if_failure: Exception | None = None
 
@@ -63,9 +68,12 @@ class Simulation:
             while len(self.report.crash_points) < num_crash_points:
                 self._round()
             self._end()
+        except (KvfsError, NvmeError, Lost) as error:
+            if not self._is_excused(error):
+                self._fail(error)
+            self._check_what_is_left()
         except (Exception, PowerCut) as error:
-            cause = self._what_if_failure or error
-            raise SimulationFailed(self.report.seed, list(self.workload.done), cause) from cause
+            self._fail(error)
         finally:
             logging.disable(logging.NOTSET)
             if self.store is not None:
@@ -73,6 +81,10 @@ class Simulation:
         self.report.steps, self.report.refusals = self.workload.steps, self.workload.refusals
         self.report.digest = self.media.digest
         return self.report
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        cause = self._what_if_failure or error
+        raise SimulationFailed(self.report.seed, list(self.workload.done), cause) from cause
 
     # the drive
 
@@ -138,13 +150,18 @@ class Simulation:
             self._work_and_reopen()
         else:
             self._work_until_power_cut()
-        found, models = _read_all(self.store)
-        self.oracle.settle(found, models)
-        check_space(self.store)
+        self.settle()
         if self.random.integers(CHECK_EVERY) == 0:
             self._check()
         if self.random.random() < self.schedule.bit_flip_chance:
             self._flip_bits()
+        if self.random.random() < MEND_CHANCE:
+            self._trials.mend_damage()
+
+    def settle(self) -> None:
+        """What is found is the truth from now on."""
+        self.oracle.settle(*_read_all(self.store))
+        check_space(self.store)
 
     def _work_until_power_cut(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
@@ -154,6 +171,8 @@ class Simulation:
                 self.workload.step()
         self._power_off(self.store)
         self._crashed(depth=1)
+        if self.random.random() < MEND_CHANCE:
+            self._trials.mend_leftovers()
         self._use(self._open_with_power_cuts())
 
     def _work_and_reopen(self) -> None:
@@ -181,27 +200,69 @@ class Simulation:
                 with suppress(PowerCut):
                     operation()
                 self._crashed(depth=1)
-                store = self._open_with_power_cuts()
                 try:
-                    self.oracle.check(*_read_all(store))
-                    check_space(store)
-                finally:
-                    self._power_off(store)
+                    store = self._open_with_power_cuts()
+                    try:
+                        self.oracle.check(*_read_all(store))
+                        check_space(store)
+                    finally:
+                        self._power_off(store)
+                except (KvfsError, NvmeError, Lost) as error:
+                    if not self._is_excused(error):
+                        raise
         except Exception as error:
             self._what_if_failure = error  # the layers between here and the run make something else of it
             raise PowerCut from error
         self.workload.done.append("-- (all that since the power cut did not happen)")
 
+    # what faults besides power cuts take
+
+    def _is_excused(self, error: Exception) -> bool:
+        """Whether it had to come to this: an error for what is lost, an older version where nothing tells."""
+        if isinstance(error, Lost):
+            untold = self.media.untold_lbas()
+            return untold is None or bool(untold)
+        return bool(self.media.lost_pages())
+
+    def _check_what_is_left(self) -> None:
+        """After an error that had to come: the store opens or says why not, and what it serves is right. Raises
+        SimulationFailed."""
+        self._power_off(self.store)
+        self.media.cut_after = None
+        try:
+            self._use(self._open())
+            for sequence in self.store.sequences():
+                state = self.oracle.sequences.get(sequence.name)
+                try:
+                    found = _read_back(sequence)
+                except (KvfsError, NvmeError):
+                    continue
+                if state is not None and found.version_of(state) is None:
+                    raise Lost(f"{sequence.name!r} holds {found}, which it never did")
+        except (KvfsError, NvmeError, Lost) as error:
+            if not self._is_excused(error):
+                self._fail(error)
+
     # checks
 
     def _check(self) -> None:
-        problems = self.store.check()
+        if self.media.lost_pages():
+            return  # it says so
+        try:
+            problems = self.store.check()
+        except OutOfSpace:
+            return  # it flushes first
         if problems:
             raise Lost("check finds: " + "; ".join(problems))
 
     def _flip_bits(self) -> None:
         """One bit of a page that is in use: an error that names the block, or right bytes; never wrong ones."""
-        self.store.flush()
+        if self.media.gone or self.media.dead_dies:
+            return  # two faults in a row are one too many
+        try:
+            self.store.flush()
+        except OutOfSpace:
+            return  # a catalogue that is full holds what it held
         self.oracle.promise(*self.oracle.sequences)
         reopen = self.random.random() < self.schedule.reopen_chance
         extents = list(self.store._catalogue.used_extents())

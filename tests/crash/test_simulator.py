@@ -1,4 +1,4 @@
-"""The simulator's short run: at least 2,000 crash points of the whole store and of the flash layer alone.
+"""The simulator's short run: at least 5,000 crash points of the whole store and of the flash layer alone.
 
 `make sim SEEDS=1000:2000` runs as many more as wanted.
 """
@@ -6,6 +6,7 @@
 import numpy as np
 import pytest
 
+from .fault_schedule import FAULTS
 from .ftl_simulator import FtlSimulation
 from .oracle import FoundSequence, Lost, Oracle, SequenceState
 from .simulator import Simulation
@@ -13,7 +14,7 @@ from .token_content import MODEL_SHAPES, attention
 
 BLOCK_FAULTS = ("program", "erase", "bad-blocks")
 STORE_SEEDS, STORE_CRASH_POINTS = range(12), 100
-FTL_SEEDS, FTL_CRASH_POINTS = range(8), 150
+FTL_SEEDS, FTL_CRASH_POINTS = range(26), 150
 
 
 @pytest.mark.parametrize("seed", STORE_SEEDS)
@@ -32,6 +33,27 @@ def test_ftl(seed):
     assert len(report.crash_points) >= FTL_CRASH_POINTS
 
 
+def test_enough_crash_points():
+    """What the two tests above add up to."""
+    assert len(STORE_SEEDS) * STORE_CRASH_POINTS + len(FTL_SEEDS) * FTL_CRASH_POINTS >= 5000
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", range(300, 303))
+def test_faults_of_flash(seed, fault):
+    """Blocks, pages or a die that fail, and power cuts: losses with parity; without it, silent ones."""
+    print(f"seed {seed}")
+    FtlSimulation(seed, [fault]).run(50)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_under_the_store(fault):
+    """The same through the whole store: wrong tokens, a loss with parity, an error nobody can read."""
+    for seed in (300, 301):
+        print(f"seed {seed}")
+        Simulation(seed, [fault]).run(30)
+
+
 # Seeds that found something, and what: parity with members of another life (17, 9, 20690), out of flash with a
 # checkpoint to give up (27), erasing a superblock without a good block (30110), data beside an old log (50116).
 @pytest.mark.parametrize(
@@ -40,6 +62,12 @@ def test_ftl(seed):
 )
 def test_found_seeds(seed, faults):
     FtlSimulation(seed, faults).run(100)
+
+
+# A row that a power cut left with a torn member or without parity, and then a flipped bit (40028).
+@pytest.mark.parametrize("seed", [40028])
+def test_found_seeds_of_the_store(seed):
+    Simulation(seed).run(60)
 
 
 @pytest.mark.parametrize("simulation", [Simulation, FtlSimulation])

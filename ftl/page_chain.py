@@ -1,0 +1,66 @@
+"""Without parity, every data page says what was written before it in its superblock.
+
+So a page that is gone, with its OOB, is known all the same: the flash claimed a write that it did not do, or
+did elsewhere, or the die is dead. Opening maps the LBA to where the page was, and reading it is an error.
+Otherwise an older version would show through, and nothing would tell.
+"""
+
+import numpy as np
+
+from ftl.layout import OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
+
+LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
+
+
+class PageChain:
+    """What the last page of a superblock was; nothing, at first."""
+
+    def __init__(self) -> None:
+        self._last = np.zeros(1, PREVIOUS_PAGE)
+
+    def link(self, records: np.ndarray) -> None:
+        """Note in PAGE_OOB [n] of pages about to be programmed what each of them follows."""
+        own = np.zeros(len(records), PREVIOUS_PAGE)
+        own["lba_plus_1"] = records["lba"] + np.uint64(1)
+        own["version"] = records["sequence_number"] & LOWER_HALF
+        linked = records.view(PREVIOUS_PAGE)
+        for name in PREVIOUS_PAGE.names:
+            linked[name] = np.concatenate([self._last[name], own[name][:-1]])
+        self._last = own[-1:]
+
+
+def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:
+    return lba_plus_1 << HALF ^ version.astype(np.uint64) & LOWER_HALF
+
+
+def vanished(records: np.ndarray, holds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(PAGE_OOB [n], int64 [n] indices) of data pages that others name and that are not there.
+
+    records: PAGE_OOB [pages_per_superblock]; holds: which of them do. What is returned has the highest program
+    number and the session that it can have had, and of its version the lower half.
+    """
+    own = np.flatnonzero(holds & (records["kind"] == PageKind.DATA))
+    data, previous = records[own], records[own].view(PREVIOUS_PAGE)
+    named = _key(previous["lba_plus_1"], previous["version"])
+    there = _key(data["lba"] + np.uint64(1), data["sequence_number"])
+    missed = np.flatnonzero((previous["lba_plus_1"] != 0) & (named != np.roll(there, 1)))
+    missed = missed[~np.isin(named[missed], there)]  # a page in the wrong place is not gone
+    # before the page that names it, behind all others that do not
+    last_gone = np.maximum.accumulate(np.where(holds, -1, np.arange(len(records))))
+    indices = last_gone[own[missed]]
+    missed, indices = missed[indices >= 0], indices[indices >= 0]
+    found = np.zeros(len(missed), PAGE_OOB)
+    found["magic"], found["kind"] = OOB_MAGIC, PageKind.DATA
+    found["lba"] = previous["lba_plus_1"][missed] - np.uint64(1)
+    found["sequence_number"] = previous["version"][missed]
+    for name in ("program_number", "durable_program_number", "session"):
+        found[name] = data[name][missed]
+    found["program_number"] -= 1
+    return found, indices
+
+
+def complete_versions(records: np.ndarray, next_sequence_number: int) -> None:
+    """Give what `vanished` returned the upper half of their versions: those next to the newest."""
+    newest = np.uint64(next_sequence_number)
+    distance = (records["sequence_number"] - newest).astype(np.uint32).astype(np.int32)
+    records["sequence_number"] = np.maximum(distance.astype(np.int64) + next_sequence_number, 1)

@@ -1,0 +1,130 @@
+"""Pages that the drive claimed to have written and did not: told by the page behind them, without parity."""
+
+import numpy as np
+import pytest
+
+from ftl.errors import CorruptPage
+from ftl.geometry import Geometry
+from ftl.layout import PAGE_OOB
+from ftl.media_memory import MemoryMedia
+from ftl.translation import FlashTranslationLayer
+from tests.crash.pages import make_pages
+
+GEOMETRY = Geometry(num_channels=2, dies_per_channel=2, pages_per_erase_block=8, num_superblocks=24)
+
+
+@pytest.fixture
+def drive():
+    """A layer with an old and a new version of LBAs 0 to 9."""
+    media = MemoryMedia(GEOMETRY)
+    ftl = FlashTranslationLayer.format(media)
+    for generation in (100, 200):
+        write(ftl, range(10), generation)
+    return media, ftl
+
+
+def write(ftl, lbas, first_value):
+    _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
+    ftl.write(np.array(lbas), addresses)
+
+
+def read(ftl, lba):
+    buffer, address = make_pages([0], ftl.page_size)
+    ftl.read(np.array([lba]), address)
+    return int(buffer.view("<u8")[0])
+
+
+def lose(media, pages):
+    media.oob[pages] = np.zeros((), PAGE_OOB)
+    media.pages[pages] = 0
+
+
+def page_of(ftl, lba):
+    return int(ftl.resolve(np.array([lba]))[0])
+
+
+@pytest.mark.parametrize("lba", range(9))
+def test_a_lost_write_is_an_error(drive, lba):
+    """The version before the lost one would be served as if it were the newest."""
+    media, ftl = drive
+    lose(media, page_of(ftl, lba))
+    ftl.close()
+    ftl = FlashTranslationLayer.open(media)
+    for other in range(10):
+        if other != lba:
+            assert read(ftl, other) == 200 + other
+    with pytest.raises(CorruptPage, match=f"LBA {lba} "):
+        read(ftl, lba)
+    assert [(finding.kind, finding.lba) for finding in ftl.check()] == [("oob lost", lba)]
+    write(ftl, [lba], 300)
+    ftl.close()
+    ftl = FlashTranslationLayer.open(media)
+    assert read(ftl, lba) == 300 + lba
+    assert not ftl.check()
+
+
+def test_a_dead_die_is_an_error_for_each_of_its_pages(drive):
+    """A quarter of the drive would be a version too old."""
+    media, ftl = drive
+    dead = [lba for lba in range(10) if page_of(ftl, lba) % 4 == 2]
+    lose(media, slice(2, None, 4))
+    ftl.close()
+    ftl = FlashTranslationLayer.open(media)
+    for lba in range(9):
+        if lba in dead:
+            with pytest.raises(CorruptPage):
+                read(ftl, lba)
+        else:
+            assert read(ftl, lba) == 200 + lba
+    assert dead
+
+
+def test_a_write_in_the_wrong_place_is_found(drive):
+    """What was written is there, whole, and says itself what it is."""
+    media, ftl = drive
+    page = page_of(ftl, 4)
+    media.oob[page + 20], media.pages[page + 20] = media.oob[page], media.pages[page]
+    lose(media, page)
+    with pytest.raises(CorruptPage):
+        read(ftl, 4)
+    ftl.close()
+    ftl = FlashTranslationLayer.open(media)
+    assert [read(ftl, lba) for lba in range(10)] == [200 + lba for lba in range(10)]
+    assert not ftl.check()
+
+
+def test_what_a_power_cut_took_is_no_damage(drive):
+    """Pages that were not durable: the version before is the right one, though the page behind has survived."""
+    media, ftl = drive
+    ftl.flush()
+    write(ftl, range(10), 300)
+    lose(media, page_of(ftl, 3))
+    ftl = FlashTranslationLayer.open(media)
+    assert [read(ftl, lba) for lba in range(5)] == [300, 301, 302, 203, 304]
+    assert not ftl.check()
+
+
+def test_a_lost_page_keeps_its_error(drive):
+    """Collection and further openings must neither forget it nor bring the older version back."""
+    media, ftl = drive
+    lose(media, page_of(ftl, 4))
+    ftl.close()
+    for _ in range(3):
+        ftl = FlashTranslationLayer.open(media)
+        for _ in range(12):
+            write(ftl, range(20, 60), 500)
+        ftl.collect()
+        with pytest.raises(CorruptPage, match="LBA 4 "):
+            read(ftl, 4)
+        ftl.close()
+
+
+def test_a_deallocated_page_is_no_loss(drive):
+    """An error for an LBA that holds nothing."""
+    media, ftl = drive
+    lose(media, page_of(ftl, 4))
+    ftl.deallocate([[4, 1]])
+    ftl.close()
+    ftl = FlashTranslationLayer.open(media)
+    assert read(ftl, 4) == 0
+    assert not ftl.check()
