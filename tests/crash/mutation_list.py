@@ -78,8 +78,10 @@ _METADATA = _of(
     ("token chunk begun anew", "first_chunk = first_new - first_new % TOKEN_CHUNK", "first_chunk = first_new"),
     (
         "token ids of the deleted kept",
-        'self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))',
-        "pass",
+        "for table in (\"token_chunk\", \"sequence_attribute\"):\n"
+        "                self._db.execute(f\"DELETE FROM {table} WHERE sequence_id = ?\", (row.id,))",
+        "for table in (\"sequence_attribute\",):\n"
+        "                self._db.execute(f\"DELETE FROM {table} WHERE sequence_id = ?\", (row.id,))",
     ),
     (
         "log full for ever",
@@ -126,18 +128,14 @@ _METADATA += _of(
 
 _SEQUENCE = _of(
     "kvfs/sequence.py",
-    ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
-    ("append leaves no mark", "            self._dirty = True\n            dtype =", "            dtype ="),
-    (
-        "token ids leave no mark",
-        "ids.astype(np.uint32)])\n            self._dirty = True",
-        "ids.astype(np.uint32)])",
-    ),
+    ("append leaves no mark", "            self._changed()\n            dtype =", "            dtype ="),
+    ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",
-        "min(self._tokens_changed_from, num_tokens)\n            self._dirty = True",
-        "min(self._tokens_changed_from, num_tokens)",
+        "            self._history.cut(num_tokens)\n            self._changed()",
+        "            self._history.cut(num_tokens)",
     ),
+    ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
     (
         "truncated token ids stored",
         "self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)",
@@ -288,11 +286,6 @@ _STORE = _of(
         "                self._catalogue.close()",
     ),
     ("leftovers of a power cut kept", "self._namespace.deallocate(self._allocator.free_extents)", "pass"),
-    (
-        "host's part of attention dropped",
-        "return merge_states(*answer, out, lse) if sees_tail else answer",
-        "return answer",
-    ),
     ("flush passes for done", "if self._catalogue.has_changes:", "if not self._catalogue.has_changes:"),
     ("attended tails leave memory", " and other not in self._attended:", ":"),
     (
@@ -311,6 +304,15 @@ _STORE += _of(
     ),
 )
 
+_ATTENTION = _of(
+    "kvfs/attention.py",
+    (
+        "host's part of attention dropped",
+        "return merge_states(*answer, out, lse) if sees_tail else answer",
+        "return answer",
+    ),
+)
+
 _ALLOCATOR = _of(
     "kvfs/allocator.py",
     (
@@ -320,8 +322,8 @@ _ALLOCATOR = _of(
     ),
     (
         "last block handed out twice",
-        "self._starts[index] += num_lbas",
-        "self._starts[index] += num_lbas - (num_lbas > 6)",
+        "        self._starts[index] += count\n",
+        "        self._starts[index] += count - (count > 6)\n",
     ),
     (
         "one extent never released",
@@ -381,8 +383,8 @@ _SPDK_GLUE = [
         "spdk_glue/controller.py",
         (
             "failures reported as success",
-            "if request.status != Status.SUCCESS:\n                do_not_retry",
-            "if request.status is None:\n                do_not_retry",
+            "if request.status != Status.SUCCESS:\n                completion = completions",
+            "if request.status is None:\n                completion = completions",
         ),
         (
             "error log without the block",
@@ -482,8 +484,8 @@ _FTL = [
         "ftl/oob.py",
         (
             "torn OOB believed",
-            'return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))',
-            'return records["magic"] == OOB_MAGIC',
+            "found = (records[\"magic\"] == OOB_MAGIC) & (records[\"oob_crc32c\"] == crc32c_records(records))",
+            "found = records[\"magic\"] == OOB_MAGIC",
         ),
     ),
 ]
@@ -493,8 +495,13 @@ _FLASH_WRITES = [
         "ftl/page_writer.py",
         (
             "rows without parity after a flush",
-            "                self._state.changed.wait()\n            self.complete_row(found)",
-            "                self._state.changed.wait()",
+            "            while found.is_busy:\n"
+            "                self._state.changed.wait()\n"
+            "            self.complete_row(found)\n"
+            "\n",
+            "            while found.is_busy:\n"
+            "                self._state.changed.wait()\n"
+            "\n",
         ),
         ("closed rows without parity", "            if found.parity is not None:\n", "            if False:\n"),
         ("parity out of order", "order = np.argsort(pages)", "order = np.arange(len(pages))"),
@@ -599,7 +606,11 @@ _PARITY = [
             "self._sums[:], self._oob_sums[:] = sums[cut:], oob_sums[cut:]",
             "self._oob_sums[:] = oob_sums[cut:]",
         ),
-        ("part row left without parity", "        if self._row < 0:\n", "        if True:\n"),
+        ("part row left without parity", "        if not self.is_begun:\n"
+                                         "            return None\n"
+                                         "        self._remember()", "        if True:\n"
+                                                                        "            return None\n"
+                                                                        "        self._remember()"),
         (
             "page of an earlier life is a member",
             '        current[own[np.argmin(records["program_number"][member[own]])]] = False\n',
@@ -629,24 +640,24 @@ _PARITY = [
         ),
         (
             "torn rows pass for covered",
-            "covered[found.member[whole[found.place]]] = True",
-            "covered[found.member] = True",
+            "np.setdiff1d(pages // geometry.num_dies, found.groups[found.lacking == 0])",
+            "np.setdiff1d(pages // geometry.num_dies, found.groups)",
         ),
         (
             "parity of an earlier life counts",
-            "    wanted[place[numbers[member] > numbers[parity][place]]] = 0\n",
+            "    is_stale[place[numbers[member] > numbers[parity][place]]] = True\n",
             "",
         ),
         (
             "lost page on the wrong die",
-            "(groups.numbers[lost] * num_dies + die)",
-            "(groups.numbers[lost] * num_dies)",
+            "(groups[lost] * geometry.num_dies + die)",
+            "(groups[lost] * geometry.num_dies)",
         ),
     ),
     *_of(
         "ftl/repair.py",
         ("page is its own neighbour", "    whole[index - first] = False\n", ""),
-        ("parity not summed", "    summed[parity] = True\n", ""),
+        ("parity not summed", "    summed[parity] = unwritten is None\n", ""),
         ("two damaged pages make a third", '[0] != lost["payload_crc32c"][0]:', "[0] is None:"),
         (
             "another's page given back",
@@ -710,11 +721,10 @@ _COLLECTION = [
             "                state.superblocks.planes_failed(superblock, failure.planes)\n",
             "",
         ),
-        ("no parity for what a power cut left", "            self._copy_pages(*self.bare)\n", ""),
         (
-            "no parity for the log a power cut left",
-            "            if self._log.is_bare:\n",
-            "            if False:\n",
+            "no parity for what a power cut left",
+            "            chosen = np.isin(pages // num_dies, groups)\n",
+            "            chosen = np.isin(pages // num_dies, groups[:0])\n",
         ),
         (
             "copies of the first pages only",
@@ -800,7 +810,6 @@ _COLLECTION = [
             "            self._collector.finish_retiring()  # a row",
             "            pass  # a row",
         ),
-        ("rows cut short by the power left", "            self._collector.cover_bare()", "            pass"),
         (
             "damage forgotten",
             "            self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)\n",
@@ -834,15 +843,19 @@ _FLASH_METADATA = [
         ),
         (
             "durable only after the next one",
-            "            state.durable_program_number = max(last, state.durable_program_number)",
-            "            state.durable_program_number = state.next_program_number - 1",
+            "            durable = min(finished, state.first_begun_number() - 1)\n",
+            "            durable = state.next_program_number - 1\n",
         ),
         (
             "durable without parity",
-            "        if state.geometry.parity:\n            self._writer.complete_rows()",
-            "        if False:\n            self._writer.complete_rows()",
+            "durable = min(finished, state.first_begun_number() - 1)",
+            "durable = finished",
         ),
-        ("log row without parity", "            self._log.complete_row()\n        last", "        last"),
+        (
+            "log row without parity",
+            "                self._writer.complete_rows()\n                self._log.complete_row()\n",
+            "                self._writer.complete_rows()\n",
+        ),
         (
             "media not synced",
             "                state.media.sync()\n",
@@ -923,12 +936,12 @@ _FLASH_METADATA = [
         ),
         (
             "sessions taken for one",
-            'return records["program_number"] > durable[which]',
-            'return records["program_number"] > durable.max(initial=0)',
+            "return records[\"program_number\"] > newest[which]",
+            "return records[\"program_number\"] > newest.max(initial=0)",
         ),
         (
             "failed pages believed",
-            "    doubtful |= media.bad_blocks()[superblocks, indices % media.geometry.num_planes]\n",
+            "    doubtful = doubtful | media.bad_blocks()[superblocks, indices % media.geometry.num_planes]\n",
             "",
         ),
         (
@@ -944,13 +957,16 @@ _FLASH_METADATA = [
         ("newest session goes on", 'int(records["session"].max()) + 1)', 'int(records["session"].max()))'),
         (
             "originals outdo their copies",
-            "return records[order], pages[order]",
-            "return records[order[::-1]], pages[order[::-1]]",
+            "    records, pages = records[order], pages[order]\n    data =",
+            "    records, pages = records[order[::-1]], pages[order[::-1]]\n    data =",
         ),
         (
             "records from parity outdo newer copies",
-            "        records, pages = _by_program_number(records, pages)\n        # what was durable",
-            "        # what was durable",
+            "np.concatenate([lost, records]), np.concatenate([lost_pages, pages])\n"
+            "    # a copy is programmed after its original: of equal versions it comes last, and counts\n"
+            "    order = np.argsort(records[\"program_number\"], kind=\"stable\")\n"
+            "    records, pages = records[order], pages[order]\n",
+            "np.concatenate([records, lost]), np.concatenate([pages, lost_pages])\n",
         ),
         (
             "deallocations before the checkpoint again",
@@ -1002,10 +1018,9 @@ _FLASH_METADATA = [
         ),
         (
             "torn rows not noticed",
-            "        is_bare = _is_doubtful(records, found) &",
-            "        is_bare = np.zeros(len(pages), bool) &",
+            "found.unprotected_groups = np.intersect1d(begun_groups, weak)",
+            "pass",
         ),
-        ("torn rows of the log not noticed", "        found.is_log_bare = bool(is_log.any())\n", ""),
     ),
     *_of(
         "ftl/check.py",
@@ -1054,8 +1069,10 @@ _REPAIR = [
         ("lost groups kept", "catalogue.groups(row.id)[:num_groups]", "catalogue.groups(row.id)"),
         (
             "tail of lost tokens kept",
-            "tail_lba=0, tail_lbas=0)",
-            "tail_lba=row.tail_lba, tail_lbas=row.tail_lbas)",
+            "        tail_lba=0,\n"
+            "        tail_lbas=0,\n",
+            "        tail_lba=row.tail_lba,\n"
+            "        tail_lbas=row.tail_lbas,\n",
         ),
         ("mended in memory only", "        catalogue.sync()  # before", "        pass  # before"),
         ("given back by old rows", "        inspection.look_again()\n", ""),
@@ -1088,8 +1105,8 @@ _REPAIR = [
         ("wrong counts kept", "WHERE reference_count != {links}", "WHERE reference_count < {links}"),
         (
             "rows of nobody kept",
-            '            for table in ("sequence_group", "token_chunk"):\n',
-            '            for table in ("sequence_group",):\n',
+            "for table in (\"sequence_group\", \"token_chunk\", \"sequence_attribute\"):",
+            "for table in (\"sequence_group\",):",
         ),
         (
             "groups of nobody kept",
@@ -1112,6 +1129,7 @@ MUTATIONS = [
     *_METADATA,
     *_SEQUENCE,
     *_STORE,
+    *_ATTENTION,
     *_ALLOCATOR,
     *_TAIL,
     *_HOST,
