@@ -164,7 +164,11 @@ class NandMedia(MemoryMedia):
     def read_oob(self, superblock: int) -> np.ndarray:
         if self._step(self.count_reads):
             raise PowerCut
+        next_page = self._rules.next_page[superblock].copy()
         records = super().read_oob(superblock)
+        self._rules.next_page[superblock] = (
+            next_page  # what strayed was not programmed here, as the flash sees it
+        )
         self._reads[superblock] += self.geometry.pages_per_erase_block
         return self._as_read(records, np.arange(len(records)) % self.geometry.num_planes)
 

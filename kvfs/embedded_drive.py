@@ -6,7 +6,7 @@ from pathlib import Path
 from accel.drive import CollectorOptions, Drive, DriveConfig, Geometry, flash_errors
 from kvfs.errors import DriveBusy, DriveExists, MediaFailure, NotADrive
 
-__all__ = ["CollectorOptions", "Drive", "DriveConfig", "Geometry", "format_drive", "open_drive"]
+__all__ = ["CollectorOptions", "Drive", "DriveConfig", "Geometry", "close_drive", "format_drive", "open_drive"]
 
 
 def format_drive(path: str | os.PathLike, size_bytes: int, geometry: Geometry | None, **options: int) -> None:
@@ -39,6 +39,14 @@ def open_drive(path: str | os.PathLike, config: DriveConfig) -> Drive:
         raise NotADrive(path, "no such file; make a drive with kvfs.format or kvfsctl format") from error
     except OSError as error:
         raise MediaFailure(f"{path}: {error.strerror}") from error
+
+
+def close_drive(drive: Drive, path: str | os.PathLike) -> None:
+    """Close a drive; what it could not write any more becomes MediaFailure."""
+    try:
+        drive.close()
+    except flash_errors.FlashError as error:
+        raise MediaFailure(f"{path}: {error}") from error
 
 
 def _reason(error: Exception) -> str:

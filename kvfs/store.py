@@ -21,7 +21,7 @@ from kvfs.check import (
     check_payloads,
 )
 from kvfs.counters import drive_counters
-from kvfs.embedded_drive import Drive
+from kvfs.embedded_drive import Drive, close_drive
 from kvfs.errors import (
     EmptySequence,
     InvalidArgument,
@@ -78,7 +78,7 @@ class Store:
         self._tail_bytes = tail_bytes
         with ExitStack() as stack:
             self._drive = drive
-            stack.callback(drive.close)
+            stack.callback(close_drive, drive, self.path)
             if self._writeback_tokens < 1:
                 raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
             self._namespace = Namespace(self._drive.transport)

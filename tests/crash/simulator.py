@@ -112,7 +112,7 @@ class Simulation:
         self.media.on_operation, self.media.cut_after = None, -1  # whatever closing might still write
         with suppress(PowerCut, NvmeError):
             store._catalogue.abandon()
-        with suppress(PowerCut):
+        with suppress(PowerCut, KvfsError):
             store._stack.close()
 
     def _crashed(self, depth: int) -> None:
