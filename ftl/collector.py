@@ -131,8 +131,12 @@ class Collector:
                 return True
             if victim is None:
                 return self._erase_emptied()
-            if self._empty(victim):
-                self._level_wear()
+            try:
+                if self._empty(victim):
+                    self._level_wear()
+            except OutOfFlash:
+                if not self._erase_emptied():
+                    raise
             return True  # one that is quarantined is no candidate any more
         finally:
             self._is_busy = False

@@ -143,8 +143,8 @@ class FtlSimulation:
         try:
             self._operate()
         except OutOfFlash as error:
-            # what is lost keeps its superblock from being erased; without parity a die is more than the spare
-            if not self.media.lost_pages() and (self.schedule.geometry.parity or not self.media.dead_dies):
+            # what is lost keeps its superblock from being erased; a die is more than the spare of a small drive
+            if not self.media.lost_pages() and not self.media.dead_dies:
                 raise
             self.report.refusals += 1
             self.done.append(f"  refused: {error}")

@@ -23,7 +23,7 @@ from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, DRIVE_HEADER, PAGE_OOB
 from kvfs.embedded_drive import DriveConfig, format_drive, open_drive
 from kvfs.errors import KvfsError
-from kvfs.store import format_volume
+from kvfs.formatting import format_volume
 from spdk_glue import dma
 from spdk_glue.status import NvmeError
 
@@ -32,7 +32,7 @@ from .token_content import MODEL_SHAPES
 NUM_IMAGES = int(os.environ.get("KVFS_FUZZ_IMAGES", "150"))
 FIRST_SEED = int(os.environ.get("KVFS_FUZZ_SEED", "0"))
 OPTIONS = {"cache_bytes": 8 << 20, "num_workers": 1, "worker": "reference", "writeback_tokens": 8}
-METADATA_LBAS = (32, 24)
+METADATA_LBAS = (40, 32)
 CLEAR = (KvfsError, NvmeError)
 
 
