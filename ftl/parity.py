@@ -222,13 +222,16 @@ def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _
     member = np.flatnonzero(~is_parity & np.isin(group, groups))
     place = np.searchsorted(groups, group[member])
     wanted = records["member_dies"][parity].copy()
-    # members come before their parity: one that a block kept when it went bad says nothing of a later life
+    # Members come before their parity. One that does not strayed here; if none does, the parity is what a block
+    # kept when it went bad, and says nothing of a later life.
     numbers = records["program_number"]
+    older = numbers[member] < numbers[parity][place]
     is_stale = np.zeros(len(groups), bool)
-    is_stale[place[numbers[member] > numbers[parity][place]]] = True
+    is_stale[place[~older]] = True
+    is_stale[place[older]] = False
     wanted[is_stale] = 0
     bits = _bits(pages[member] % num_dies)
-    counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
+    counted = older & (bits & wanted[place] != 0)  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]
     current = _without_strangers(records, parity, member, place, bits)
     member, place, bits = member[current], place[current], bits[current]
