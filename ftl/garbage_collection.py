@@ -61,7 +61,8 @@ def choose_victim(
     full = superblocks.of(State.FULL)
     dead = superblocks.of(State.QUARANTINED)
     candidates = np.concatenate([full, dead[valid_pages[dead] == 0]])
-    candidates = candidates[valid_pages[candidates] < superblocks.capacity[candidates]]
+    rows = -(-valid_pages[candidates] // superblocks.row_pages)  # what is copied is flushed, in whole rows
+    candidates = candidates[rows * superblocks.row_pages < superblocks.capacity[candidates]]
     if not len(candidates):
         return None
     empty = candidates[valid_pages[candidates] == 0]

@@ -41,6 +41,7 @@ class Superblocks:
 
     states: uint8; erase_counts: int64; bad_planes: bool [num_superblocks, num_planes]
     capacity: int64, pages that can hold data, as of the last erase
+    row_pages: int, of them that a flush gives out at once: with parity a row of good blocks
     fill: int64, one past the index of the last page programmed
     first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
         since
@@ -51,6 +52,7 @@ class Superblocks:
     def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
         self._geometry = geometry
         self.bad_planes = bad_planes
+        self.row_pages = geometry.num_planes - geometry.planes_per_die if geometry.parity else 1
         self.capacity = self._data_pages(bad_planes)
         self.states = np.where(bad_planes.all(axis=1), State.BAD, State.FREE).astype(np.uint8)
         self.erase_counts = erase_counts

@@ -22,6 +22,7 @@ FAULTS = {
     "lost-writes": {"lost_write_rate": 1e-4},
     "misdirected-writes": {"misdirected_write_rate": 1e-4},
     "dead-die": {"dead_dies": frozenset({1})},
+    "parity": {},  # no fault: always a drive with parity
     "flip-and-reopen": {},  # bits also flip while the drive is closed
 }
 MAX_DEPTH = 3  # power cuts in a row: in the workload, in opening, in opening again
@@ -48,7 +49,7 @@ class FaultSchedule:
     def draw(cls, random: np.random.Generator, faults=(), shapes=STORE_SHAPES) -> "FaultSchedule":
         """faults: names of FAULTS."""
         pages_per_erase_block, num_superblocks = shapes[random.integers(len(shapes))]
-        parity = int(random.choice([0, 0, 1]))
+        parity = max(int(random.choice([0, 0, 1])), int("parity" in faults))
         geometry = Geometry(
             num_channels=4 if parity else 2,
             pages_per_erase_block=pages_per_erase_block // (1 + parity),

@@ -527,9 +527,9 @@ _FLASH_WRITES = [
             "superblocks.fill[superblock] = fill",
         ),
         (
-            "newest page of a superblock is its batch's first",
-            "superblocks.newest[superblock] = last",
-            "superblocks.newest[superblock] = first",
+            "newest page of a superblock not known",
+            "        superblocks.newest[superblock] = last\n",
+            "",
         ),
         (
             "full superblocks stay open",
@@ -771,8 +771,13 @@ _COLLECTION = [
         ("what has failed not moved first", "    if retiring:\n", "    if False:\n"),
         (
             "full ones collected for nothing",
-            "    candidates = candidates[valid_pages[candidates] < superblocks.capacity[candidates]]\n",
-            "",
+            "rows * superblocks.row_pages < superblocks",
+            "rows * 0 < superblocks",
+        ),
+        (
+            "rows padded with what was gained",
+            "superblocks.row_pages)  # what",
+            "1)  # what",
         ),
     ),
     *_of(
