@@ -123,10 +123,13 @@ class MetadataLog:
             self._release()
 
     def renew(self) -> None:
-        """Begin anew, with a snapshot."""
+        """Supersede what the log says by a snapshot."""
         self._claim()
         try:
-            self._rotate()
+            if self._log.num_left < self._state.superblocks.row_pages:
+                self._rotate()
+            else:  # a series of power cuts must not take a superblock each
+                self._append_snapshot()
             self.is_bare = False
         finally:
             self._release()
@@ -213,11 +216,12 @@ class MetadataLog:
     def sync(self) -> None:
         """Everything that was programmed when this is called is on stable media, with parity, at its end."""
         state = self._state
+        last = self._writer.last_finished()  # rows that others begin meanwhile come later
         if state.geometry.parity:
             self._writer.complete_rows()
             self._log.complete_row()
-        last = self._writer.last_finished()
-        if state.durable_program_number < last:
+        # also what ended behind a program that is still under way has to be durable, though no number says so
+        if state.durable_program_number < state.next_program_number - 1:
             with state.unlocked():
                 state.media.sync()
             state.durable_program_number = max(last, state.durable_program_number)
@@ -237,10 +241,17 @@ class MetadataLog:
         self._log.append(kind, payload, self._state.next_sequence_number)
 
     def _rotate(self) -> None:
-        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased then."""
-        state = self._state
+        """Start a new log with a snapshot; what it replaces may be erased then."""
         old = list(self._log.superblocks)
         self._log.begin_superblock()
+        self._append_snapshot()
+        for superblock in old:
+            self._log.superblocks.remove(superblock)
+            self.replaced.append(superblock)
+
+    def _append_snapshot(self) -> None:
+        """Of every unmapped range; durable at its end."""
+        state = self._state
         with self._writer.quiesced():  # what is on its way would look unmapped
             number = state.new_sequence_numbers(1)
             ranges = state.mapping.unmapped_ranges()
@@ -252,6 +263,3 @@ class MetadataLog:
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
         self.sync()
-        for superblock in old:
-            self._log.superblocks.remove(superblock)
-            self.replaced.append(superblock)

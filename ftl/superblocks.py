@@ -41,7 +41,7 @@ class Superblocks:
 
     states: uint8; erase_counts: int64; bad_planes: bool [num_superblocks, num_planes]
     capacity: int64, pages that can hold data, as of the last erase
-    row_pages: int, of them that a flush gives out at once: with parity a row of good blocks
+    row_pages: int, pages that a flush makes full: those for data of a row, with parity
     fill: int64, one past the index of the last page programmed
     first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
         since

@@ -54,6 +54,7 @@ class FaultSchedule:
             num_channels=4 if parity else 2,
             pages_per_erase_block=pages_per_erase_block // (1 + parity),
             num_superblocks=num_superblocks + 4 * parity,
+            spare_percent=25 if parity or "weak-blocks" in faults else 7,  # rows and blocks are lost
             parity=parity,
         )
         return cls(

@@ -86,7 +86,7 @@ class FtlSimulation:
         # the drive is not new: parity keeps the lower halves of these only
         before_carry = (1 << 32) - int(self.random.integers(200, 1500))
         self._ftl._state.next_program_number = int(self.random.choice([1, before_carry]))
-        if "weak-blocks" in faults:  # and one superblock that fails as a whole
+        if "weak-blocks" in faults and not self.schedule.geometry.parity:  # a superblock that fails as a whole
             weak = int(self.random.integers(self.schedule.geometry.num_superblocks))
             self.media._life[weak] = int(self.random.integers(60))
         self._oracle = PageOracle(self._ftl.num_lbas)

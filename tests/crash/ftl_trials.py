@@ -50,21 +50,24 @@ class FtlTrials:
     # while the media work
 
     def meanwhile(self) -> None:
-        """Now and then, as a media operation begins or ends: one small command of another host."""
+        """Now and then, as a media operation begins or ends: small commands of another host."""
         is_sole = not self._is_inside and not self._ftl._writer._uncommitted  # or it would wait for ever
         if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
             return
+        self._is_inside = True
+        try:
+            for _ in range(self._random.integers(1, 4)):
+                self._command()
+        finally:
+            self._is_inside = False
+
+    def _command(self) -> None:
         count = int(self._random.integers(1, 5))
         first = int(self._random.integers(0, self._ftl.num_lbas - count))
         busy = self._simulation._writing
-        if first < busy.stop and busy.start < first + count:
-            return
-        self._is_inside = True
-        try:
+        if first >= busy.stop or busy.start >= first + count:
             commands = [self._overwrite, self._deallocate, self._read, self._make_durable]
             commands[self._random.integers(len(commands))](first, count)
-        finally:
-            self._is_inside = False
 
     def _overwrite(self, first: int, count: int) -> None:
         """Where that needs no collection, which may be what is under way."""
@@ -126,7 +129,7 @@ class FtlTrials:
                 self._ftl._log.checkpoint()
             else:
                 self._note("a new log")
-                self._ftl._log.renew()
+                self._ftl._log._rotate()
             self._ftl._collector.erase_replaced()
 
     def _collect(self) -> None:

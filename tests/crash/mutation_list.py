@@ -771,13 +771,13 @@ _COLLECTION = [
         ("what has failed not moved first", "    if retiring:\n", "    if False:\n"),
         (
             "full ones collected for nothing",
-            "rows * superblocks.row_pages < superblocks",
+            "rows * row_pages < superblocks",
             "rows * 0 < superblocks",
         ),
         (
             "rows padded with what was gained",
-            "superblocks.row_pages)  # what",
-            "1)  # what",
+            "rows = -(-valid_pages[candidates] // row_pages)",
+            "rows = valid_pages[candidates] // row_pages",
         ),
     ),
     *_of(
@@ -846,7 +846,12 @@ _FLASH_METADATA = [
             "        if state.geometry.parity:\n            self._writer.complete_rows()",
             "        if False:\n            self._writer.complete_rows()",
         ),
-        ("log row without parity", "            self._log.complete_row()\n        last", "        last"),
+        ("log row without parity", "            self._log.complete_row()\n        # also", "        # also"),
+        (
+            "nothing to sync behind a program under way",
+            "if state.durable_program_number < state.next_program_number - 1:",
+            "if state.durable_program_number < last:",
+        ),
         (
             "media not synced",
             "                state.media.sync()\n",
