@@ -87,7 +87,7 @@ class Collector:
         """Have more than GC_RESERVE superblocks free. Raises OutOfFlash."""
         superblocks = self._state.superblocks
         while superblocks.count(State.FREE) <= GC_RESERVE:
-            if self.step():
+            if self.step() or self.step(is_last_resort=True):
                 continue
             if self._is_busy or self._erasing:
                 self._state.changed.wait()  # for another collection, or for readers
@@ -117,15 +117,18 @@ class Collector:
         """Whether a step would free anything, or mend what should be."""
         return bool(self._emptied or self._erasing) or self._choose() is not None
 
-    def step(self) -> bool:
-        """Collect one superblock, or erase what was waiting; whether anything was gained."""
+    def step(self, is_last_resort: bool = False) -> bool:
+        """Collect one superblock, or erase what was waiting; whether anything was gained.
+
+        is_last_resort: also where the rows that a flush completes may cost what is gained
+        """
         if self._is_busy:
             return False
         self._is_busy = True
         try:
             if self._finish_erases():
                 return True
-            victim = self._choose()
+            victim = self._choose(is_last_resort)
             if self._is_short(victim) and self._log.give_up_checkpoint():
                 self.erase_replaced()
                 return True
@@ -142,7 +145,7 @@ class Collector:
             self._is_busy = False
             self._state.changed.notify_all()
 
-    def _choose(self) -> int | None:
+    def _choose(self, is_last_resort: bool = False) -> int | None:
         state = self._state
         disturbed = self._disturbed()
         if disturbed is not None:
@@ -152,6 +155,7 @@ class Collector:
             state.mapping.valid_pages,
             self._policy,
             state.next_program_number,
+            1 if is_last_resort else state.superblocks.row_pages,
         )
 
     def _is_short(self, victim: int | None) -> bool:

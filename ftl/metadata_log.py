@@ -237,10 +237,17 @@ class MetadataLog:
         self._log.append(kind, payload, self._state.next_sequence_number)
 
     def _rotate(self) -> None:
-        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased then."""
-        state = self._state
+        """Start a new log with a snapshot; what it replaces may be erased then."""
         old = list(self._log.superblocks)
         self._log.begin_superblock()
+        self._append_snapshot()
+        for superblock in old:
+            self._log.superblocks.remove(superblock)
+            self.replaced.append(superblock)
+
+    def _append_snapshot(self) -> None:
+        """Of every unmapped range; durable at its end."""
+        state = self._state
         with self._writer.quiesced():  # what is on its way would look unmapped
             number = state.new_sequence_numbers(1)
             ranges = state.mapping.unmapped_ranges()
@@ -252,6 +259,3 @@ class MetadataLog:
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
         self.sync()
-        for superblock in old:
-            self._log.superblocks.remove(superblock)
-            self.replaced.append(superblock)

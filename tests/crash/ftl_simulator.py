@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 
+from ftl import collector
 from ftl.errors import CorruptPage, OutOfFlash
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
@@ -111,7 +113,11 @@ class FtlSimulation:
         self._writing = range(0)  # LBAs of the write under way
         self._ftl = FlashTranslationLayer.format(self.media, **self._options)
         # the drive is not new: parity keeps the lower halves of these only
-        self._ftl._state.next_program_number = int(self.random.choice([1, (1 << 32) - 1000]))
+        before_carry = (1 << 32) - int(self.random.integers(200, 1500))
+        self._ftl._state.next_program_number = int(self.random.choice([1, before_carry]))
+        if "weak-blocks" in faults and not self.schedule.geometry.parity:  # a superblock that fails as a whole
+            weak = int(self.random.integers(self.schedule.geometry.num_superblocks))
+            self.media._life[weak] = int(self.random.integers(60))
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -121,10 +127,11 @@ class FtlSimulation:
         """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
         logging.disable(logging.CRITICAL)
         try:
-            for _ in range(FIRST_STEPS):
-                self._step()
-            while len(self.report.crash_points) < num_crash_points and self.report.refusals < MAX_REFUSALS:
-                self._round()
+            with patch.object(collector, "COPY_PAGES", 7):  # small superblocks are copied in pieces, too
+                for _ in range(FIRST_STEPS):
+                    self._step()
+                while len(self.report.crash_points) < num_crash_points and self.report.refusals < MAX_REFUSALS:
+                    self._round()
         except Exception as error:
             raise SimulationFailed(self.report.seed, list(self.done), error) from error
         finally:
@@ -162,7 +169,7 @@ class FtlSimulation:
         elif choice < 0.92:
             self.flush()
         elif choice < 0.95:
-            self._trials.collect()
+            self._trials.maintain()
         else:
             found, lost = self._read(self._ftl, first, count)
             for lba, value in enumerate(found, first):
@@ -218,6 +225,7 @@ class FtlSimulation:
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""
+        self._trials.meanwhile()
         if self.random.random() >= self.schedule.what_if_chance:
             return
         with self.media.what_if():

@@ -15,6 +15,8 @@ from ftl.layout import OOB_MAGIC, PageKind
 from ftl.mapping import PAGE_NONE
 from ftl.nand_model import NandModel
 from ftl.oob import holds
+from ftl.open_superblock import OpenSuperblock
+from ftl.parity import is_covered, lost_records
 from ftl.scrub import scrub
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
@@ -48,21 +50,24 @@ class FtlTrials:
     # while the media work
 
     def meanwhile(self) -> None:
-        """Now and then, as a media operation ends: one small command of another host."""
+        """Now and then, as a media operation begins or ends: small commands of another host."""
         is_sole = not self._is_inside and not self._ftl._writer._uncommitted  # or it would wait for ever
         if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
             return
+        self._is_inside = True
+        try:
+            for _ in range(self._random.integers(1, 4)):
+                self._command()
+        finally:
+            self._is_inside = False
+
+    def _command(self) -> None:
         count = int(self._random.integers(1, 5))
         first = int(self._random.integers(0, self._ftl.num_lbas - count))
         busy = self._simulation._writing
-        if first < busy.stop and busy.start < first + count:
-            return
-        self._is_inside = True
-        try:
+        if first >= busy.stop or busy.start >= first + count:
             commands = [self._overwrite, self._deallocate, self._read, self._make_durable]
             commands[self._random.integers(len(commands))](first, count)
-        finally:
-            self._is_inside = False
 
     def _overwrite(self, first: int, count: int) -> None:
         """Where that needs no collection, which may be what is under way."""
@@ -112,7 +117,22 @@ class FtlTrials:
 
     # steps of the workload
 
-    def collect(self) -> None:
+    def maintain(self) -> None:
+        """What the layer does by itself now and then, and would seldom do in so short a life."""
+        choice, state = self._random.random(), self._ftl._state
+        if choice < 0.6 or self._ftl.free_superblocks <= ROOM:
+            self._collect()
+            return
+        with state.lock:
+            if choice < 0.8:
+                self._note("checkpoint")
+                self._ftl._log.checkpoint()
+            else:
+                self._note("a new log")
+                self._ftl._log._rotate()
+            self._ftl._collector.erase_replaced()
+
+    def _collect(self) -> None:
         """Collection moves what somebody who resolved it before has yet to read."""
         ftl = self._ftl
         full = np.flatnonzero(ftl.superblock_states() == State.FULL)
@@ -143,6 +163,8 @@ class FtlTrials:
         self._simulation.flush()
         self._check_findings()
         self._check_checkpoint()
+        self._check_lost_records()
+        self._check_collection_ends()
         if self._is_likely():
             self._damage()
         if self._is_likely():
@@ -161,6 +183,10 @@ class FtlTrials:
             raise Lost(f"the flash layer finds: {findings[:5]}")
         if (self._simulation.media.bad_blocks() != ftl.superblocks.bad_planes).any():
             raise Lost("the medium and the layer do not agree which blocks are bad")
+        for superblock in ftl.superblocks.of(State.FREE).tolist():
+            bad, room = ftl.superblocks.bad_planes[superblock], int(ftl.superblocks.capacity[superblock])
+            if OpenSuperblock(superblock, ftl.geometry, bad, 0).num_left != room:
+                raise Lost(f"superblock {superblock} is said to take {room} pages")
         states, log = ftl.superblock_states(), ftl._log
         wanted = {
             State.LOG: {*log._log.superblocks, *log._checkpoint_superblocks, *log.replaced},
@@ -180,9 +206,40 @@ class FtlTrials:
             thorough = recovery.recover(self._simulation.media)
         if not np.array_equal(quick.mapping.copy_entries(), thorough.mapping.copy_entries()):
             raise Lost("the checkpoint's map is not that of the flash")
+        full = self._ftl.superblocks.of(State.FULL)
+        full = full[self._ftl.superblocks.newest[full] <= quick.checkpoint.program_number]
+        full = full[recovery._heads(self._simulation.media, full)["magic"] != 0]
+        num_read, num_all = quick.scanned_superblocks, thorough.scanned_superblocks
+        if num_read > num_all - len(full) and self._simulation.schedule.nand == NandModel():
+            raise Lost(f"{num_read} superblocks of {num_all} are read, {len(full)} are as in the checkpoint")
         for name in ("next_sequence_number", "next_program_number", "session"):
             if getattr(quick, name) < getattr(thorough, name):
                 raise Lost(f"{name} from a checkpoint would be used again")
+
+    def _check_lost_records(self) -> None:
+        """What parity says of a page that is there is what it is."""
+        geometry, oob = self._ftl.geometry, self._simulation.media.oob
+        if not geometry.parity:
+            return
+        pages = np.flatnonzero(holds(oob))
+        records = oob[pages]
+        pages = pages[is_covered(geometry, records, pages)]
+        for die in range(geometry.num_dies):
+            kept = holds(oob) & (np.arange(len(oob)) % geometry.num_dies != die)
+            found, found_pages = lost_records(geometry, oob[kept], np.flatnonzero(kept))
+            wanted = pages[pages % geometry.num_dies == die]
+            if not np.isin(wanted, found_pages).all():
+                raise Lost(f"parity knows nothing of pages {np.setdiff1d(wanted, found_pages)[:5]}")
+            found = found[np.isin(found_pages, wanted)]
+            for name in ("lba", "sequence_number", "program_number", "kind", "stream", "payload_crc32c"):
+                if (np.sort(found[name]) != np.sort(oob[name][wanted])).any():
+                    raise Lost(f"parity gives another {name} than the pages of die {die} have")
+
+    def _check_collection_ends(self) -> None:
+        """Collecting goes on only as long as something is gained."""
+        limit = 3 * self._ftl.geometry.num_superblocks
+        if self._ftl.free_superblocks > ROOM and self._is_likely() and self._ftl.collect(limit) == limit:
+            raise Lost(f"{limit} superblocks were collected, and more would be")
 
     def _damage(self) -> None:
         """Flipped bits: parity gives a page back and scrub writes it anew, or an error names the LBA."""
@@ -208,6 +265,7 @@ class FtlTrials:
         for damaged in all_pages[hit].tolist():
             media.flip_bit(damaged)
         had_room = ftl.free_superblocks > ROOM
+        self._expect_error(int(lbas[lbas != lba][0]) if len(lbas) > 1 else lba + 1, page)
         if not is_lost:
             self._compare(hit, "read of a damaged page")
             if page // geometry.pages_per_superblock not in ftl.superblocks.damaged:
@@ -240,8 +298,11 @@ class FtlTrials:
         record = self._simulation.media.oob[page : page + 1].view(np.uint8)
         record[20] ^= 1  # a byte of the LBA
         damaged = record.copy()
-        if self._ftl.free_superblocks > ROOM:
+        had_room = self._ftl.free_superblocks > ROOM
+        if had_room:
             self._ftl.renew({page // self._ftl.geometry.pages_per_superblock})
+        if had_room and self._ftl.geometry.parity and int(self._ftl.resolve(np.array([lba]))[0]) == page:
+            raise Lost(f"parity knows the record of page {page}, but LBA {lba} is not moved")
         try:
             self._compare(np.array([lba]), "read of a page with a damaged record")
         except CorruptPage as error:
@@ -293,10 +354,14 @@ class FtlTrials:
         found = np.flatnonzero(older & full)
         return int(found[0]) if len(found) else None
 
-    def _expect_error(self, lba: int) -> None:
+    def _expect_error(self, lba: int, page: int | None = None) -> None:
+        """For an LBA, by default from where it is."""
         _buffer, addresses = make_pages([0], self._ftl.page_size)
+        lbas = np.array([lba])
         try:
-            self._ftl.read(np.array([lba]), addresses)
+            self._ftl.read_physical(
+                self._ftl.resolve(lbas) if page is None else np.array([page]), lbas, addresses
+            )
         except CorruptPage as error:
             if error.lba != lba:
                 raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error

@@ -535,9 +535,9 @@ _FLASH_WRITES = [
             "superblocks.fill[superblock] = fill",
         ),
         (
-            "newest page of a superblock is its batch's first",
-            "superblocks.newest[superblock] = last",
-            "superblocks.newest[superblock] = first",
+            "newest page of a superblock not known",
+            "        superblocks.newest[superblock] = last\n",
+            "",
         ),
         (
             "full superblocks stay open",
@@ -621,7 +621,7 @@ _PARITY = [
             'parity[np.argsort(records["program_number"][parity])[::-1]]',
             'parity[np.argsort(records["program_number"][parity])]',
         ),
-        ("whoever stands in the row is a member", "counted = bits & wanted[place] != 0", "counted = bits != 0"),
+        ("whoever stands in the row is a member", "counted = older & (bits & wanted[place] != 0)", "counted = bits != 0"),
         ("lives mixed by parity", 'fits = check == chosen["members_check"]', "fits = check == check"),
         (
             "upper half of program numbers lost",
@@ -645,7 +645,7 @@ _PARITY = [
         ),
         (
             "parity of an earlier life counts",
-            "    is_stale[place[numbers[member] > numbers[parity][place]]] = True\n",
+            "    is_stale[place[~older]] = True\n",
             "",
         ),
         (
@@ -782,8 +782,13 @@ _COLLECTION = [
         ("what has failed not moved first", "    if retiring:\n", "    if False:\n"),
         (
             "full ones collected for nothing",
-            "    candidates = candidates[valid_pages[candidates] < superblocks.capacity[candidates]]\n",
-            "",
+            "rows * row_pages < superblocks",
+            "rows * 0 < superblocks",
+        ),
+        (
+            "rows padded with what was gained",
+            "rows = -(-valid_pages[candidates] // row_pages)",
+            "rows = valid_pages[candidates] // row_pages",
         ),
     ),
     *_of(
@@ -855,6 +860,11 @@ _FLASH_METADATA = [
             "log row without parity",
             "                self._writer.complete_rows()\n                self._log.complete_row()\n",
             "                self._writer.complete_rows()\n",
+        ),
+        (
+            "nothing to sync behind a program under way",
+            "if self._synced_program_number < state.next_program_number - 1:",
+            "if state.durable_program_number < finished:",
         ),
         (
             "media not synced",
