@@ -16,7 +16,7 @@ from ftl.mapping import PAGE_NONE
 from ftl.nand_model import NandModel
 from ftl.oob import holds
 from ftl.open_superblock import OpenSuperblock
-from ftl.parity import is_covered, lost_records
+from ftl.parity import lost_records, unprotected_groups
 from ftl.scrub import scrub
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
@@ -185,7 +185,7 @@ class FtlTrials:
             raise Lost("the medium and the layer do not agree which blocks are bad")
         for superblock in ftl.superblocks.of(State.FREE).tolist():
             bad, room = ftl.superblocks.bad_planes[superblock], int(ftl.superblocks.capacity[superblock])
-            if OpenSuperblock(superblock, ftl.geometry, bad, 0).num_left != room:
+            if OpenSuperblock(superblock, ftl.geometry, bad, 0, ftl.superblocks.keeps_parity).num_left != room:
                 raise Lost(f"superblock {superblock} is said to take {room} pages")
         states, log = ftl.superblock_states(), ftl._log
         wanted = {
@@ -219,11 +219,12 @@ class FtlTrials:
     def _check_lost_records(self) -> None:
         """What parity says of a page that is there is what it is."""
         geometry, oob = self._ftl.geometry, self._simulation.media.oob
-        if not geometry.parity:
-            return
+        if not geometry.parity or self._simulation.media.dead_dies:
+            return  # with one die gone nothing is promised of another
         pages = np.flatnonzero(holds(oob))
         records = oob[pages]
-        pages = pages[is_covered(geometry, records, pages)]
+        unprotected = np.isin(pages // geometry.num_dies, unprotected_groups(geometry, records, pages))
+        pages = pages[~unprotected & (records["kind"] != PageKind.PARITY)]
         for die in range(geometry.num_dies):
             kept = holds(oob) & (np.arange(len(oob)) % geometry.num_dies != die)
             found, found_pages = lost_records(geometry, oob[kept], np.flatnonzero(kept))

@@ -621,7 +621,11 @@ _PARITY = [
             'parity[np.argsort(records["program_number"][parity])[::-1]]',
             'parity[np.argsort(records["program_number"][parity])]',
         ),
-        ("whoever stands in the row is a member", "counted = older & (bits & wanted[place] != 0)", "counted = bits != 0"),
+        (
+            "whoever stands in the row is a member",
+            "counted = older & (bits & wanted[place] != 0)",
+            "counted = bits != 0",
+        ),
         ("lives mixed by parity", 'fits = check == chosen["members_check"]', "fits = check == check"),
         (
             "upper half of program numbers lost",
