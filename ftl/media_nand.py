@@ -164,6 +164,7 @@ class NandMedia(MemoryMedia):
     def read_oob(self, superblock: int) -> np.ndarray:
         if self._step(self.count_reads):
             raise PowerCut
+        self._rules.check_superblock(superblock)
         next_page = self._rules.next_page[superblock].copy()
         records = super().read_oob(superblock)
         self._rules.next_page[superblock] = (
