@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+import apsw
 import numpy as np
 
 from accel.workers import load_worker
@@ -423,15 +424,21 @@ class Store:
             self._check_open()
             self.flush()
             report = Report()
-            owners = BlockOwners(self._volume, self._catalogue, self._namespace.block_bytes)
-            check_flash(FlashAdmin(self._namespace), owners.owner, report)
-            check_catalogue(self._catalogue, owners, report)
-            in_memory = self._extents_in_memory()
-            first = self._volume.first_data_lba
-            named = check_extents(self._namespace, owners, first, in_memory, report)
-            check_allocator(self._allocator.free_extents, named, report)
-            check_payloads(self._namespace, owners.owner, report)
+            try:
+                self._check(report)
+            except apsw.Error as error:  # too damaged to be looked into further
+                report.add("catalogue", f"catalogue: {error}")
             return [problem.text for problem in report.problems if problem.is_damage]
+
+    def _check(self, report: Report) -> None:
+        owners = BlockOwners(self._volume, self._catalogue, self._namespace.block_bytes)
+        check_flash(FlashAdmin(self._namespace), owners.owner, report)
+        check_catalogue(self._catalogue, owners, report)
+        in_memory = self._extents_in_memory()
+        first = self._volume.first_data_lba
+        named = check_extents(self._namespace, owners, first, in_memory, report)
+        check_allocator(self._allocator.free_extents, named, report)
+        check_payloads(self._namespace, owners.owner, report)
 
     def _extents_in_memory(self) -> list[Extent]:
         """Handed out or held back, and named by no row."""
