@@ -462,7 +462,12 @@ class Catalogue:
 
     def problems(self) -> list[str]:
         """What contradicts itself in the catalogue, one line each; empty when all is well."""
-        found = [f"SQLite: {row[0]}" for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        found = [
+            f"SQLite: {line}"
+            for row in self._db.execute("PRAGMA integrity_check")
+            for line in row[0].splitlines()
+            if line != "ok"
+        ]
         for group_id, count, links in self._db.execute(
             "SELECT kv_group.id, reference_count, count(sequence_id) FROM kv_group"
             " LEFT JOIN sequence_group ON group_id = kv_group.id"
