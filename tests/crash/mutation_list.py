@@ -649,8 +649,8 @@ _PARITY = [
         ),
         (
             "parity of an earlier life counts",
-            "    is_stale[place[~older]] = True\n",
-            "",
+            "            is_stale[place[newer]] = True\n",
+            "            pass\n",
         ),
         (
             "lost page on the wrong die",
