@@ -130,6 +130,17 @@ class MetadataLog:
         finally:
             self._release()
 
+    def renew(self) -> None:
+        """Supersede what the log says by a snapshot."""
+        self._claim()
+        try:
+            if self._log.num_left < self._state.superblocks.row_pages:
+                self._rotate()
+            else:  # a series of power cuts must not take a superblock each
+                self._append_snapshot()
+        finally:
+            self._release()
+
     def mark(self, after_pages: int = MARK_PAGES) -> None:
         """After so many programs, leave a page that tells the next recovery which of them need not be read.
 

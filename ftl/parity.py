@@ -199,8 +199,8 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
 def _has_strayed(geometry: Geometry, numbers, pages, record: int, parity_number) -> bool:
     """Whether a page that is newer than the parity of its row came there by mistake.
 
-    Otherwise the row is of a later life than the parity, which a bad block or an undone erase has left: then all
-    of the page's block is, in ascending order.
+    Otherwise the row is of a later life than the parity, which a bad block or an undone erase has left: then
+    all of the page's block is, in ascending order.
     """
     per_superblock, num_planes = geometry.pages_per_superblock, geometry.num_planes
     first, index = divmod(int(pages[record]), per_superblock)

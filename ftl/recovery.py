@@ -47,6 +47,7 @@ class Recovered:
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     checkpoint: the one that was built upon, None after a scan of everything
     unprotected_groups: int64, groups of parity (page // num_dies) that a cut has left without redundancy
+    is_log_unprotected: whether pages of the metadata log are among them
     """
 
     mapping: Mapping
@@ -63,6 +64,7 @@ class Recovered:
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
     unprotected_groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    is_log_unprotected: bool = False
 
 
 def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
@@ -97,6 +99,9 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         # all others had their parity before anything was called durable: what lacks there is damage
         weak = unprotected_groups(geometry, records, pages)
         found.unprotected_groups = np.intersect1d(begun_groups, weak)
+        is_log = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
+        log_groups = pages[is_log] // geometry.num_dies
+        found.is_log_unprotected = bool(np.isin(log_groups, found.unprotected_groups).any())
         by_parity, places = lost_records(geometry, records, pages)
         lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)

@@ -91,16 +91,18 @@ class FlashTranslationLayer:
         ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
-            ftl._protect(found.unprotected_groups)
+            ftl._protect(found)
         return ftl
 
-    def _protect(self, groups: np.ndarray) -> None:
+    def _protect(self, found: Recovered) -> None:
         """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
-        if not len(groups) or not self._state.superblocks.keeps_parity:
+        if not len(found.unprotected_groups) or not self._state.superblocks.keeps_parity:
             return
         with self._state.lock:
             try:
-                self._collector.move_groups(groups)
+                self._collector.move_groups(found.unprotected_groups)
+                if found.is_log_unprotected:
+                    self._log.renew()
                 self._log.make_durable()
             except OutOfFlash as error:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
