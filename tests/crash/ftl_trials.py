@@ -26,7 +26,7 @@ from .pages import make_pages
 
 QUIET_STEPS = 15  # before the trials
 MEANWHILE_CHANCE = 0.3  # of another command inside a media operation
-ROOM = 3  # free superblocks that collecting one more needs at most
+ROOM = 4  # free superblocks that collecting one more needs at most
 
 
 class FtlTrials:
