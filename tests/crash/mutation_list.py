@@ -859,8 +859,13 @@ _FLASH_METADATA = [
         ),
         (
             "checkpoint before what it holds is durable",
-            "                )\n            self.sync()\n",
-            "                )\n",
+            "            self.sync()\n            with state.unlocked():",
+            "            with state.unlocked():",
+        ),
+        (
+            "deallocations in the checkpoint only",
+            "            self._append_pending()  # the map",
+            "            pass  # the map",
         ),
         (
             "log passes for closed",
