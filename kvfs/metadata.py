@@ -106,6 +106,7 @@ class Catalogue:
     def __init__(self, volume: Volume, page_size: int, path, create: bool = False):
         self._volume = volume
         self.is_durable = True  # whether every transaction so far survives a power cut
+        self._is_log_own = False  # whether the log was begun by this process
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
         self._db: apsw.Connection | None = None
@@ -150,9 +151,7 @@ class Catalogue:
         if self._db.in_transaction:
             yield
             return
-        if self._volume.wal.size > self._volume.wal.capacity // 2:
-            # SQLite does that after a commit only, and without room in the log there is never one again
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._renew_log()
         self._db.execute("BEGIN")
         try:
             yield
@@ -164,6 +163,20 @@ class Catalogue:
             if isinstance(error, apsw.FullError):
                 raise CatalogueFull(self._volume.database.capacity) from error
             raise
+
+    def _renew_log(self) -> None:
+        """Begin the log anew, with another salt, before the first transaction and where it might run full.
+
+        A power cut may have left frames of lost transactions in it. They hold once more if, under the same salt,
+        the ones before them are written again with the same bytes. And SQLite empties a log after a commit
+        only: without room for one it would stay full.
+        """
+        wal = self._volume.wal
+        if self._is_log_own and wal.size <= wal.capacity // 2:
+            return
+        with suppress(apsw.IOError):  # a drive that is full says so when the transaction is made durable
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").get
+            self._is_log_own = not busy
 
     def sync(self) -> None:
         """Make every transaction so far durable."""

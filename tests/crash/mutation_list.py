@@ -83,8 +83,13 @@ _METADATA = _of(
     ),
     (
         "log full for ever",
-        "if self._volume.wal.size > self._volume.wal.capacity // 2:",
-        "if False:",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if self._is_log_own:",
+    ),
+    (
+        "lost transactions hold once more",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if wal.size <= wal.capacity // 2:",
     ),
     (
         "transactions pass for durable",
