@@ -86,8 +86,12 @@ class Collector:
     def make_room(self) -> None:
         """Have more than GC_RESERVE superblocks free. Raises OutOfFlash."""
         superblocks = self._state.superblocks
+        num_resorts = 0
         while superblocks.count(State.FREE) <= GC_RESERVE:
-            if self.step() or self.step(is_last_resort=True):
+            if self.step():
+                continue
+            if num_resorts < len(superblocks.states) and self.step(is_last_resort=True):
+                num_resorts += 1  # more would wear the flash for nothing
                 continue
             if self._is_busy or self._erasing:
                 self._state.changed.wait()  # for another collection, or for readers

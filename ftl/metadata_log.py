@@ -109,26 +109,28 @@ class MetadataLog:
 
     def make_durable(self) -> None:
         """All that was written and deallocated before this call survives a power cut after it."""
-        state = self._state
         self._claim()
         try:
-            if self._pending:
-                records = np.array(self._pending, DEALLOCATION)
-                self._pending.clear()
-                try:
-                    pages = deallocation_log.encode(state.page_size, records)
-                    self._append(PageKind.DEALLOCATE, pages)
-                except BaseException:
-                    self._pending[:0] = records.tolist()
-                    raise
-            if state.geometry.parity:
+            self._append_pending()
+            if self._state.geometry.parity:
                 self._writer.complete_rows()
                 self._log.complete_row()
             self.sync()
-            if state.geometry.parity and self._log.is_cut_short:
+            if self._state.geometry.parity and self._log.is_cut_short:
                 self._rotate()
         finally:
             self._release()
+
+    def _append_pending(self) -> None:
+        if not self._pending:
+            return
+        records = np.array(self._pending, DEALLOCATION)
+        self._pending.clear()
+        try:
+            self._append(PageKind.DEALLOCATE, deallocation_log.encode(self._state.page_size, records))
+        except BaseException:
+            self._pending[:0] = records.tolist()
+            raise
 
     def renew(self) -> None:
         """Supersede what the log says by a snapshot."""
@@ -176,6 +178,7 @@ class MetadataLog:
                     state.next_program_number - 1,
                     state.session,
                 )
+            self._append_pending()  # the map knows these, and must not be the only one
             self.sync()
             with state.unlocked():
                 pages = checkpoint.encode(taken, state.page_size)

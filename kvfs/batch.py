@@ -8,6 +8,7 @@ room, each change says beforehand how much it will take, and a few pages are kep
 
 import errno
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import apsw
@@ -37,8 +38,16 @@ class PendingRows(Protocol):
 class Batch:
     """Used under the store's lock. `pending` is set by whoever has rows to write."""
 
-    def __init__(self, db: apsw.Connection, page_bytes: int, database_pages: int, log_pages: int):
+    def __init__(
+        self,
+        db: apsw.Connection,
+        page_bytes: int,
+        database_pages: int,
+        log_pages: int,
+        before_begin: Callable[[], None],
+    ):
         self._db = db
+        self._before_begin = before_begin
         self._page_bytes = page_bytes
         self._max_pages = database_pages
         self._reserved_pages = min(RESERVED_PAGES, database_pages // 16)
@@ -95,6 +104,7 @@ class Batch:
         self._num_changes += 1
 
     def _begin(self) -> None:
+        self._before_begin()
         self._db.execute("BEGIN")
         self._limit(self._max_pages)
         used = self._db.pragma("page_count") - self._db.pragma("freelist_count")

@@ -125,6 +125,7 @@ class Catalogue:
     def __init__(self, volume: Volume, page_size: int, path, create: bool = False):
         self._volume = volume
         self.is_durable = True  # whether every transaction so far survives a power cut
+        self._is_log_own = False  # whether the log was begun by this process
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
         self._db: apsw.Connection | None = None
@@ -144,7 +145,7 @@ class Catalogue:
             if version < SCHEMA_VERSION:
                 self._upgrade()
             pages = [file.capacity // page_size for file in (volume.database, volume.wal)]
-            self.batch = Batch(self._db, page_size, *pages)  # of small changes to files
+            self.batch = Batch(self._db, page_size, *pages, self._renew_log)  # of small changes to files
         except BaseException:
             self.abandon()
             raise
@@ -191,9 +192,7 @@ class Catalogue:
             yield
             return
         self._end_batch()
-        if self._volume.wal.size > self._volume.wal.capacity // 2:
-            # SQLite does that after a commit only, and without room in the log there is never one again
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._renew_log()
         self._db.execute("BEGIN")
         try:
             yield
@@ -217,6 +216,20 @@ class Catalogue:
     def has_changes(self) -> bool:
         """Whether something is not durable, or not even a transaction yet."""
         return not self.is_durable or self.batch.has_changes
+
+    def _renew_log(self) -> None:
+        """Begin the log anew, with another salt, before the first transaction and where it might run full.
+
+        A power cut may have left frames of lost transactions in it. They hold once more if, under the same
+        salt, the ones before them are written again with the same bytes. And SQLite empties a log after a
+        commit only: without room for one it would stay full.
+        """
+        wal = self._volume.wal
+        if self._is_log_own and wal.size <= wal.capacity // 2:
+            return
+        with suppress(apsw.IOError):  # a drive that is full says so when the transaction is made durable
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").get
+            self._is_log_own = not busy
 
     def sync(self) -> None:
         """Make every transaction so far durable."""

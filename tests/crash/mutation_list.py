@@ -85,8 +85,13 @@ _METADATA = _of(
     ),
     (
         "log full for ever",
-        "if self._volume.wal.size > self._volume.wal.capacity // 2:",
-        "if False:",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if self._is_log_own:",
+    ),
+    (
+        "lost transactions hold once more",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if wal.size <= wal.capacity // 2:",
     ),
     (
         "transactions pass for durable",
@@ -877,8 +882,13 @@ _FLASH_METADATA = [
         ),
         (
             "checkpoint before what it holds is durable",
-            "                )\n            self.sync()\n",
-            "                )\n",
+            "            self.sync()\n            with state.unlocked():",
+            "            with state.unlocked():",
+        ),
+        (
+            "deallocations in the checkpoint only",
+            "            self._append_pending()  # the map",
+            "            pass  # the map",
         ),
         (
             "log passes for closed",
