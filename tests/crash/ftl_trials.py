@@ -16,7 +16,7 @@ from ftl.mapping import PAGE_NONE
 from ftl.nand_model import NandModel
 from ftl.oob import holds
 from ftl.open_superblock import OpenSuperblock
-from ftl.parity import lost_records, unprotected_groups
+from ftl.parity import _membership, lost_records
 from ftl.scrub import scrub
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
@@ -51,7 +51,10 @@ class FtlTrials:
 
     def meanwhile(self) -> None:
         """Now and then, as a media operation begins or ends: small commands of another host."""
-        is_sole = not self._is_inside and not self._ftl._writer._uncommitted  # or it would wait for ever
+        media = self._simulation.media
+        is_dying = bool(media.dead_dies) or media.dies_in is not None  # then any write may need room
+        # or it would wait for ever
+        is_sole = not self._is_inside and not self._ftl._writer._uncommitted and not is_dying
         if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
             return
         self._is_inside = True
@@ -223,8 +226,8 @@ class FtlTrials:
             return  # with one die gone nothing is promised of another
         pages = np.flatnonzero(holds(oob))
         records = oob[pages]
-        unprotected = np.isin(pages // geometry.num_dies, unprotected_groups(geometry, records, pages))
-        pages = pages[~unprotected & (records["kind"] != PageKind.PARITY)]
+        known = _membership(geometry, records, pages)
+        pages = pages[known.member[known.lacking[known.place] == 0]]
         for die in range(geometry.num_dies):
             kept = holds(oob) & (np.arange(len(oob)) % geometry.num_dies != die)
             found, found_pages = lost_records(geometry, oob[kept], np.flatnonzero(kept))
