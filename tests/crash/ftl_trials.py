@@ -335,7 +335,8 @@ class FtlTrials:
             Kind.NOT_ERASED: (self._simulation.media.oob["magic"], {first_free: OOB_MAGIC}),
         }
         older = self._older_version(one)
-        if older is not None:
+        newest = self._simulation.media.oob["program_number"][int(entries[one]) - 1]
+        if older is not None and newest <= state.durable_program_number:  # others a power cut may take
             changes[Kind.SUPERSEDED] = (entries, {one: older + 1})
         kind = self._random.choice(sorted(changes))
         array, values = changes[Kind(kind)]
