@@ -167,7 +167,7 @@ class Catalogue:
     def _renew_log(self) -> None:
         """Begin the log anew, with another salt, before the first transaction and where it might run full.
 
-        A power cut may have left frames of lost transactions in it. They hold once more if, under the same salt,
+        A power cut may have left frames of lost transactions there. They hold once more if, with the same salt,
         the ones before them are written again with the same bytes. And SQLite empties a log after a commit
         only: without room for one it would stay full.
         """
