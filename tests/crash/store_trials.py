@@ -11,7 +11,6 @@ import numpy as np
 
 from accel.drive import Drive
 from kvfs import inspection
-from kvfs.check import Report
 from kvfs.errors import OutOfSpace
 from kvfs.inspection import Inspection
 from kvfs.repair import repair
@@ -50,7 +49,7 @@ class StoreTrials:
             if report.is_damaged:
                 raise Lost(f"check finds damage: {[problem.text for problem in report.problems]}")
             repair(inspected, report)
-            self._expect_nothing(inspected.check())
+            self._expect_nothing(inspected)
 
     def mend_damage(self) -> None:
         """Pages are lost and rows are wrong while the drive is closed."""
@@ -75,7 +74,7 @@ class StoreTrials:
         repair(inspected, inspected.check())
         self._end(inspected)
         with closing(self._inspect()) as inspected:
-            self._expect_nothing(inspected.check())
+            self._expect_nothing(inspected)
         simulation._use(simulation._open())
         for name, num_tokens in remaining.items():
             state = simulation.oracle.sequences[name]
@@ -98,9 +97,16 @@ class StoreTrials:
             inspected.close()
         media.reboot()
 
-    def _expect_nothing(self, report: Report) -> None:
+    def _expect_nothing(self, inspected: Inspection) -> None:
+        report = inspected.check()
         if report.problems:
             raise Lost(f"repair leaves: {[problem.text for problem in report.problems]}")
+        is_leaked = inspected._drive.ftl.resolve(np.arange(inspected.namespace.num_lbas)) >= 0
+        is_leaked[: inspected.volume.first_data_lba] = False
+        for first, count in inspected.catalogue.used_extents():
+            is_leaked[first : first + count] = False
+        if is_leaked.any():
+            raise Lost(f"repair leaves {np.count_nonzero(is_leaked)} blocks that nothing names")
 
     def _choose(self) -> tuple[np.ndarray, dict[str, int]]:
         """Pages on flash to damage, one of a parity group, and how many tokens that leaves of sequences."""
