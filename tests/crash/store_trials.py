@@ -56,14 +56,16 @@ class StoreTrials:
         simulation = self._simulation
         try:
             simulation.store.flush()
-            pages, remaining = self._choose()
-            simulation.store.close()
+            lbas, remaining = self._choose()
+            simulation.store.close()  # which may move pages
         except OutOfSpace:
             simulation._power_off(simulation.store)
             simulation._use(simulation._open())
             simulation.settle()
             return
         simulation.oracle.promise(*simulation.oracle.sequences)
+        with closing(self._inspect()) as inspected:
+            pages = self._alone(inspected._drive.ftl.resolve(lbas))
         simulation.workload.done.append(f"-- damage to pages {pages.tolist()}; leaves {remaining}")
         for page in pages.tolist():
             simulation.media.flip_bit(page)
@@ -109,17 +111,20 @@ class StoreTrials:
             raise Lost(f"repair leaves {np.count_nonzero(is_leaked)} blocks that nothing names")
 
     def _choose(self) -> tuple[np.ndarray, dict[str, int]]:
-        """Pages on flash to damage, one of a parity group, and how many tokens that leaves of sequences."""
-        store, geometry = self._simulation.store, self._simulation.schedule.geometry
+        """LBAs on flash to damage, and how many tokens that leaves of sequences without parity."""
+        store = self._simulation.store
         extents = list(store._catalogue.used_extents())
         lbas = np.concatenate([np.empty(0, np.int64)] + [np.arange(first, first + n) for first, n in extents])
-        pages = store._drive.ftl.resolve(lbas)
-        lbas, pages = lbas[pages >= 0], pages[pages >= 0]
-        chosen = self._random.permutation(len(lbas))[: self._random.integers(1, PAGES_LOST + 1)]
+        lbas = lbas[store._drive.ftl.resolve(lbas) >= 0]
+        lbas = self._random.permutation(lbas)[: self._random.integers(1, PAGES_LOST + 1)]
+        return lbas, {} if self._simulation.schedule.geometry.parity else self._remaining(lbas)
+
+    def _alone(self, pages: np.ndarray) -> np.ndarray:
+        """One of each parity group, where there are such."""
+        geometry = self._simulation.schedule.geometry
         if not geometry.parity:
-            return pages[chosen], self._remaining(lbas[chosen])
-        _, alone = np.unique(pages[chosen] // geometry.num_dies, return_index=True)
-        return pages[chosen[alone]], {}
+            return pages
+        return pages[np.unique(pages // geometry.num_dies, return_index=True)[1]]
 
     def _remaining(self, lbas: np.ndarray) -> dict[str, int]:
         found = {}
