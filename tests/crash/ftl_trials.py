@@ -120,11 +120,12 @@ class FtlTrials:
     def maintain(self) -> None:
         """What the layer does by itself now and then, and would seldom do in so short a life."""
         choice, state = self._random.random(), self._ftl._state
-        if choice < 0.6 or self._ftl.free_superblocks <= ROOM:
+        if choice < 0.5 or self._ftl.free_superblocks <= ROOM:
             self._collect()
             return
+        self._ftl.collect(state.geometry.num_superblocks)  # a checkpoint is taken where there is room only
         with state.lock:
-            if choice < 0.8:
+            if choice < 0.85:
                 self._note("checkpoint")
                 self._ftl._log.checkpoint()
             else:
@@ -181,8 +182,12 @@ class FtlTrials:
         findings = ftl.check()
         if findings:
             raise Lost(f"the flash layer finds: {findings[:5]}")
-        if (self._simulation.media.bad_blocks() != ftl.superblocks.bad_planes).any():
+        bad = self._simulation.media.bad_blocks()
+        if (bad != ftl.superblocks.bad_planes).any():
             raise Lost("the medium and the layer do not agree which blocks are bad")
+        not_marked = [block for block in self._simulation.media.failed if not bad[block]]
+        if not_marked:
+            raise Lost(f"blocks failed to be programmed and are not marked bad: {not_marked}")
         for superblock in ftl.superblocks.of(State.FREE).tolist():
             bad, room = ftl.superblocks.bad_planes[superblock], int(ftl.superblocks.capacity[superblock])
             if OpenSuperblock(superblock, ftl.geometry, bad, 0).num_left != room:

@@ -20,6 +20,7 @@ class SimulatedMedia(NandMedia):
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
         self.after_operation: Callable[[], None] | None = None
+        self.failed: set[tuple[int, int]] = set()  # superblock and plane of failed programs since the last boot
         self.operations_before = 0  # of earlier boots
 
     @property
@@ -36,6 +37,7 @@ class SimulatedMedia(NandMedia):
 
     def reboot(self) -> None:
         self.operations_before += self.operations
+        self.failed.clear()
         super().reboot()
 
     def program(self, pages, addresses, oob):
@@ -46,6 +48,11 @@ class SimulatedMedia(NandMedia):
 
     def sync(self):
         self._operate(b"sync", lambda: NandMedia.sync(self))
+
+    def _fail_to_program(self, pages):
+        superblocks, _, planes = self._places(pages)
+        self.failed.update(zip(superblocks.tolist(), planes.tolist(), strict=True))
+        super()._fail_to_program(pages)
 
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
         self.digest = zlib.crc32(what, self.digest)
@@ -60,6 +67,7 @@ class SimulatedMedia(NandMedia):
         """Whatever happens to the flash inside has not happened afterwards."""
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
+        failed = self.failed.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
         self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
@@ -69,6 +77,7 @@ class SimulatedMedia(NandMedia):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
             self.after_operation = after_operation
+            self.failed = failed
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""
