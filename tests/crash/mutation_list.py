@@ -927,11 +927,6 @@ _FLASH_METADATA = [
             "np.cumsum(np.frombuffer(piece, entry_dtype), dtype=entry_dtype)",
             "np.frombuffer(piece, entry_dtype)",
         ),
-        (
-            "checkpoint of an earlier session",
-            'headers["session"] = checkpoint.session',
-            'headers["session"] = checkpoint.session - 1',
-        ),
     ),
     *_of(
         "ftl/recovery.py",
@@ -944,6 +939,11 @@ _FLASH_METADATA = [
             "sessions taken for one",
             'return records["program_number"] > durable[which]',
             'return records["program_number"] > durable.max(initial=0)',
+        ),
+        (
+            "programs behind the checkpoint pass for durable",
+            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number)",
+            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number + 100)",
         ),
         (
             "failed pages believed",

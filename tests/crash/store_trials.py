@@ -3,6 +3,7 @@
 Nothing that is undamaged may be lost by that, and of a damaged sequence no token before the first lost page.
 """
 
+from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
 from unittest.mock import patch
@@ -112,6 +113,10 @@ class StoreTrials:
         """Pages on flash to damage, one of a parity group, and how many tokens that leaves of sequences."""
         store, geometry = self._simulation.store, self._simulation.schedule.geometry
         extents = list(store._catalogue.used_extents())
+        links = Counter((first, count) for _, _, _, first, count in store._catalogue.links())
+        shared = [extent for extent, num_sharers in links.items() if num_sharers > 1]
+        if shared and self._random.random() < 0.5:  # where one loss is several sequences'
+            extents = shared
         lbas = np.concatenate([np.empty(0, np.int64)] + [np.arange(first, first + n) for first, n in extents])
         pages = store._drive.ftl.resolve(lbas)
         lbas, pages = lbas[pages >= 0], pages[pages >= 0]
