@@ -115,9 +115,8 @@ class FtlSimulation:
         # the drive is not new: parity keeps the lower halves of these only
         before_carry = (1 << 32) - int(self.random.integers(200, 1500))
         self._ftl._state.next_program_number = int(self.random.choice([1, before_carry]))
-        if "weak-blocks" in faults and not self.schedule.geometry.parity:  # a superblock that fails as a whole
-            weak = int(self.random.integers(self.schedule.geometry.num_superblocks))
-            self.media._life[weak] = int(self.random.integers(60))
+        if "weak-blocks" in faults:
+            self._weaken()
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -138,6 +137,14 @@ class FtlSimulation:
             logging.disable(logging.NOTSET)
         self.report.digest = self.media.digest
         return self.report
+
+    def _weaken(self) -> None:
+        """Some blocks fail for ever after a while, and without parity (or it would be in vain) a superblock."""
+        life = self.media._life
+        weak = self.random.choice(life.size, life.size // 20, replace=False)
+        life.flat[weak] = self.random.integers(0, 300, len(weak))
+        if not self.schedule.geometry.parity:
+            life[self.random.integers(len(life))] = self.random.integers(60)
 
     def _words(self) -> np.ndarray:
         return self._pages.view("<u8").reshape(self._ftl.num_lbas, -1)
@@ -166,7 +173,7 @@ class FtlSimulation:
         elif choice < 0.8:
             self.done.append(f"deallocate {count} at {first}")
             self.deallocate(first, count)
-        elif choice < 0.92:
+        elif choice < 0.9:
             self.flush()
         elif choice < 0.95:
             self._trials.maintain()

@@ -25,7 +25,7 @@ from .oracle import Lost
 from .pages import make_pages
 
 QUIET_STEPS = 15  # before the trials
-MEANWHILE_CHANCE = 0.3  # of another command inside a media operation
+MEANWHILE_CHANCE = 0.5  # of another command inside a media operation
 ROOM = 4  # free superblocks that collecting one more needs at most
 
 
@@ -94,8 +94,7 @@ class FtlTrials:
     def _make_durable(self, *_) -> None:
         """What a flush does first; where that would not wait for what is under way."""
         state, log, simulation = self._ftl._state, self._ftl._log, self._simulation
-        is_free = not log._is_busy and log._log.num_left > 4 and not state.geometry.parity
-        if is_free and simulation.schedule.nand == NandModel():
+        if not log._is_busy and log._log.num_left > 4 and not state.geometry.parity:
             self._note("  meanwhile make durable")
             outdated = simulation._oracle.begin_flush()
             for lba in simulation._writing:  # not written yet
@@ -123,11 +122,12 @@ class FtlTrials:
     def maintain(self) -> None:
         """What the layer does by itself now and then, and would seldom do in so short a life."""
         choice, state = self._random.random(), self._ftl._state
-        if choice < 0.6 or self._ftl.free_superblocks <= ROOM:
+        if choice < 0.5 or self._ftl.free_superblocks <= ROOM:
             self._collect()
             return
+        self._ftl.collect(state.geometry.num_superblocks)  # a checkpoint is taken where there is room only
         with state.lock:
-            if choice < 0.8:
+            if choice < 0.85:
                 self._note("checkpoint")
                 self._ftl._log.checkpoint()
             else:
@@ -165,6 +165,7 @@ class FtlTrials:
             self._simulation._step()
         self._simulation.flush()
         self._check_findings()
+        self._check_numbers()
         self._check_checkpoint()
         self._check_lost_records()
         self._check_collection_ends()
@@ -184,8 +185,12 @@ class FtlTrials:
         findings = ftl.check()
         if findings:
             raise Lost(f"the flash layer finds: {findings[:5]}")
-        if (self._simulation.media.bad_blocks() != ftl.superblocks.bad_planes).any():
+        bad = self._simulation.media.bad_blocks()
+        if (bad != ftl.superblocks.bad_planes).any():
             raise Lost("the medium and the layer do not agree which blocks are bad")
+        not_marked = [block for block in self._simulation.media.failed if not bad[block]]
+        if not_marked:
+            raise Lost(f"blocks failed to be programmed and are not marked bad: {not_marked}")
         for superblock in ftl.superblocks.of(State.FREE).tolist():
             bad, room = ftl.superblocks.bad_planes[superblock], int(ftl.superblocks.capacity[superblock])
             if OpenSuperblock(superblock, ftl.geometry, bad, 0, ftl.superblocks.keeps_parity).num_left != room:
@@ -199,6 +204,18 @@ class FtlTrials:
         for state, superblocks in wanted.items():
             if superblocks != set(np.flatnonzero(states == state).tolist()):
                 raise Lost(f"{state.name} are {np.flatnonzero(states == state)}, known are {superblocks}")
+
+    def _check_numbers(self) -> None:
+        """No program number is given twice, and a version twice only to copies."""
+        oob = self._simulation.media.oob
+        records = oob[holds(oob)]
+        if len(np.unique(records["program_number"])) < len(records):
+            raise Lost("two pages have the same program number")
+        data = records[records["kind"] == PageKind.DATA]
+        versions, which = np.unique(data["sequence_number"], return_index=True)
+        first = data[which[np.searchsorted(versions, data["sequence_number"])]]
+        if (first["lba"] != data["lba"]).any():
+            raise Lost("two LBAs have the same version")
 
     def _check_checkpoint(self) -> None:
         """Opening by the checkpoint and by reading everything come to the same."""

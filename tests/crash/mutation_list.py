@@ -78,10 +78,10 @@ _METADATA = _of(
     ("token chunk begun anew", "first_chunk = first_new - first_new % TOKEN_CHUNK", "first_chunk = first_new"),
     (
         "token ids of the deleted kept",
-        "for table in (\"token_chunk\", \"sequence_attribute\"):\n"
-        "                self._db.execute(f\"DELETE FROM {table} WHERE sequence_id = ?\", (row.id,))",
-        "for table in (\"sequence_attribute\",):\n"
-        "                self._db.execute(f\"DELETE FROM {table} WHERE sequence_id = ?\", (row.id,))",
+        'for table in ("token_chunk", "sequence_attribute"):\n'
+        '                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))',
+        'for table in ("sequence_attribute",):\n'
+        '                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))',
     ),
     (
         "log full for ever",
@@ -489,8 +489,8 @@ _FTL = [
         "ftl/oob.py",
         (
             "torn OOB believed",
-            "found = (records[\"magic\"] == OOB_MAGIC) & (records[\"oob_crc32c\"] == crc32c_records(records))",
-            "found = records[\"magic\"] == OOB_MAGIC",
+            'found = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))',
+            'found = records["magic"] == OOB_MAGIC',
         ),
     ),
 ]
@@ -504,9 +504,7 @@ _FLASH_WRITES = [
             "                self._state.changed.wait()\n"
             "            self.complete_row(found)\n"
             "\n",
-            "            while found.is_busy:\n"
-            "                self._state.changed.wait()\n"
-            "\n",
+            "            while found.is_busy:\n                self._state.changed.wait()\n\n",
         ),
         ("closed rows without parity", "            if found.parity is not None:\n", "            if False:\n"),
         ("parity out of order", "order = np.argsort(pages)", "order = np.arange(len(pages))"),
@@ -611,11 +609,11 @@ _PARITY = [
             "self._sums[:], self._oob_sums[:] = sums[cut:], oob_sums[cut:]",
             "self._oob_sums[:] = oob_sums[cut:]",
         ),
-        ("part row left without parity", "        if not self.is_begun:\n"
-                                         "            return None\n"
-                                         "        self._remember()", "        if True:\n"
-                                                                        "            return None\n"
-                                                                        "        self._remember()"),
+        (
+            "part row left without parity",
+            "        if not self.is_begun:\n            return None\n        self._remember()",
+            "        if True:\n            return None\n        self._remember()",
+        ),
         (
             "page of an earlier life is a member",
             '        current[own[np.argmin(records["program_number"][member[own]])]] = False\n',
@@ -945,11 +943,6 @@ _FLASH_METADATA = [
             "np.cumsum(np.frombuffer(piece, entry_dtype), dtype=entry_dtype)",
             "np.frombuffer(piece, entry_dtype)",
         ),
-        (
-            "checkpoint of an earlier session",
-            'headers["session"] = checkpoint.session',
-            'headers["session"] = checkpoint.session - 1',
-        ),
     ),
     *_of(
         "ftl/recovery.py",
@@ -960,8 +953,13 @@ _FLASH_METADATA = [
         ),
         (
             "sessions taken for one",
-            "return records[\"program_number\"] > newest[which]",
-            "return records[\"program_number\"] > newest.max(initial=0)",
+            'return records["program_number"] > newest[which]',
+            'return records["program_number"] > newest.max(initial=0)',
+        ),
+        (
+            "programs behind the checkpoint pass for durable",
+            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number)",
+            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number + 100)",
         ),
         (
             "failed pages believed",
@@ -988,7 +986,7 @@ _FLASH_METADATA = [
             "records from parity outdo newer copies",
             "np.concatenate([lost, records]), np.concatenate([lost_pages, pages])\n"
             "    # a copy is programmed after its original: of equal versions it comes last, and counts\n"
-            "    order = np.argsort(records[\"program_number\"], kind=\"stable\")\n"
+            '    order = np.argsort(records["program_number"], kind="stable")\n'
             "    records, pages = records[order], pages[order]\n",
             "np.concatenate([records, lost]), np.concatenate([pages, lost_pages])\n",
         ),
@@ -1093,10 +1091,8 @@ _REPAIR = [
         ("lost groups kept", "catalogue.groups(row.id)[:num_groups]", "catalogue.groups(row.id)"),
         (
             "tail of lost tokens kept",
-            "        tail_lba=0,\n"
-            "        tail_lbas=0,\n",
-            "        tail_lba=row.tail_lba,\n"
-            "        tail_lbas=row.tail_lbas,\n",
+            "        tail_lba=0,\n        tail_lbas=0,\n",
+            "        tail_lba=row.tail_lba,\n        tail_lbas=row.tail_lbas,\n",
         ),
         ("mended in memory only", "        catalogue.sync()  # before", "        pass  # before"),
         ("given back by old rows", "        inspection.look_again()\n", ""),
@@ -1129,8 +1125,8 @@ _REPAIR = [
         ("wrong counts kept", "WHERE reference_count != {links}", "WHERE reference_count < {links}"),
         (
             "rows of nobody kept",
-            "for table in (\"sequence_group\", \"token_chunk\", \"sequence_attribute\"):",
-            "for table in (\"sequence_group\",):",
+            'for table in ("sequence_group", "token_chunk", "sequence_attribute"):',
+            'for table in ("sequence_group",):',
         ),
         (
             "groups of nobody kept",

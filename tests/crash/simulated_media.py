@@ -25,6 +25,7 @@ class SimulatedMedia(NandMedia):
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
         self.after_operation: Callable[[], None] | None = None
+        self.failed: set[tuple[int, int]] = set()  # superblock and plane of failed programs since the last boot
         self.operations_before = 0  # of earlier boots
         self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
         self.dies_in: int | None = None  # operations after which a die is dead
@@ -44,6 +45,7 @@ class SimulatedMedia(NandMedia):
 
     def reboot(self) -> None:
         self.operations_before += self.operations
+        self.failed.clear()
         super().reboot()
 
     def program(self, pages, addresses, oob):
@@ -108,6 +110,11 @@ class SimulatedMedia(NandMedia):
         durable = oob["durable_program_number"][oob["session"] == record["session"]].max()
         return bool(named and record["program_number"] - 1 <= durable)
 
+    def _fail_to_program(self, pages):
+        superblocks, _, planes = self._places(pages)
+        self.failed.update(zip(superblocks.tolist(), planes.tolist(), strict=True))
+        super()._fail_to_program(pages)
+
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
         self.digest = zlib.crc32(what, self.digest)
         # not in an opening: until it has come through, what a power cut left without parity has that fault
@@ -125,6 +132,7 @@ class SimulatedMedia(NandMedia):
         """Whatever happens to the flash inside has not happened afterwards."""
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
+        failed = self.failed.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
         gone, dead_dies = dict(self.gone), set(self.dead_dies)
         self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
@@ -136,6 +144,7 @@ class SimulatedMedia(NandMedia):
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
             self.gone, self.dead_dies = gone, dead_dies
             self.after_operation = after_operation
+            self.failed = failed
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""

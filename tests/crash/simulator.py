@@ -34,7 +34,7 @@ from .workload import Workload
 
 PATH = "simulated"
 FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs and space is short
-MEND_CHANCE = 0.1  # per round, of damage to a closed drive; as often, what a power cut left is mended
+MEND_CHANCE = 0.2  # per round, of damage to a closed drive; as often, what a power cut left is mended
 CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 

@@ -3,6 +3,7 @@
 Nothing that is undamaged may be lost by that, and of a damaged sequence no token before the first lost page.
 """
 
+from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
 from unittest.mock import patch
@@ -114,6 +115,10 @@ class StoreTrials:
         """LBAs on flash to damage, and how many tokens that leaves of sequences without parity."""
         store = self._simulation.store
         extents = list(store._catalogue.used_extents())
+        links = Counter((first, count) for _, _, _, first, count in store._catalogue.links())
+        shared = [extent for extent, num_sharers in links.items() if num_sharers > 1]
+        if shared and self._random.random() < 0.5:  # where one loss is several sequences'
+            extents = shared
         lbas = np.concatenate([np.empty(0, np.int64)] + [np.arange(first, first + n) for first, n in extents])
         lbas = lbas[store._drive.ftl.resolve(lbas) >= 0]
         lbas = self._random.permutation(lbas)[: self._random.integers(1, PAGES_LOST + 1)]
