@@ -103,6 +103,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         log_groups = pages[is_log] // geometry.num_dies
         found.is_log_unprotected = bool(np.isin(log_groups, found.unprotected_groups).any())
         by_parity, places = lost_records(geometry, records, pages)
+        _number_behind(found, by_parity)
         lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
@@ -243,14 +244,18 @@ def _scan(
                 found.last_stream[superblock] = int(data["stream"][-1])
     found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
-    if len(records):
-        versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
-        found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
-        found.next_program_number = max(found.next_program_number, int(records["program_number"].max()) + 1)
-        found.session = max(found.session, int(records["session"].max()) + 1)
+    _number_behind(found, records)
     gone = np.concatenate(all_gone)
     page_chain.complete_versions(gone, found.next_sequence_number)
     return records, pages, gone, np.concatenate(all_gone_pages)
+
+
+def _number_behind(found: Recovered, records) -> None:
+    """What comes next has higher numbers than these."""
+    versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
+    found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
+    found.next_program_number = max(found.next_program_number, int(records["program_number"].max(initial=0)) + 1)
+    found.session = max(found.session, int(records["session"].max(initial=0)) + 1)
 
 
 def _doubtful(records, durable: dict[int, int]) -> np.ndarray:

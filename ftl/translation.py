@@ -104,6 +104,7 @@ class FlashTranslationLayer:
                 if found.is_log_unprotected:
                     self._log.renew()
                 self._log.make_durable()
+                self._collector.erase_replaced()
             except OutOfFlash as error:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
 
@@ -157,6 +158,7 @@ class FlashTranslationLayer:
         try:
             self._log.mark(after_pages=1)
             self._log.sync()
+            self._collector.erase_replaced()
         except OutOfFlash as error:
             log.info("closed without a mark: %s", error)
 
