@@ -169,7 +169,8 @@ class FtlTrials:
         self._check_checkpoint()
         self._check_lost_records()
         self._check_collection_ends()
-        if self._is_likely():
+        media = self._simulation.media
+        if self._is_likely() and not (media.dead_dies or media.gone):  # damage enough
             self._damage()
         if self._is_likely():
             self._tamper()
