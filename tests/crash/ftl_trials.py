@@ -44,6 +44,10 @@ class FtlTrials:
     def _note(self, text: str) -> None:
         self._simulation.done.append(text)
 
+    def _are_lost(self, pages: np.ndarray) -> np.ndarray:
+        """bool: pages that cannot be read any more, through no fault of the layer's."""
+        return np.isin(pages, list(self._simulation.media.lost_pages()))
+
     def _newest(self, lbas: np.ndarray) -> list[int]:
         return [self._simulation._oracle.may_hold[lba][-1] for lba in lbas.tolist()]
 
@@ -108,6 +112,9 @@ class FtlTrials:
 
     def _compare(self, lbas: np.ndarray, why: str, ftl: FlashTranslationLayer | None = None) -> None:
         """What LBAs hold is what was written last; ftl: another layer than the one in use."""
+        lbas = lbas[~self._are_lost(self._ftl.resolve(lbas))]
+        if not len(lbas):
+            return
         buffer, addresses = make_pages([0] * len(lbas), self._ftl.page_size)
         (ftl or self._ftl).read(lbas, addresses)
         words = buffer.view("<u8").reshape(len(lbas), -1)
@@ -146,7 +153,7 @@ class FtlTrials:
         with ftl.read_guard():
             all_pages = ftl.resolve(np.arange(ftl.num_lbas))
             here = all_pages // ftl.geometry.pages_per_superblock == likely
-            lbas = np.flatnonzero(here & (all_pages != PAGE_NONE))
+            lbas = np.flatnonzero(here & ~self._are_lost(all_pages))
             pages, expected = all_pages[lbas], self._newest(lbas)
             ftl.collect(1)
             if not len(lbas):
@@ -174,7 +181,7 @@ class FtlTrials:
             self._damage()
         if self._is_likely():
             self._tamper()
-        if self._simulation.schedule.geometry.parity and self._is_likely():
+        if self._simulation.schedule.geometry.parity and self._is_likely() and not media.dead_dies:
             self._lose_a_die()
 
     def _is_likely(self) -> bool:
@@ -183,7 +190,9 @@ class FtlTrials:
     def _check_findings(self) -> None:
         """Map, OOB and superblocks agree, and every superblock is somebody's."""
         ftl = self._ftl
-        findings = ftl.check()
+        findings = [
+            found for found in ftl.check() if found.kind != Kind.OOB_LOST or not self._are_lost(found.page)
+        ]
         if findings:
             raise Lost(f"the flash layer finds: {findings[:5]}")
         bad = self._simulation.media.bad_blocks()
@@ -208,8 +217,9 @@ class FtlTrials:
 
     def _check_numbers(self) -> None:
         """No program number is given twice, and a version twice only to copies."""
-        oob = self._simulation.media.oob
-        records = oob[holds(oob)]
+        media = self._simulation.media
+        alive = ~media._is_dead(np.arange(len(media.oob)) % media.geometry.num_planes)
+        records = media.oob[holds(media.oob) & alive]
         if len(np.unique(records["program_number"])) < len(records):
             raise Lost("two pages have the same program number")
         data = records[records["kind"] == PageKind.DATA]

@@ -155,7 +155,7 @@ class Simulation:
             self._check()
         if self.random.random() < self.schedule.bit_flip_chance:
             self._flip_bits()
-        if self.random.random() < MEND_CHANCE:
+        if self.random.random() < MEND_CHANCE and not self.media.lost_pages():
             self._trials.mend_damage()
 
     def settle(self) -> None:
@@ -171,7 +171,7 @@ class Simulation:
                 self.workload.step()
         self._power_off(self.store)
         self._crashed(depth=1)
-        if self.random.random() < MEND_CHANCE:
+        if self.random.random() < MEND_CHANCE and not self.media.lost_pages():
             self._trials.mend_leftovers()
         self._use(self._open_with_power_cuts())
 
