@@ -56,6 +56,7 @@ class FlashTranslationLayer:
         log_superblocks = self._of_log(found.log_superblocks) if found else []
         checkpoints = self._of_log(found.checkpoint_superblocks) if found else []
         self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
+        self._log.replaced += self._of_log(found.superseded_log) if found else []
         self._collector.connect(self._writer, self._log)
         self._background = None
         if background and not media.read_only:
@@ -92,6 +93,8 @@ class FlashTranslationLayer:
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
             ftl._protect(found)
+            with ftl._state.lock:
+                ftl._collector.erase_replaced()
         return ftl
 
     def _protect(self, found: Recovered) -> None:
@@ -104,7 +107,6 @@ class FlashTranslationLayer:
                 if found.is_log_unprotected:
                     self._log.renew()
                 self._log.make_durable()
-                self._collector.erase_replaced()
             except OutOfFlash as error:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
 
@@ -126,11 +128,12 @@ class FlashTranslationLayer:
         state.superblocks.fill[:] = found.fill
         state.superblocks.first[:] = found.first
         state.superblocks.newest[:] = found.newest
+        metadata = {*found.log_superblocks, *found.superseded_log, *found.checkpoint_superblocks}
         # what is mapped may lie on bad blocks only, which `fill` leaves out
         for superblock in np.flatnonzero((found.fill > 0) | (state.mapping.valid_pages > 0)).tolist():
             if state.superblocks.states[superblock] == State.BAD:
                 continue
-            is_log = superblock in found.log_superblocks or superblock in found.checkpoint_superblocks
+            is_log = superblock in metadata
             state.superblocks.move(superblock, State.LOG if is_log else State.OPEN)
             if not is_log:
                 state.superblocks.move(superblock, State.FULL)

@@ -98,8 +98,8 @@ class SimulatedMedia(NandMedia):
     def _is_told(self, page: int, lost: np.void) -> bool:
         """Whether the page behind says what a page was: see ftl/page_chain.py."""
         size = self.geometry.pages_per_superblock
-        if self._rules.bad[page // size, page % self.geometry.num_planes]:
-            return False
+        if self._rules.bad[page // size].any():
+            return False  # it may have been refused
         behind = np.arange(page + 1, (page // size + 1) * size)
         behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
         if not len(behind):
