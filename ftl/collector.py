@@ -11,6 +11,7 @@ power cut could bring back a version older than the newest durable one.
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -263,6 +264,8 @@ class Collector:
         state = self._state
         num_dies = state.geometry.num_dies
         for superblock in np.unique(groups * num_dies // state.pages_per_superblock).tolist():
+            with suppress(OutOfFlash):  # it may do without
+                self.make_room()
             records, pages = self._data_records(superblock)
             chosen = np.isin(pages // num_dies, groups)
             try:

@@ -413,9 +413,10 @@ class FtlTrials:
         with media.what_if():
             media.dead_dies, alive = {die}, media.dead_dies
             try:
+                everything = np.arange(self._ftl.num_lbas)
+                self._compare(everything, "without a die")
                 again = FlashTranslationLayer.open(media, **simulation._options)
-                for ftl in (self._ftl, again):
-                    self._compare(np.arange(ftl.num_lbas), "without a die", ftl)
+                self._compare(everything, "opened without a die", again)
             finally:
                 media.dead_dies = alive
         for superblock in range(media.geometry.num_superblocks):  # the die is back
