@@ -260,7 +260,7 @@ class MetadataLog:
             self.replaced.append(superblock)
 
     def _append_snapshot(self) -> None:
-        """Of every unmapped range; durable at its end."""
+        """Of every unmapped range; at its end as durable as what it replaces."""
         state = self._state
         with self._writer.quiesced():  # what is on its way would look unmapped
             number = state.new_sequence_numbers(1)
@@ -272,4 +272,6 @@ class MetadataLog:
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
+        if state.geometry.parity:
+            self._log.complete_row()
         self.sync()

@@ -5,6 +5,7 @@ FREE -> LOG -> ERASING            metadata
 FREE -> BAD                       its only good blocks were on a die that is dead
 FULL -> QUARANTINED               a page in it failed its checksum; it is collected once nothing in it is mapped
 ERASING -> BAD                    no good erase block is left in it
+BAD -> FULL                       opening found there what a power cut kept from being moved
 
 A superblock goes on with the erase blocks that are good: a bad one costs its own pages and no more.
 """
@@ -36,7 +37,7 @@ NEXT = {
     State.LOG: {State.ERASING},
     State.ERASING: {State.FREE, State.BAD},
     State.QUARANTINED: {State.ERASING},
-    State.BAD: set(),
+    State.BAD: {State.FULL},
 }
 
 

@@ -132,6 +132,9 @@ class FlashTranslationLayer:
         # what is mapped may lie on bad blocks only, which `fill` leaves out
         for superblock in np.flatnonzero((found.fill > 0) | (state.mapping.valid_pages > 0)).tolist():
             if state.superblocks.states[superblock] == State.BAD:
+                if state.mapping.valid_pages[superblock]:
+                    state.superblocks.move(superblock, State.FULL)
+                    state.superblocks.retiring.add(superblock)
                 continue
             is_log = superblock in metadata
             state.superblocks.move(superblock, State.LOG if is_log else State.OPEN)

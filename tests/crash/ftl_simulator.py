@@ -6,8 +6,8 @@ power cut a page must hold one of these, whole.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -154,8 +154,13 @@ class FtlSimulation:
     def _step(self) -> None:
         """A write, an overwrite, a deallocation, a flush or a read; the oracle learns before the drive."""
         self.report.steps += 1
-        try:
+        with self._refusals():
             self._operate()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except OutOfFlash as error:
             # what is lost keeps its superblock from being erased; a die is more than the spare of a small drive
             if not self.media.lost_pages() and not self.media.dead_dies:
@@ -228,7 +233,8 @@ class FtlSimulation:
         self._crashed(depth=1)
         self._ftl = self._open_with_power_cuts()
         self._oracle.settle(self._read_all(self._ftl))
-        self._trials.run()
+        with self._refusals():
+            self._trials.run()
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""
