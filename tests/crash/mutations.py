@@ -28,8 +28,15 @@ from .mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
-# (mode, first seed, seeds, crash points of each): short runs first, until one kills; "ftl" for flash only
-RUNS = (("ftl", 0, 8, 150), ("store", 0, 4, 60), ("store", 10, 25, 150))
+# (mode, first seed, seeds, crash points of each, faults): short runs first, until one kills
+STORE_RUNS = (("store", 0, 4, 60, ()), ("store", 10, 25, 150, ()))
+FLASH_RUNS = (
+    ("ftl", 0, 10, 50, ()),
+    ("ftl", 50, 12, 60, ("parity",)),
+    ("ftl", 100, 10, 50, ("weak-blocks",)),
+    ("ftl", 150, 10, 50, ("parity", "weak-blocks")),
+    ("store", 0, 4, 40, ()),
+)
 TIME_LIMIT_S = 300  # of one mutation; a run that does not end counts as killed
 WANTED = 0.95
 
@@ -69,19 +76,22 @@ def try_mutation(mutation: Mutation) -> Outcome:
             return Outcome(mutation, "stale", f"{find(mutation, tree)} places in {mutation.file}", 0.0)
         path = tree / mutation.file
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        for mode, first, count, crash_points in RUNS:
-            if mode == "ftl" and not mutation.file.startswith("ftl/"):
-                continue
+        for mode, first, count, crash_points, faults in _runs(mutation):
             left = TIME_LIMIT_S - (time.monotonic() - started)
-            by = _run(tree, mode, f"{first}:{first + count}", crash_points, left)
+            by = _run(tree, mode, f"{first}:{first + count}", crash_points, faults, left)
             if by is not None:
                 return Outcome(mutation, "killed", by, time.monotonic() - started)
     return Outcome(mutation, "survived", "", time.monotonic() - started)
 
 
-def _run(tree: Path, mode: str, seeds: str, crash_points: int, limit_s: float) -> str | None:
+def _runs(mutation: Mutation) -> tuple:
+    return FLASH_RUNS if mutation.file.startswith("ftl/") else STORE_RUNS
+
+
+def _run(tree: Path, mode: str, seeds: str, crash_points: int, faults, limit_s: float) -> str | None:
     """How a simulation in a tree ended, or None if all was well."""
     command = [sys.executable, "-m", "tests.crash.simulate", seeds, "--mode", mode, "--jobs", "1"]
+    command += [f"--fault={fault}" for fault in faults]
     process = subprocess.Popen(
         [*command, "--crash-points", str(crash_points), "--stop-at", "1"],
         cwd=tree,
@@ -121,13 +131,19 @@ def main(arguments: list[str] | None = None) -> int:
             progress.advance(task)
     killed = sum(outcome.state == "killed" for outcome in outcomes)
     stale = sum(outcome.state == "stale" for outcome in outcomes)
-    score = killed / max(1, len(outcomes) - stale)
     if options.json:
-        print(json.dumps({"score": score, "outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1))
+        found = {"score": score(outcomes), "outcomes": [asdict(outcome) for outcome in outcomes]}
+        print(json.dumps(found, indent=1))
     else:
         console.print(_table(outcomes))
-        console.print(f"{killed} of {len(outcomes) - stale} killed: {score:.1%}; {stale} stale")
-    return 0 if score >= WANTED and not stale else 1
+        console.print(f"{killed} of {len(outcomes) - stale} killed: {score(outcomes):.1%}; {stale} stale")
+    return 0 if score(outcomes) >= WANTED and not stale else 1
+
+
+def score(outcomes: list[Outcome]) -> float:
+    """The share that was killed of those that are not stale."""
+    states = [outcome.state for outcome in outcomes if outcome.state != "stale"]
+    return states.count("killed") / max(1, len(states))
 
 
 def _table(outcomes: list[Outcome]) -> Table:
