@@ -484,6 +484,15 @@ _FTL = [
         ),
         ("one session for all", 'oob["session"] = state.session', 'oob["session"] = 1'),
         ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
+        (
+            "copies take the last free superblock",
+            "state.superblocks.count(State.FREE) == 1:",
+            "state.superblocks.count(State.FREE) == 0:",
+        ),
+    ),
+    *_of(
+        "ftl/page_chain.py",
+        ("refused pages taken for gone", " & was_accepted & (own[missed] > begun)", ""),
     ),
     *_of(
         "ftl/oob.py",
@@ -805,6 +814,12 @@ _COLLECTION = [
             "zero_pages(destinations[~mapped], self.page_size)",
             "pass",
         ),
+        (
+            "failed superblocks forgotten with what they hold",
+            "                if state.mapping.valid_pages[superblock]:\n",
+            "                if False:\n",
+        ),
+        ("superseded logs kept", "self._log.replaced += self._of_log(found.superseded_log)", "_ = []"),
         ("open superblocks not renewed", "            self._writer.close(superblocks or found.damaged)\n", ""),
         ("session used again", "state.session = found.session", "state.session = max(1, found.session - 1)"),
         (
@@ -850,8 +865,13 @@ _FLASH_METADATA = [
         ),
         (
             "old log erased before the new one is durable",
-            "        self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)\n        self.sync()\n",
-            "        self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)\n",
+            "            self._log.complete_row()\n        self.sync()\n",
+            "            self._log.complete_row()\n",
+        ),
+        (
+            "old log erased before the new one has parity",
+            "        if state.geometry.parity:\n            self._log.complete_row()\n        self.sync()\n",
+            "        self.sync()\n",
         ),
         (
             "durable only after the next one",
@@ -958,8 +978,8 @@ _FLASH_METADATA = [
         ),
         (
             "programs behind the checkpoint pass for durable",
-            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number)",
-            "durable[own] = np.maximum(durable[own], found.checkpoint.program_number + 100)",
+            "max(durable.get(session, 0), found.checkpoint.program_number)",
+            "max(durable.get(session, 0), found.checkpoint.program_number + 100)",
         ),
         (
             "failed pages believed",
@@ -973,10 +993,29 @@ _FLASH_METADATA = [
         ),
         (
             "newest program number given again",
-            'int(records["program_number"].max()) + 1)',
-            'int(records["program_number"].max()))',
+            'int(records["program_number"].max(initial=0)) + 1',
+            'int(records["program_number"].max(initial=0))',
         ),
-        ("newest session goes on", 'int(records["session"].max()) + 1)', 'int(records["session"].max()))'),
+        (
+            "newest session goes on",
+            'int(records["session"].max(initial=0)) + 1)',
+            'int(records["session"].max(initial=0)))',
+        ),
+        (
+            "versions of what only parity knows given again",
+            "        _number_behind(found, by_parity)\n",
+            "",
+        ),
+        (
+            "log pages that only parity knows not noticed",
+            "np.concatenate([pages[_of_log(records)], places[_of_log(by_parity)]])",
+            "pages[_of_log(records)]",
+        ),
+        (
+            "log taken for superseded by its own snapshot",
+            '        first = log_records["program_number"][snapshot].min()\n',
+            '        first = log_records["program_number"].max() + np.uint64(1)\n',
+        ),
         (
             "originals outdo their copies",
             "    records, pages = records[order], pages[order]\n    data =",
@@ -1034,9 +1073,9 @@ _FLASH_METADATA = [
             "",
         ),
         (
-            "log read in any order",
-            "    log_pages = _read_log(media, records[log_kind], pages[log_kind])\n",
-            "    log_pages = _read_log(media, records[log_kind][1:], pages[log_kind][1:])\n",
+            "first page of the log not read",
+            "    log_content = _read_log(media, log_records, log_pages)\n",
+            "    log_content = _read_log(media, log_records[1:], log_pages[1:])\n",
         ),
         (
             "torn rows not noticed",

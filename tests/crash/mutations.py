@@ -37,7 +37,11 @@ FLASH_RUNS = (
     ("ftl", 150, 10, 50, ("parity", "weak-blocks")),
     ("store", 0, 4, 40, ()),
 )
-TIME_LIMIT_S = 300  # of one mutation; a run that does not end counts as killed
+# A run that does not end counts as killed: one that waits for ever, or takes so much processor time. Without a
+# mutation the longest takes some 200 s.
+LONGEST_CPU_S = 600
+STALL_S = 30  # without any processor time, in which a machine with other work would have given some
+POLL_S = 5
 WANTED = 0.95
 
 
@@ -77,8 +81,7 @@ def try_mutation(mutation: Mutation) -> Outcome:
         path = tree / mutation.file
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
         for mode, first, count, crash_points, faults in _runs(mutation):
-            left = TIME_LIMIT_S - (time.monotonic() - started)
-            by = _run(tree, mode, f"{first}:{first + count}", crash_points, faults, left)
+            by = _run(tree, mode, f"{first}:{first + count}", crash_points, faults)
             if by is not None:
                 return Outcome(mutation, "killed", by, time.monotonic() - started)
     return Outcome(mutation, "survived", "", time.monotonic() - started)
@@ -88,7 +91,7 @@ def _runs(mutation: Mutation) -> tuple:
     return FLASH_RUNS if mutation.file.startswith("ftl/") else STORE_RUNS
 
 
-def _run(tree: Path, mode: str, seeds: str, crash_points: int, faults, limit_s: float) -> str | None:
+def _run(tree: Path, mode: str, seeds: str, crash_points: int, faults) -> str | None:
     """How a simulation in a tree ended, or None if all was well."""
     command = [sys.executable, "-m", "tests.crash.simulate", seeds, "--mode", mode, "--jobs", "1"]
     command += [f"--fault={fault}" for fault in faults]
@@ -101,16 +104,29 @@ def _run(tree: Path, mode: str, seeds: str, crash_points: int, faults, limit_s: 
         text=True,
         start_new_session=True,
     )
-    try:
-        output, _ = process.communicate(timeout=max(limit_s, 1))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return "no end"
+    used, used_at = 0.0, time.monotonic()
+    while True:
+        try:
+            output, _ = process.communicate(timeout=POLL_S)
+            break
+        except subprocess.TimeoutExpired:
+            now = _cpu_seconds(process.pid)
+            if now > used:
+                used, used_at = now, time.monotonic()
+            if used > LONGEST_CPU_S or time.monotonic() - used_at > STALL_S:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                return "no end"
     if process.returncode == 0:
         return None
     said = [line for line in output.splitlines() if line.startswith("seed ")]
     return said[-1] if said else output.strip().splitlines()[-1]
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process that has not been waited for, and of its children that have."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(arguments: list[str] | None = None) -> int:
