@@ -88,12 +88,16 @@ class ChecksumTable:
 
     def _column(self, superblock: int) -> np.ndarray:
         if superblock not in self._columns:
+            # what parity says of a page counts: there a power cut may have left a page of an earlier life
             records = self._media.read_oob(superblock)
-            # only data are ever asked for
-            known = oob.holds(records) & (records["kind"] == PageKind.DATA)
-            if not known.all():
-                self._unreadable[superblock] = np.flatnonzero(~known)
-            self._keep(superblock, _mixed(records["payload_crc32c"], records["lba"]))
+            records, pages, _ = oob.known_records(self._media, superblock, records, None)
+            data = records["kind"] == PageKind.DATA  # only data are ever asked for
+            indices = pages[data] - superblock * self._per_superblock
+            column = np.zeros(self._per_superblock, np.uint32)
+            column[indices] = _mixed(records["payload_crc32c"][data], records["lba"][data])
+            if len(indices) < len(column):
+                self._unreadable[superblock] = np.setdiff1d(np.arange(len(column)), indices)
+            self._keep(superblock, column)
         self._columns.move_to_end(superblock)
         return self._columns[superblock]
 

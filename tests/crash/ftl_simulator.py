@@ -279,6 +279,10 @@ class FtlSimulation:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
             may_be = {int(record["lba"]) for record in self.media.lost_pages().values()}
+            if (
+                self.media.untold_lbas() is None
+            ):  # nor is it known what was deallocated, and may be gone with reason
+                may_be = set(range(ftl.num_lbas))
             for position, lba in enumerate(lbas.tolist()):
                 try:
                     ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])

@@ -177,11 +177,13 @@ class FtlTrials:
         self._check_lost_records()
         self._check_collection_ends()
         media = self._simulation.media
-        if self._is_likely() and not (media.dead_dies or media.gone):  # damage enough
+        is_whole = not (media.dead_dies or media.gone)
+        if is_whole and self._is_likely():
             self._damage()
         if self._is_likely():
             self._tamper()
-        if self._simulation.schedule.geometry.parity and self._is_likely() and not media.dead_dies:
+        is_whole = not (media.dead_dies or media.gone)  # or it would be the second fault
+        if is_whole and self._simulation.schedule.geometry.parity and self._is_likely():
             self._lose_a_die()
 
     def _is_likely(self) -> bool:
@@ -281,7 +283,7 @@ class FtlTrials:
             self._simulation._step()
         all_pages = ftl.resolve(np.arange(ftl.num_lbas))
         lbas = np.flatnonzero((all_pages != PAGE_NONE) & (all_pages == flushed))
-        if not len(lbas):
+        if not len(lbas) or media.gone:
             return
         superblocks = all_pages[lbas] // geometry.pages_per_superblock
         being_written = lbas[ftl.superblock_states()[superblocks] == State.OPEN]
