@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import NoReturn
+from unittest.mock import patch
 
 import numpy as np
 
 from accel.drive import Drive, DriveConfig
 from ftl.translation import FlashTranslationLayer
+from kvfs import metadata
 from kvfs.errors import KvfsError, NvmeStatusError, OutOfSpace
 from kvfs.formatting import format_volume
 from kvfs.store import Store
@@ -62,12 +64,13 @@ class Simulation:
         """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
         logging.disable(logging.CRITICAL)  # bit flips are logged as errors; here they are expected
         try:
-            self._format()
-            for _ in range(FIRST_STEPS):
-                self.workload.step()
-            while len(self.report.crash_points) < num_crash_points:
-                self._round()
-            self._end()
+            with patch.object(metadata, "TOKEN_CHUNK", 16):  # sequences are short here
+                self._format()
+                for _ in range(FIRST_STEPS):
+                    self.workload.step()
+                while len(self.report.crash_points) < num_crash_points:
+                    self._round()
+                self._end()
         except (KvfsError, NvmeError, Lost) as error:
             if not self._is_excused(error):
                 self._fail(error)
