@@ -79,16 +79,16 @@ class FileRequests:
         lib.fuse_reply_buf(request, data, len(data))
 
     def _answer_write(self, request, handle: int, offset: int, data) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         lib.fuse_reply_write(request, tree.write(handle, offset, memoryview(data)))
 
     def _answer_sync(self, request, handle: int, data_only: bool) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         tree.sync(handle, data_only)
         lib.fuse_reply_err(request, 0)
 
     def _answer_sync_folder(self, request, handle: int, data_only: bool) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         tree.sync_folder(handle, data_only)
         lib.fuse_reply_err(request, 0)
 
