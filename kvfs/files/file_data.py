@@ -57,6 +57,27 @@ class FileData:
                 return memoryview(buffer)[offset - first * block_bytes :][:size]
             # what was read may have been given to another file meanwhile
 
+    def read_now(self, inode: Inode, offset: int, size: int) -> memoryview | None:
+        """As `read`, from one run of blocks by the drive's short way; None where that is not possible."""
+        block_bytes = self._block_bytes
+        if not self._data_lock.acquire(blocking=False):
+            return None
+        try:
+            size = min(size, inode.size - offset)
+            if size <= 0 or offset < 0:
+                return None
+            first, stop = offset // block_bytes, -(-(offset + size) // block_bytes)
+            lba = inode.extents.run_lba(first, stop)
+            version = inode.extents.version
+        finally:
+            self._data_lock.release()
+        if lba is None:
+            return None
+        buffer = self._pool.take((stop - first) * block_bytes)
+        if not self._namespace.read_now(lba, buffer) or inode.extents.version != version:
+            return None
+        return memoryview(buffer)[offset - first * block_bytes :][:size]
+
     def _read_pieces(self, pieces: list[Piece], buffer: np.ndarray) -> None:
         """Fill a buffer that begins with the first piece."""
         first, block_bytes = pieces[0][0], self._block_bytes

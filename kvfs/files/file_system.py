@@ -263,6 +263,13 @@ class FileSystem:
         self._was_read(inode)
         return data
 
+    def read_now(self, handle: int, offset: int, size: int) -> memoryview | None:
+        inode = self._file(handle).inode
+        data = self._data.read_now(inode, offset, size)
+        if data is not None:
+            self._was_read(inode)
+        return data
+
     def write(self, handle: int, offset: int, data: memoryview | bytes) -> int:
         file = self._file(handle)
         if not file.is_writable:

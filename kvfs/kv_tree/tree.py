@@ -205,6 +205,9 @@ class KvTree:
     def read(self, handle: int, offset: int, size: int) -> memoryview | bytes:
         return self._handles[handle].read(offset, size)
 
+    def read_now(self, handle: int, offset: int, size: int) -> None:
+        """Never: what a file shows is put together."""
+
     @_reported
     def write(self, handle: int, offset: int, data: memoryview | bytes) -> int:
         return self._handles[handle].write(offset, data)

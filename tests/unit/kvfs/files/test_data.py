@@ -33,6 +33,29 @@ def test_write_and_read(posix, offset, size):
     assert posix.read(b"a", len(before), 1) == b"" == posix.read(b"a", 1 << 60, 1)
 
 
+def test_reading_at_once(store, posix):
+    """The short way gives what the long one gives, and counts in every layer; it is not for a hole."""
+    data = content(8 * BLOCK)
+    posix.write(b"a", 0, data)
+    posix.write(b"a", 9 * BLOCK, data[:100])
+    with posix.open(b"a") as handle:
+
+        def counted(read):
+            before = store.counters()
+            found = read(handle, 3 * BLOCK + 5, BLOCK)
+            after = store.counters()
+            assert bytes(found) == data[3 * BLOCK + 5 :][:BLOCK]
+            pages = after["flash"]["bytes_read"] - before["flash"]["bytes_read"]
+            return pages, [after["link"][name] - before["link"][name] for name in after["link"]]
+
+        assert counted(posix.tree.read_now) == counted(posix.tree.read)
+        assert bytes(posix.tree.read_now(handle, 9 * BLOCK, BLOCK)) == data[:100]
+        for offset, size in ((7 * BLOCK, 2 * BLOCK), (8 * BLOCK, 1), (10 * BLOCK, 1), (0, 0)):
+            assert posix.tree.read_now(handle, offset, size) is None
+        with store._files._data_lock:
+            assert posix.tree.read_now(handle, 0, 1) is None, "it would have to wait"
+
+
 def test_large_requests(posix):
     """More than one command can move."""
     data = content(9 << 20)
