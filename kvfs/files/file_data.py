@@ -20,6 +20,7 @@ from kvfs.files.inode import Inode
 from kvfs.files.inode_table import InodeTable
 from kvfs.placement import PLACEMENT_FILES
 from kvfs.tree import FileError
+from spdk_glue import dma
 
 MAX_SIZE = (1 << 63) - 1
 POOL_BYTES = 32 << 20  # idle transfer memory of each size
@@ -127,10 +128,13 @@ class FileData:
             pieces = inode.extents.pieces(first, stop)
             new = self._allocate_holes(inode, pieces)
             try:
-                buffer = self._pool.take((stop - first) * block_bytes)
-                self._fill_edges(inode, first, stop, offset, end, buffer)
-                head = offset - first * block_bytes
-                buffer[head : head + data.nbytes] = data
+                if data.nbytes == (stop - first) * block_bytes and dma.address_of(data) % dma.ALIGNMENT == 0:
+                    buffer = data  # as the drive takes it
+                else:
+                    buffer = self._pool.take((stop - first) * block_bytes)
+                    self._fill_edges(inode, first, stop, offset, end, buffer)
+                    head = offset - first * block_bytes
+                    buffer[head : head + data.nbytes] = data
                 self._write_blocks(first, pieces, new, buffer)
             except BaseException:
                 self._inodes.not_written([extent for extents in new.values() for extent in extents])

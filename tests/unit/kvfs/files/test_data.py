@@ -11,6 +11,7 @@ import pytest
 from kvfs.errors import OutOfSpace, StoreClosed
 from kvfs.files.file_data import KEEP_SIZE, MAX_SIZE, PUNCH_HOLE, ZERO_RANGE
 from kvfs.tree import ROOT_INODE, FileError
+from spdk_glue import dma
 from tests.unit.kvfs.files.posix import USER, Posix
 from tests.unit.kvfs.files.test_names import fails
 
@@ -54,6 +55,19 @@ def test_reading_at_once(store, posix):
             assert posix.tree.read_now(handle, offset, size) is None
         with store._files._data_lock:
             assert posix.tree.read_now(handle, 0, 1) is None, "it would have to wait"
+
+
+@pytest.mark.parametrize("offset", [0, BLOCK, 7])
+def test_memory_that_the_drive_takes_as_it_is(posix, offset):
+    """Aligned, as the mount's are: whole blocks are written from where they lie, and not looked at later."""
+    posix.write(b"a", 0, content(4 * BLOCK))
+    before = posix.read(b"a")
+    memory = dma.allocate(2 * BLOCK)
+    memory[:] = 7
+    with posix.open(b"a") as handle:
+        assert posix.tree.write(handle, offset, memoryview(memory)) == 2 * BLOCK
+    memory[:] = 9
+    assert posix.read(b"a") == before[:offset] + b"\7" * 2 * BLOCK + before[offset + 2 * BLOCK :]
 
 
 def test_large_requests(posix):
