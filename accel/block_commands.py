@@ -75,9 +75,12 @@ class BlockCommands:
 
     def _scatter(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
         """(lbas int64, addresses uint64) of all pages of some requests."""
-        lbas = [np.arange(r.first_lba, r.first_lba + r.num_lbas) for r in requests]
-        addresses = [dma.page_addresses(r.data, self._ftl.page_size) for r in requests]
-        return np.concatenate(lbas), np.concatenate(addresses)
+        counts = [request.num_lbas for request in requests]
+        places = np.array([(r.first_lba, dma.address_of(r.data)) for r in requests], np.uint64)
+        firsts, starts = np.repeat(places, counts, axis=0).T
+        behind = np.arange(len(firsts)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its request
+        lbas = firsts.astype(np.int64) + behind
+        return lbas, starts + behind.astype(np.uint64) * np.uint64(self._ftl.page_size)
 
     def read(self, requests: Sequence[Request]) -> None:
         accepted = [r for r in requests if self._check(r)]

@@ -78,7 +78,7 @@ class Drive:
             admin.handlers(),
         )
         admin.error_log = controller.error_log
-        self.transport = InprocTransport(controller, config.num_command_threads)
+        self.transport = InprocTransport(controller, config.num_command_threads, ftl.read_run)
         stack.callback(self.transport.close)
 
     @staticmethod

@@ -4,11 +4,11 @@ Each checksum is kept mixed with the LBA of its page, so that a whole page of an
 wrong place leaves it, does not pass either.
 
 A table for the whole drive would take as much memory as the map. One superblock's column is loaded in one read
-of its OOB when a page of it is first read, and the column used longest ago makes room.
+of its OOB when a page of it is first read, and one that was not used for long makes room. Columns lie in one
+array, where native code finds them (direct_io/mapped_read.c).
 """
 
 import threading
-from collections import OrderedDict
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ftl.media import FlashMedia
 COLUMNS_MIN_BYTES = 4 << 20  # so that random reads of a small drive do not load them again and again
 SPREAD, HALF = np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(32)  # Fibonacci hashing
 SHARE_OF_SUPERBLOCKS = 8  # one in so many has its column in memory
+NO_SLOT = -1
 
 
 def _mixed(crc32c: np.ndarray, lbas: np.ndarray) -> np.ndarray:
@@ -27,16 +28,27 @@ def _mixed(crc32c: np.ndarray, lbas: np.ndarray) -> np.ndarray:
 
 
 class ChecksumTable:
-    """CRC32C by physical page. Thread-safe, and needs no other lock."""
+    """CRC32C by physical page. Thread-safe, and needs no other lock.
+
+    columns: uint32 [num_slots, pages_per_superblock], mixed checksums; known: bool of the same shape, which of
+    them are; slots: int32 [num_superblocks], where the column is, or NO_SLOT; used: bool [num_slots], since the
+    hand of the clock came by.
+    """
 
     def __init__(self, media: FlashMedia):
         self._media = media
         self._per_superblock = media.geometry.pages_per_superblock
         num_superblocks = media.geometry.num_superblocks
         columns_min = max(1, COLUMNS_MIN_BYTES // (4 * self._per_superblock))
-        self._capacity = min(num_superblocks, max(columns_min, num_superblocks // SHARE_OF_SUPERBLOCKS))
-        self._columns: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._unreadable: dict[int, np.ndarray] = {}  # superblock to pages whose OOB does not hold
+        num_slots = min(num_superblocks, max(columns_min, num_superblocks // SHARE_OF_SUPERBLOCKS))
+        # never touched memory takes none
+        self.columns = np.zeros((num_slots, self._per_superblock), np.uint32)
+        self.known = np.zeros((num_slots, self._per_superblock), bool)
+        self.slots = np.full(num_superblocks, NO_SLOT, np.int32)
+        self.used = np.zeros(num_slots, bool)
+        self._owners = np.zeros(num_slots, np.int64)
+        self._free = list(range(num_slots))[::-1]
+        self._hand = 0
         self._lock = threading.Lock()
 
     def expected(self, pages: np.ndarray, lbas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,16 +57,15 @@ class ChecksumTable:
         """
         superblocks = pages // self._per_superblock
         found = np.empty(len(pages), np.uint32)
-        known = np.ones(len(pages), bool)
+        known = np.empty(len(pages), bool)
         first = int(superblocks[0])
         is_one = len(pages) == 1 or bool((superblocks == first).all())
         with self._lock:
             for superblock in [first] if is_one else np.unique(superblocks).tolist():
                 here = slice(None) if is_one else superblocks == superblock
                 indices = pages[here] - superblock * self._per_superblock
-                found[here] = self._column(superblock)[indices]
-                if superblock in self._unreadable:
-                    known[here] = ~np.isin(indices, self._unreadable[superblock])
+                slot = self._slot(superblock)
+                found[here], known[here] = self.columns[slot, indices], self.known[slot, indices]
         return _mixed(found, lbas), known
 
     def set(self, pages: np.ndarray, oob: np.ndarray) -> None:
@@ -65,43 +76,50 @@ class ChecksumTable:
         if pages[-1] - pages[0] != len(pages) - 1:  # not one run: bad blocks or parity between
             indices = pages - superblock * self._per_superblock
         with self._lock:
-            self._column(superblock)[indices] = mixed
-            if superblock in self._unreadable:  # read while it was being written
-                self._unreadable[superblock] = np.setdiff1d(
-                    self._unreadable[superblock], pages - superblock * self._per_superblock
-                )
+            slot = self._slot(superblock)
+            self.columns[slot, indices], self.known[slot, indices] = mixed, True
 
     def begin(self, superblock: int) -> None:
         """An erased superblock begins to be written."""
         with self._lock:
             self._forget(superblock)
-            self._keep(superblock, np.zeros(self._per_superblock, np.uint32))
-
-    def _forget(self, superblock: int) -> None:
-        self._columns.pop(superblock, None)
-        self._unreadable.pop(superblock, None)
+            self._keep(superblock, 0, False)
 
     def forget(self, superblock: int) -> None:
         """It was erased, or its OOB is to be read again."""
         with self._lock:
             self._forget(superblock)
 
-    def _column(self, superblock: int) -> np.ndarray:
-        if superblock not in self._columns:
-            # what parity says of a page counts: there a power cut may have left a page of an earlier life
-            records = self._media.read_oob(superblock)
-            records, pages, _ = oob.known_records(self._media, superblock, records, None)
-            data = records["kind"] == PageKind.DATA  # only data are ever asked for
-            indices = pages[data] - superblock * self._per_superblock
-            column = np.zeros(self._per_superblock, np.uint32)
-            column[indices] = _mixed(records["payload_crc32c"][data], records["lba"][data])
-            if len(indices) < len(column):
-                self._unreadable[superblock] = np.setdiff1d(np.arange(len(column)), indices)
-            self._keep(superblock, column)
-        self._columns.move_to_end(superblock)
-        return self._columns[superblock]
+    def _forget(self, superblock: int) -> None:
+        slot = int(self.slots[superblock])
+        if slot != NO_SLOT:
+            self.slots[superblock] = NO_SLOT
+            self._free.append(slot)
 
-    def _keep(self, superblock: int, column: np.ndarray) -> None:
-        self._columns[superblock] = column
-        while len(self._columns) > self._capacity:
-            self._forget(next(iter(self._columns)))
+    def _slot(self, superblock: int) -> int:
+        slot = int(self.slots[superblock])
+        if slot != NO_SLOT:
+            self.used[slot] = True
+            return slot
+        records = self._media.read_oob(superblock)
+        records, pages, by_parity = oob.known_records(self._media, superblock, records, None)
+        # Only data are ever asked for. Where parity says something else than the page, or instead of it, it is to
+        # give the payload as well: a power cut may have left a page of an earlier life there.
+        is_data = (records["kind"] == PageKind.DATA) & ~by_parity
+        records, indices = records[is_data], pages[is_data] - superblock * self._per_superblock
+        column, known = np.zeros(self._per_superblock, np.uint32), np.zeros(self._per_superblock, bool)
+        column[indices], known[indices] = _mixed(records["payload_crc32c"], records["lba"]), True
+        return self._keep(superblock, column, known)
+
+    def _keep(self, superblock: int, column, known) -> int:
+        """Its slot. What is used but once makes room before what is used again and again."""
+        while not self._free:
+            if not self.used[self._hand]:
+                self._forget(int(self._owners[self._hand]))
+            self.used[self._hand] = False
+            self._hand = (self._hand + 1) % len(self.used)
+        slot = self._free.pop()
+        self.columns[slot], self.known[slot], self.used[slot] = column, known, False
+        self._owners[slot] = superblock
+        self.slots[superblock] = slot
+        return slot

@@ -81,16 +81,16 @@ def _drop_older(entries, versions, first, stop, sequence_number):
 
 
 class Mapping:
-    """entries [num_lbas]; valid_pages int64 [num_superblocks]: mapped pages in each superblock."""
+    """entries [num_lbas]: see above; valid_pages int64 [num_superblocks]: mapped pages in each superblock."""
 
     def __init__(self, num_lbas: int, num_superblocks: int, pages_per_superblock: int):
         wide = num_superblocks * pages_per_superblock >= 1 << 32
-        self._entries = np.zeros(num_lbas, np.uint64 if wide else np.uint32)
+        self.entries = np.zeros(num_lbas, np.uint64 if wide else np.uint32)
         self._pages_per_superblock = pages_per_superblock
         self.valid_pages = np.zeros(num_superblocks, np.int64)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     @property
     def mapped_pages(self) -> int:
@@ -98,31 +98,31 @@ class Mapping:
 
     def holds(self, lbas: np.ndarray) -> bool:
         """Whether all of int64 [n] LBAs are in range."""
-        return not _any_outside(lbas, len(self._entries))
+        return not _any_outside(lbas, len(self.entries))
 
     def resolve(self, lbas: np.ndarray) -> np.ndarray:
         """int64 physical pages of int64 [n] LBAs in range; PAGE_NONE where unmapped."""
         pages = np.empty(len(lbas), np.int64)
-        _resolve(self._entries, lbas, pages)
+        _resolve(self.entries, lbas, pages)
         return pages
 
     def assign(self, lbas: np.ndarray, pages: np.ndarray) -> None:
         """Map LBAs to newly programmed pages; what they held before is no longer valid."""
-        _assign(self._entries, self.valid_pages, self._pages_per_superblock, lbas, pages)
+        _assign(self.entries, self.valid_pages, self._pages_per_superblock, lbas, pages)
 
     def move(self, lbas: np.ndarray, old_pages: np.ndarray, new_pages: np.ndarray) -> None:
         """Point LBAs at copies of their pages, those that still point at the original."""
-        _move(self._entries, self.valid_pages, self._pages_per_superblock, lbas, old_pages, new_pages)
+        _move(self.entries, self.valid_pages, self._pages_per_superblock, lbas, old_pages, new_pages)
 
     def unmap(self, first_lba: int, num_lbas: int) -> int:
         """Forget a range; how many of its LBAs were mapped."""
         return _unmap(
-            self._entries, self.valid_pages, self._pages_per_superblock, first_lba, first_lba + num_lbas
+            self.entries, self.valid_pages, self._pages_per_superblock, first_lba, first_lba + num_lbas
         )
 
     def unmapped_ranges(self) -> np.ndarray:
         """int64 [n, 2]: (first LBA, number of LBAs) of every run without a page."""
-        empty = np.concatenate([[False], self._entries == 0, [False]])
+        empty = np.concatenate([[False], self.entries == 0, [False]])
         edges = np.flatnonzero(np.diff(empty))
         return np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1)
 
@@ -130,14 +130,14 @@ class Mapping:
 
     def start_recovery(self) -> np.ndarray:
         """The versions found so far, uint64 [num_lbas]."""
-        return np.zeros(len(self._entries), np.uint64)
+        return np.zeros(len(self.entries), np.uint64)
 
     def recover_pages(self, versions, lbas, sequence_numbers, pages) -> None:
-        _keep_newest(self._entries, versions, lbas, sequence_numbers, pages)
+        _keep_newest(self.entries, versions, lbas, sequence_numbers, pages)
 
     def recover_deallocation(self, versions, first_lba: int, num_lbas: int, sequence_number: int) -> None:
-        stop = min(first_lba + num_lbas, len(self._entries))
-        _drop_older(self._entries, versions, first_lba, stop, np.uint64(sequence_number))
+        stop = min(first_lba + num_lbas, len(self.entries))
+        _drop_older(self.entries, versions, first_lba, stop, np.uint64(sequence_number))
 
     def take_over(self, entries: np.ndarray, alive: np.ndarray) -> None:
         """Begin with a checkpoint's entries, those in superblocks that are as they were: bool
@@ -145,17 +145,17 @@ class Mapping:
         """
         mapped = np.flatnonzero(entries)
         mapped = mapped[alive[(entries[mapped].astype(np.int64) - 1) // self._pages_per_superblock]]
-        self._entries[mapped] = entries[mapped]
+        self.entries[mapped] = entries[mapped]
 
     def copy_entries(self) -> np.ndarray:
         """The map as a checkpoint keeps it: page + 1 by LBA, zero where unmapped."""
-        return self._entries.copy()
+        return self.entries.copy()
 
     @property
     def entry_dtype(self) -> np.dtype:
-        return self._entries.dtype
+        return self.entries.dtype
 
     def finish_recovery(self) -> None:
-        mapped = self._entries[self._entries != 0].astype(np.int64) - 1
+        mapped = self.entries[self.entries != 0].astype(np.int64) - 1
         counts = np.bincount(mapped // self._pages_per_superblock, minlength=len(self.valid_pages))
         self.valid_pages[:] = counts

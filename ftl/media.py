@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numba import njit
 
+from ftl.direct_io.api import DirectFile
 from ftl.errors import NandRuleViolation
 from ftl.geometry import Geometry
 
@@ -50,6 +51,7 @@ class FlashMedia(Protocol):
     counters: MediaCounters
     read_only: bool
     uuid: bytes  # 16 bytes, the drive's identity
+    plain_file: DirectFile | None  # where reading is nothing but reading this file; else None
 
     def read(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
         """Read pages; uint32 [n], the CRC32C of what was found. Thread-safe, without the GIL."""

@@ -67,7 +67,8 @@ class FileMedia(StoredMedia):
 
     def __init__(self, path, descriptor: int, layout: DriveLayout, read_only: bool):
         self.path = os.fspath(path)
-        super().__init__(FileBacking(path, descriptor, layout), layout, read_only)
+        self.plain_file = FileBacking(path, descriptor, layout)
+        super().__init__(self.plain_file, layout, read_only)
 
     @staticmethod
     def create(path, geometry: Geometry) -> "FileMedia":

@@ -18,6 +18,8 @@ class CountingMedia:
     A page's checksum is what the caller put into its OOB; `read` returns it and leaves the buffers alone.
     """
 
+    plain_file = None
+
     def __init__(self, geometry: Geometry, uuid: bytes | None = None):
         self.geometry = geometry
         self.counters = MediaCounters()

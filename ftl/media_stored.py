@@ -62,6 +62,8 @@ def extent_of(buffer: np.ndarray, offset: int) -> np.ndarray:
 class StoredMedia:
     """See FlashMedia. With a damaged erase-block table it opens, but read-only."""
 
+    plain_file = None
+
     def __init__(self, backing: Backing, layout: DriveLayout, read_only: bool):
         self.geometry = layout.geometry
         self.counters = MediaCounters()

@@ -201,6 +201,8 @@ class TimedMedia:
     A verb that fails has taken its time.
     """
 
+    plain_file = None
+
     def __init__(self, media: FlashMedia, clock: VirtualClock):
         self._media, self.clock = media, clock
 

@@ -137,6 +137,9 @@ class Tree(Protocol):
     def read(self, handle: int, offset: int, size: int) -> memoryview | bytes:
         """Up to size bytes; fewer only at the end of the file."""
 
+    def read_now(self, handle: int, offset: int, size: int) -> memoryview | bytes | None:
+        """As read, if that takes one small transfer and waits for nobody; else None."""
+
     def write(self, handle: int, offset: int, data: memoryview | bytes) -> int:
         """All of data is written, or an error is raised. O_APPEND is the kernel's business."""
 

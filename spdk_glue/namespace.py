@@ -40,6 +40,10 @@ class Transport(Protocol):
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair: ...
 
+    def read_now(self, first_lba: int, data: np.ndarray) -> bool:
+        """Fill a DMA buffer of whole blocks as one Read would, where a drive beside the host has a short way;
+        False: the command is to be sent."""
+
     def close(self) -> None: ...
 
 
@@ -141,7 +145,13 @@ class BlockNamespace:
 
     def read_scattered(self, extents: Sequence[tuple[int, np.ndarray]]) -> None:
         """Read each (first LBA, DMA buffer) pair, all in one batch."""
+        if len(extents) == 1 and self.read_now(*extents[0]):
+            return
         self._run(*self._transfers(command.read, extents))
+
+    def read_now(self, first_lba: int, data: np.ndarray) -> bool:
+        """Read whole blocks into a DMA buffer if the transport has a short way; False if not, with no error."""
+        return data.nbytes % self.block_bytes == 0 and self._transport.read_now(first_lba, data)
 
     def write(self, first_lba: int, data: np.ndarray, placement_id: int = 0) -> None:
         """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""

@@ -163,6 +163,42 @@ class DirectFile:
         return True
 
 
+class MappedRuns:
+    """Pages of a file by LBA, without a lock: see mapped_read.c.
+
+    entries: page + 1 by LBA, zero where unmapped, uint32 or uint64; columns, known, slots, used: see
+    ftl/checksums.py. All are the caller's, who changes them.
+    """
+
+    def __init__(self, file: DirectFile, entries, columns, known, slots, used):
+        self._kept = file, entries, columns, known, slots, used
+        self._map = ffi.new(
+            "dio_map *",
+            {
+                "fd": file.fd,
+                "is_wide": entries.dtype.itemsize == 8,
+                "page_size": file.page_size,
+                "data_start": file.data_start,
+                "num_lbas": len(entries),
+                "pages_per_superblock": columns.shape[1],
+                "entries": _pointer("void *", entries),
+                "slots": _pointer("int32_t *", slots),
+                "columns": _pointer("uint32_t *", columns),
+                "known": _pointer("uint8_t *", known),
+                "used": _pointer("uint8_t *", used),
+            },
+        )
+
+    def find(self, first_lba: int, num_pages: int):
+        """For `read`: the run of pages that these LBAs are mapped to; None if they are not, or are several."""
+        run = ffi.new("dio_run *")
+        return run if lib.dio_find_run(self._map, first_lba, num_pages, run) else None
+
+    def read(self, run, data: np.ndarray) -> bool:
+        """Fill uint8 [num_pages * page_size]; False if that is not the LBAs' content for sure."""
+        return bool(lib.dio_read_run(self._map, run, _pointer("uint8_t[]", data)))
+
+
 def crc32c_pages(addresses: np.ndarray, page_size: int) -> np.ndarray:
     """uint32 [n]: CRC32C of page_size bytes (a multiple of 8) at each address."""
     addresses = np.ascontiguousarray(addresses, dtype=np.uint64)

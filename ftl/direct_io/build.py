@@ -12,6 +12,17 @@ CDEF = """
 typedef struct dio_ring dio_ring;
 typedef struct { uint64_t address; uint64_t offset; uint64_t length; } dio_extent;
 typedef struct { uint64_t first; uint64_t num_pages; uint64_t image_address; } dio_oob_piece;
+typedef struct {
+    int fd, is_wide;
+    size_t page_size;
+    uint64_t data_start, num_lbas, pages_per_superblock;
+    const void *entries;
+    const int32_t *slots;
+    const uint32_t *columns;
+    const uint8_t *known;
+    uint8_t *used;
+} dio_map;
+typedef struct { uint64_t first_lba, num_pages, page; } dio_run;
 
 dio_ring *dio_ring_create(unsigned depth);
 void dio_ring_destroy(dio_ring *ring);
@@ -25,6 +36,8 @@ int dio_program_pages(dio_ring *ring, int fd, const int64_t *pages, const uint64
 int dio_transfer_extents(dio_ring *ring, int fd, int write, const dio_extent *extents, size_t n,
                          size_t max_request_bytes, uint64_t *failed_at);
 void dio_complete_oob(const uint64_t *addresses, size_t n, size_t page_size, uint8_t *oob);
+int dio_find_run(const dio_map *map, uint64_t first_lba, uint64_t num_pages, dio_run *run);
+int dio_read_run(const dio_map *map, const dio_run *run, uint8_t *to);
 int dio_punch_hole(int fd, uint64_t offset, uint64_t length);
 void dio_copy_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size);
 void dio_xor_pages(const uint64_t *to, const uint64_t *from, size_t n, size_t page_size);
@@ -38,7 +51,7 @@ ffibuilder = FFI()
 ffibuilder.cdef(CDEF)
 ffibuilder.set_source(
     "ftl.direct_io._direct_io",
-    '#include "crc32c.c"\n#include "ring.c"\n',
+    '#include "crc32c.c"\n#include "ring.c"\n#include "mapped_read.c"\n',
     include_dirs=[str(HERE)],
     extra_compile_args=["-O3", "-std=gnu11"],
 )

@@ -42,6 +42,12 @@ def kvfs_attention(module, query, key, value, attention_mask, scaling=None, drop
     _check_new_positions(fresh, attention_mask, kwargs.get("position_ids"))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     fresh.cache.append(fresh, module, query)
+    found = _attend(module, query, fresh, attention_mask, scaling, kwargs)
+    fresh.cache.attended(fresh)
+    return found
+
+
+def _attend(module, query, fresh, attention_mask, scaling, kwargs):
     sinks = kwargs.get("s_aux")
     if fresh.num_past == 0 and sinks is None:
         return _prefill(module, query, fresh, attention_mask, scaling, kwargs)

@@ -50,7 +50,8 @@ class KvfsCache(Cache):
         # Tokens of each layer as this cache knows them; [] until the model is bound.
         self._layer_tokens = []
         self._masks = RangesMemo()
-        self._torn = False  # an append failed: rows may differ from each other and from _layer_tokens
+        # A layer's append is not known to be whole: rows may differ from each other and from _layer_tokens.
+        self._torn = False
 
     def __repr__(self):
         return f"KvfsCache({self._name!r}, {len(self._rows)} sequences of {self.get_seq_length()} tokens)"
@@ -116,9 +117,15 @@ class KvfsCache(Cache):
         self._torn = True
         for row, row_keys, row_values in zip(self._rows, keys, values, strict=True):
             row.append(fresh.layer, row_keys, row_values)
-        self._torn = False
-        self._layer_tokens[fresh.layer] += keys.shape[1]
         fresh.stored = True
+
+    def attended(self, fresh):
+        """The attention that came after a layer's append has an answer.
+
+        A store of another process takes an append without one, and fails the next call if it could not.
+        """
+        self._layer_tokens[fresh.layer] = fresh.num_past + fresh.keys.shape[2]
+        self._torn = False
 
     def _bind(self, module, queries, keys):
         """Create or check the store's model and sequences: from here on geometry and lengths are known."""

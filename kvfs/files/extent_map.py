@@ -60,6 +60,13 @@ class ExtentMap:
             return self._lbas[index] + block - self._starts[index]
         return None
 
+    def run_lba(self, first: int, stop: int) -> int | None:
+        """Where blocks [first, stop) lie, if that is one run."""
+        index = bisect_right(self._stops, first)
+        if index < len(self._starts) and self._starts[index] <= first and stop <= self._stops[index]:
+            return self._lbas[index] + first - self._starts[index]
+        return None
+
     def lba_behind(self, block: int) -> int | None:
         """Where a block would continue the run before it."""
         index = bisect_left(self._starts, block) - 1

@@ -6,6 +6,7 @@ thing it does: an error before that is the reply.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -16,6 +17,8 @@ from kvfs.mount.trees import Trees
 
 NUM_THREADS = 8
 END_SECONDS = 60.0  # a seek may wait for a write that nobody takes any more
+NOW_BYTES = 64 << 10  # a read that may be answered where it arrives
+NOW_SECONDS = 1e-3  # and how long the last one may have taken
 COPY_REQUEST_BYTES = 256 << 20  # then the caller asks again, and may be interrupted
 
 
@@ -31,8 +34,8 @@ class FileRequests:
         self._trees = trees
         self._queue: SimpleQueue = SimpleQueue()
         self._seeks: SimpleQueue = SimpleQueue()
+        self._is_drive_quick = True
         answers: dict[str, Callable] = {
-            "serve_read": self._answer_read,
             "serve_write": self._answer_write,
             "serve_sync": self._answer_sync,
             "serve_sync_folder": self._answer_sync_folder,
@@ -42,6 +45,7 @@ class FileRequests:
         }
         for name, answer in answers.items():
             ffi.def_extern(name=name)(partial(self._take, answer))
+        ffi.def_extern(name="serve_read")(self._take_read)
         self._queues = [self._queue] * NUM_THREADS + [self._seeks]
         self._threads = [
             threading.Thread(target=self._work, args=(queue,), name=f"file-requests-{number}", daemon=True)
@@ -56,6 +60,29 @@ class FileRequests:
             queue.put(None)
         for thread in self._threads:
             thread.join(END_SECONDS)
+
+    def _take_read(self, request, handle: int, offset: int, size: int) -> None:
+        if size > NOW_BYTES or not self._is_drive_quick or not self._is_read_now(request, handle, offset, size):
+            self._queue.put((self._answer_read, request, (handle, offset, size)))
+
+    def _is_read_now(self, request, handle: int, offset: int, size: int) -> bool:
+        """Answer a small read on the thread that reads from the kernel, if the drive can at once.
+
+        Handing it to another thread takes longer than reading. A drive that has become slow must not hold up
+        everybody, so it is found out by workers when it is quick again.
+        """
+        began = time.perf_counter()
+        try:
+            tree, handle = self._trees.of_handle(handle)
+            found = tree.read_now(handle, offset, size)
+        except Exception:
+            return False  # whatever it is, a worker will see it, too
+        self._is_drive_quick = time.perf_counter() - began < NOW_SECONDS
+        if found is None:
+            return False
+        data = ffi.from_buffer(found)
+        lib.fuse_reply_buf(request, data, len(data))
+        return True
 
     def _take(self, answer: Callable, request, *arguments) -> None:
         if answer == self._answer_write:
@@ -75,20 +102,23 @@ class FileRequests:
 
     def _answer_read(self, request, handle: int, offset: int, size: int) -> None:
         tree, handle = self._trees.of_handle(handle)
+        began = time.perf_counter()
         data = ffi.from_buffer(tree.read(handle, offset, size))
+        if size <= NOW_BYTES:
+            self._is_drive_quick = time.perf_counter() - began < NOW_SECONDS
         lib.fuse_reply_buf(request, data, len(data))
 
     def _answer_write(self, request, handle: int, offset: int, data) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         lib.fuse_reply_write(request, tree.write(handle, offset, memoryview(data)))
 
     def _answer_sync(self, request, handle: int, data_only: bool) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         tree.sync(handle, data_only)
         lib.fuse_reply_err(request, 0)
 
     def _answer_sync_folder(self, request, handle: int, data_only: bool) -> None:
-        tree, handle = self._trees.of_handle(handle)
+        tree, handle = self._trees.of_settled_handle(handle)
         tree.sync_folder(handle, data_only)
         lib.fuse_reply_err(request, 0)
 

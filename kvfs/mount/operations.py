@@ -41,11 +41,16 @@ def answered(operation: Callable) -> Callable:
         try:
             if self._trees.is_idle():
                 return operation(self, *arguments)
-            return await trio.to_thread.run_sync(operation, self, *arguments)
+            return await trio.to_thread.run_sync(_settled, operation, self, *arguments)
         except Exception as error:
             raise pyfuse3.FUSEError(errno_for(error)) from None
 
     return coroutine
+
+
+def _settled(operation: Callable, operations: "MountOperations", *arguments):
+    operations._trees.settle()
+    return operation(operations, *arguments)
 
 
 def answered_in_thread(operation: Callable) -> Callable:
@@ -54,7 +59,7 @@ def answered_in_thread(operation: Callable) -> Callable:
     @wraps(operation)
     async def coroutine(self, *arguments):
         try:
-            return await trio.to_thread.run_sync(operation, self, *arguments)
+            return await trio.to_thread.run_sync(_settled, operation, self, *arguments)
         except Exception as error:
             raise pyfuse3.FUSEError(errno_for(error)) from None
 

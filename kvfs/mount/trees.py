@@ -3,6 +3,7 @@
 import errno
 import os
 from threading import RLock
+from typing import Protocol
 
 from kvfs.tree import KV_INODE_BIT, ROOT_INODE, FileError, Tree
 
@@ -10,23 +11,38 @@ COPY_PIECE_BYTES = 4 << 20
 KV_NAMES = (b"kv", b".kvfs")  # of the root, and the KV tree's
 
 
+class Clients(Protocol):
+    """Those who change the KV cache beside the mount: kvfs.remote.server.RemoteServer."""
+
+    def is_settled(self) -> bool: ...
+
+    def settle(self) -> None: ...
+
+
 class Trees:
     """Handles carry the tree they are of in their lowest bit; the kernel knows them in this form only.
 
-    lock: what the trees' operations wait for.
+    lock: what the trees' operations wait for; clients: whose changes every operation finds done, see `settle`.
     """
 
-    def __init__(self, files: Tree, kv: Tree, lock: RLock):
-        self.files, self.kv, self._lock = files, kv, lock
+    def __init__(self, files: Tree, kv: Tree, lock: RLock, clients: Clients):
+        self.files, self.kv, self._lock, self._clients = files, kv, lock, clients
         self._by_tag = (files, kv)
         self._written: dict[int, int] = {}  # inode by tagged handle, of those that may write
 
     def is_idle(self) -> bool:
-        """Whether an operation would find the lock free. It is not kept: some take another one before it."""
-        if not self._lock.acquire(blocking=False):
+        """Whether an operation would find nothing to wait for: the clients settled, and the lock free.
+
+        It is not kept: some take another one before it.
+        """
+        if not self._clients.is_settled() or not self._lock.acquire(blocking=False):
             return False
         self._lock.release()
         return True
+
+    def settle(self) -> None:
+        """Wait for what clients did before: an append that is posted returns before it is in the tree."""
+        self._clients.settle()
 
     def of_inode(self, inode: int) -> Tree:
         return self.kv if inode & KV_INODE_BIT else self.files
@@ -48,6 +64,13 @@ class Trees:
 
     def of_handle(self, tagged: int) -> tuple[Tree, int]:
         return self._by_tag[tagged & 1], tagged >> 1
+
+    def of_settled_handle(self, tagged: int) -> tuple[Tree, int]:
+        """The same for what depends on the clients: in the KV cache, all but reading a snapshot."""
+        tree, handle = self.of_handle(tagged)
+        if tree is self.kv:
+            self.settle()
+        return tree, handle
 
     def opened(self, tagged: int, inode: int, flags: int) -> None:
         if flags & os.O_ACCMODE != os.O_RDONLY:

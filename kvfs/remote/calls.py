@@ -87,6 +87,7 @@ def rename_sequence(session, old_name, new_name) -> None:
 
 def flush_store(session) -> None:
     session.store.flush()
+    session.check_posted()
 
 
 def counters(session) -> dict:

@@ -49,7 +49,6 @@ from kvfs.remote.shared_memory import SharedMemory
 
 CONNECT_FILE = Path(".kvfs", "connect")
 HANDSHAKE_SECONDS = 10.0
-_MAX_NUMBER = 1 << 32
 _DEAD_MOUNT = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
@@ -126,8 +125,9 @@ class Connection:
     # requests
 
     def post(self, operation: Operation, flags: int = 0, **fields) -> None:
-        """Without a reply: a failure is raised by the next `ask`, and nothing in between is done."""
+        """Without a reply: the sequence's next `ask` raises a failure, and nothing of it in between is done."""
         self._send(b"", operation, flags | Flag.POSTED, fields)
+        self.memory.posted = self._number  # from here on whoever looks at the store waits for it
 
     def ask(self, operation: Operation, body: bytes = b"", flags: int = 0, **fields) -> tuple[Reply, bytearray]:
         """(reply, its body). Raises what the owner raised."""
@@ -159,11 +159,11 @@ class Connection:
         return self.ask(Operation.CALL, body)[1]
 
     def settle(self) -> None:
-        """Wait for all requests so far. Raises what a posted one failed with."""
+        """Wait for all requests so far, whatever came of them."""
         self.ask(Operation.NOTHING)
 
     def _send(self, body: bytes, operation: Operation, flags: int, fields: dict) -> None:
-        number = (self._number + 1) % _MAX_NUMBER
+        number = self._number + 1
         request = record(
             REQUEST,
             magic=MAGIC,

@@ -17,7 +17,7 @@ import numpy as np
 from kvfs.errors import ERRNO, InvalidArgument, KvfsError
 from spdk_glue.status import NvmeStatusError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = 0x5246_564B  # "KVFR"
 TOKEN_BYTES = 32
 MAX_BODY_BYTES = 1 << 20  # of a request
@@ -28,17 +28,16 @@ HELLO = np.dtype([("magic", "<u4"), ("version", "<u4"), ("token", f"V{TOKEN_BYTE
 REQUEST = np.dtype(
     [
         ("magic", "<u4"),
-        ("number", "<u4"),  # of the request: its reply carries it
         ("operation", "<u2"),
         ("flags", "<u2"),
+        ("number", "<u8"),  # of the request, ever higher: its reply carries it
         ("body_bytes", "<u4"),
         ("sequence", "<u4"),  # handle of the sequence; ATTEND over others than one has them in its body, <u4
         ("layer", "<u4"),
+        ("dtype", "<u4"),  # of the queries, as in attention commands (KvDtype)
         ("count", "<u8"),  # tokens, queries per sequence, or references to a handle
         ("start", "<i8"),
         ("stop", "<i8"),
-        ("dtype", "<u4"),  # of the queries, as in attention commands (KvDtype)
-        ("reserved", "<u4"),
         ("offset", "<u8"),  # of the arrays that the client has put into the shared memory
         ("answer_offset", "<u8"),  # of those that the owner is to put there
         ("scale", "<f8"),
@@ -48,9 +47,9 @@ REQUEST = np.dtype(
 REPLY = np.dtype(
     [
         ("magic", "<u4"),
-        ("number", "<u4"),
         ("is_error", "<u4"),
-        ("body_bytes", "<u4"),
+        ("number", "<u8"),
+        ("body_bytes", "<u8"),
         ("value", "<i8"),
         ("stop", "<i8"),
     ]
@@ -58,7 +57,7 @@ REPLY = np.dtype(
 
 
 class Operation(IntEnum):
-    NOTHING = 0  # a reply, and so the end of all requests before
+    NOTHING = 0  # a reply, and so the end of all requests before; no failure of theirs is told
     CALL = 1  # body: JSON {"call": name, "arguments": {...}}; reply: JSON
     APPEND = 2  # keys, then values [count, num_kv_heads, head_dim]; value: see `APPEND` below
     ATTEND = 3  # queries, then with RANGES int64 [num_sequences, count, 2]; answer: out, then lse
@@ -76,7 +75,7 @@ class Operation(IntEnum):
 class Flag:
     """Bits of `flags`: plain numbers, since enum's operators cost microseconds each."""
 
-    POSTED = 1  # no reply; a failure answers the next request that has one, and nothing in between is done
+    POSTED = 1  # no reply; a failure answers the sequence's next request that has one, nothing between is done
     CAUSAL = 2
     RANGES = 4
     TO_END = 8  # READ: up to the layer's last token

@@ -125,7 +125,7 @@ class RemoteSequence:
         """As kvfs.Sequence.append.
 
         Tokens that fill no group are posted: the owner takes them while this process goes on. Should it fail to
-        (the sequence was deleted by another, say), the next call raises, whatever it is, and is not done.
+        (it was deleted by another, say), the sequence's next call raises, whatever it is, and is not done.
         """
         self._check_usable()
         geometry = self.model.geometry

@@ -48,7 +48,10 @@ class RemoteStore:
             return connection.call(name, **arguments)
 
     def flush(self) -> None:
-        """Everything appended to any sequence so far survives a kill or a power cut from here on."""
+        """Everything appended to any sequence so far survives a kill or a power cut from here on.
+
+        Raises what a posted append has failed with, once the rest is flushed.
+        """
         self._call("flush_store")
 
     def close(self) -> None:
@@ -56,14 +59,9 @@ class RemoteStore:
         connection = self._connection
         try:
             if connection.is_usable:
-                with connection:
-                    connection.settle()  # raises what a posted append failed with; all else is flushed yet
+                self.flush()
         finally:
-            try:
-                if connection.is_usable:
-                    self.flush()
-            finally:
-                connection.close()
+            connection.close()
 
     # models
 

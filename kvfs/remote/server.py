@@ -26,6 +26,8 @@ from kvfs.tree import Caller
 HANDSHAKE_SECONDS = 5.0
 DEFAULT_MEMORY_BYTES = 64 << 20  # shared with each client; takes memory only as far as it is used
 DEFAULT_MAX_CLIENTS = 32
+SETTLE_SECONDS = 1.0  # at most, for a client that says it has posted what it has not
+SETTLE_STEP_SECONDS = 50e-6
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _REST_SECONDS = 0.1  # until descriptors may be free again
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class RemoteServer:
         self._invitations = Invitations()
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
+        self._sessions: tuple[Session, ...] = ()
         self._closing = False
         self.socket_path = Path(socket_path) if socket_path else new_socket_path(for_everyone)
         self._listener = listen(self.socket_path, max_clients, for_everyone)
@@ -76,6 +79,23 @@ class RemoteServer:
         token = self._invitations.invite(caller.uid).hex()
         message = {"socket": str(self.socket_path), "token": token, "protocol": PROTOCOL_VERSION}
         return json.dumps(message).encode() + b"\n"
+
+    def is_settled(self) -> bool:
+        """Whether all that clients have posted so far is in the store."""
+        return not any(session.is_behind for session in self._sessions)
+
+    def settle(self) -> None:
+        """Wait for what clients have posted so far: for them it is done, so whoever looks must find it."""
+        waiting = [(session, session.posted) for session in self._sessions if session.is_behind]
+        if not waiting:
+            return
+        give_up = time.monotonic() + SETTLE_SECONDS
+        for session, posted in waiting:
+            while session.served < posted and session in self._sessions:
+                if time.monotonic() > give_up:
+                    session.disbelieve(posted)
+                    break
+                time.sleep(SETTLE_STEP_SECONDS)
 
     def close(self) -> None:
         """Stop listening and end all connections, each after the request under way."""
@@ -133,7 +153,9 @@ class RemoteServer:
             memory = self._shake_hands(connection, client)
             if memory is not None:
                 log.info("process %d of user %d is connected", client.pid, client.uid)
-                Session(self._store, connection, memory, client, self._may, self._read_only).run()
+                self._run(
+                    Session(self._store, connection, memory, client, self._may, self._read_only, self.settle)
+                )
                 log.info("process %d of user %d is gone", client.pid, client.uid)
         except OSError as error:  # the client was killed, or never said anything
             log.info("process %d of user %d is gone: %s", client.pid, client.uid, error)
@@ -141,6 +163,15 @@ class RemoteServer:
             with self._lock:
                 self._clients.pop(connection, None)
             connection.close()
+
+    def _run(self, session: Session) -> None:
+        with self._lock:
+            self._sessions += (session,)
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._sessions = tuple(other for other in self._sessions if other is not session)
 
     def _shake_hands(self, connection: socket.socket, client: Client) -> SharedMemory | None:
         connection.settimeout(HANDSHAKE_SECONDS)

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 MAX_HANDLES = 1 << 20
 _HANDLE, _TOKEN_ID = np.dtype("<u4"), np.dtype("<u4")
+NO_HANDLE = 0
 _FLOAT32, _INT64 = np.dtype("<f4"), np.dtype("<i8")
 
 
@@ -61,8 +62,19 @@ class Handle:
 May = Callable[[Client, Sequence, bool], bool]
 
 
+class PostFailed(Exception):
+    """A posted request of a sequence has failed, and the client does not know yet."""
+
+    def __init__(self, handle: int, encoded: bytes):
+        self.handle = handle  # whose failure is told by this
+        self.encoded = encoded
+
+
 class Session:
-    """may: what the client may do, as kvfs.remote.rights.may; read_only: nobody may change anything."""
+    """may: what the client may do, as kvfs.remote.rights.may; read_only: nobody may change anything.
+
+    settle: waits for what other clients have posted; called before each request that is not itself posted.
+    """
 
     def __init__(
         self,
@@ -72,6 +84,7 @@ class Session:
         client: Client,
         may: May,
         read_only: bool,
+        settle: Callable[[], None],
     ):
         self.store = store
         self._connection = connection
@@ -82,7 +95,10 @@ class Session:
         self._handles: dict[int, Handle] = {}
         self._handle_of: dict[Sequence, Handle] = {}
         self._next_handle = 1
-        self._failure: bytes | None = None  # of a posted request, encoded, until a reply has told of it
+        self._settle = settle
+        self._failures: dict[int, bytes] = {}  # by handle: of posted requests, encoded, until a reply has told
+        self.served = 0  # the number of the last request that was
+        self._not_believed = 0  # to be posted, up to this number
 
     def run(self) -> None:
         """Serve until the client goes. Whatever it leaves behind is the store's as it is."""
@@ -92,21 +108,52 @@ class Session:
             body = bytearray(request.body_bytes) if request.body_bytes <= MAX_BODY_BYTES else None
             if request.magic != MAGIC or body is None or not receive(self._connection, body):
                 return
-            answer, numbers = b"", {}
+            is_posted = request.flags & Flag.POSTED
             try:
-                if self._failure is None:
-                    answer, numbers = self._serve(request, body)
+                if not is_posted:
+                    self._settle()
+                answer, numbers = self._serve(request, body)
             except Exception as error:
-                if not isinstance(error, (KvfsError, NvmeError)):
-                    log.exception("%s of %s", request, self.client)
-                self._failure = encode_error(error)
-            if request.flags & Flag.POSTED:
+                answer, numbers = self._failed(request, error), {"is_error": 1}
+            self.served = request.number
+            if is_posted:
                 continue
-            if self._failure is not None:
-                answer, numbers = self._failure, {"is_error": 1}
-                self._failure = None
             reply = record(REPLY, magic=MAGIC, number=request.number, body_bytes=len(answer), **numbers)
             send(self._connection, reply, answer)
+
+    @property
+    def posted(self) -> int:
+        """The number of the last request that the client has posted."""
+        return self.memory.posted
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client has posted what is not served yet."""
+        return self.served < self.memory.posted and self.served >= self._not_believed
+
+    def disbelieve(self, posted: int) -> None:
+        """The client has named a number, and sent nothing: nobody waits for it again until it has."""
+        self._not_believed = posted
+
+    def _failed(self, request: Request, error: Exception) -> bytes:
+        """An error as the client is to get it: now, or for a posted request with the sequence's next reply."""
+        is_posted = request.flags & Flag.POSTED
+        if isinstance(error, PostFailed):
+            if not is_posted:
+                self._failures.pop(error.handle, None)
+            return error.encoded
+        if not isinstance(error, (KvfsError, NvmeError)):
+            log.exception("%s of %s", request, self.client)
+        encoded = encode_error(error)
+        if is_posted:
+            self._failures[request.sequence if request.sequence in self._handles else NO_HANDLE] = encoded
+        return encoded
+
+    def check_posted(self) -> None:
+        """Raises what a posted request of any sequence failed with. Its own next call raises it, too."""
+        if self._failures:
+            first = min(self._failures)  # NO_HANDLE's, which no other call would tell
+            raise PostFailed(NO_HANDLE, self._failures[first])
 
     def _serve(self, request: Request, body: bytearray) -> tuple[bytes, dict]:
         """(body, fields) of the reply."""
@@ -140,7 +187,9 @@ class Session:
 
     def held(self, number: int) -> Handle:
         if number not in self._handles:
-            raise InvalidArgument(f"no sequence is held as number {number}")
+            raise _not_held(number)
+        if number in self._failures:
+            raise PostFailed(number, self._failures[number])
         return self._handles[number]
 
     def readable(self, number: int) -> Sequence:
@@ -181,10 +230,14 @@ class Session:
         return {"handle": handle.number, "name": sequence.name, "model": model_facts(sequence.model)}
 
     def _release(self, number: int, count: int) -> None:
-        handle = self.held(number)
+        handle = self._handles.get(number)
+        if handle is None:
+            raise _not_held(number)
         handle.references -= count
         if handle.references <= 0:
             del self._handles[number], self._handle_of[handle.sequence]
+            if number in self._failures:
+                self._failures[NO_HANDLE] = self._failures.pop(number)
 
     # arrays
 
@@ -252,3 +305,7 @@ class Session:
             raise InvalidArgument(f"not a call that the process that owns the drive knows: {error}") from error
         found = call(self, **arguments)
         return bytes(found) if isinstance(found, memoryview) else json.dumps(found, default=plain).encode()
+
+
+def _not_held(number: int) -> InvalidArgument:
+    return InvalidArgument(f"no sequence is held as number {number}")

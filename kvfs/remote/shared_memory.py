@@ -1,6 +1,7 @@
 """The memory that a client shares with the drive's owner: arrays cross in it by reference.
 
-The owner makes it, sealed against a change of size, so that neither can make the other fault.
+The owner makes it, sealed against a change of size, so that neither can make the other fault. Behind the arrays
+lies the number of the last request that was posted.
 """
 
 import fcntl
@@ -14,14 +15,15 @@ import numpy as np
 from kvfs.errors import InvalidArgument
 from kvfs.remote.protocol import ARRAY_ALIGNMENT
 
+_POSTED_BYTES = ARRAY_ALIGNMENT
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def create(num_bytes: int) -> int:
-    """A descriptor of new shared memory. Pages that are never touched take no memory."""
+    """A descriptor of new shared memory, with room for arrays. Pages that are never touched take no memory."""
     descriptor = os.memfd_create("kvfs-client", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(descriptor, num_bytes)
+        os.ftruncate(descriptor, num_bytes + _POSTED_BYTES)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(descriptor)
@@ -36,8 +38,18 @@ class SharedMemory:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode) or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise ValueError("the shared memory is not sealed")
-        self.num_bytes = facts.st_size
-        self._mapping = mmap.mmap(descriptor, self.num_bytes)
+        self.num_bytes = facts.st_size - _POSTED_BYTES
+        self._mapping = mmap.mmap(descriptor, facts.st_size)
+        self._posted = memoryview(self._mapping)[self.num_bytes :].cast("Q")
+
+    @property
+    def posted(self) -> int:
+        """The number of the last posted request: in the owner's socket, says the client, or served already."""
+        return self._posted[0]
+
+    @posted.setter
+    def posted(self, number: int) -> None:
+        self._posted[0] = number
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A view. Raises InvalidArgument where it is not aligned or not wholly inside."""

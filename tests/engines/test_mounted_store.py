@@ -1,5 +1,6 @@
 """The Transformers plug-in on a store that another process owns: the same tokens, by the same code."""
 
+import contextlib
 import json
 import os
 
@@ -17,17 +18,23 @@ from kvfs.remote.server import RemoteServer
 from kvfs.tree import Caller
 
 
-@pytest.fixture
-def remote(store, tmp_path):
-    """A client of the store, as kvfs.open of a mounted folder gives."""
-    (tmp_path / ".kvfs").mkdir()
-    with RemoteServer(store, tmp_path / "socket") as server:
+@contextlib.contextmanager
+def client_of(store, folder):
+    """A client of a store, as kvfs.open of a mounted folder gives."""
+    (folder / ".kvfs").mkdir()
+    with RemoteServer(store, folder / "socket") as server:
         invitation = server.invite(Caller(os.geteuid(), os.getegid(), os.getpid()))
         assert "token" in json.loads(invitation)
-        (tmp_path / ".kvfs" / "connect").write_bytes(invitation)
-        with kvfs.open(tmp_path) as remote:
+        (folder / ".kvfs" / "connect").write_bytes(invitation)
+        with kvfs.open(folder) as remote:
             assert isinstance(remote, RemoteStore)
             yield remote
+
+
+@pytest.fixture
+def remote(store, tmp_path):
+    with client_of(store, tmp_path) as remote:
+        yield remote
 
 
 def generate(model, ids, cache, **options):
@@ -66,3 +73,29 @@ def test_continued_by_the_owner(tiny_model, store, remote, name, prompt):
     cache = KvfsCache(store, name)
     assert cache.get_seq_length() == half.shape[1] - 1
     assert torch.equal(generate(model, half, cache, max_new_tokens=10), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_late_failure(tiny_model, tmp_path, prompt, layer):
+    """An append that was posted fails in the owner: the step raises, and the cache knows what is there."""
+    model = tiny_model("Llama")
+    ids = prompt(60)
+    expected = generate(model, ids, None, max_new_tokens=10)
+    kvfs.format(tmp_path / "drive.kvfs", "64MiB")
+    with kvfs.open(tmp_path / "drive.kvfs") as store, client_of(store, tmp_path) as remote:
+        cache = KvfsCache(remote, "chat")
+        half = generate(model, ids, cache, max_new_tokens=5)
+        owners = store.sequence("chat")
+        append = owners.append
+
+        def failing(to_layer, *arguments):
+            if to_layer == layer:
+                raise kvfs.errors.MediaFailure("the drive is gone")
+            append(to_layer, *arguments)
+
+        owners.append = failing
+        with pytest.raises(kvfs.errors.MediaFailure, match="gone"):
+            generate(model, half, cache, max_new_tokens=5)
+        owners.append = append
+        assert cache.get_seq_length() == owners.num_tokens == half.shape[1] - 1
+        assert torch.equal(generate(model, half, cache, max_new_tokens=5), expected)

@@ -33,13 +33,21 @@ class BrokenTree(MemoryTree):
         super().allocate(handle, mode, offset, length)
 
 
+class NoClients:
+    def is_settled(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        pass
+
+
 def memory_trees() -> Trees:
     """Ordinary files, and a tree in the place of the KV cache's."""
     kv = MemoryTree()
     kv._inodes = itertools.count(KV_INODE_BIT + 1)
     for name in KV_NAMES:
         kv.make_folder(ROOT_INODE, name, 0o755, ROOT_USER)
-    return Trees(BrokenTree(), kv, threading.RLock())
+    return Trees(BrokenTree(), kv, threading.RLock(), NoClients())
 
 
 if __name__ == "__main__":

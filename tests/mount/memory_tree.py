@@ -296,6 +296,9 @@ class MemoryTree:
         return bytes(memoryview(self._opened(handle).content)[offset : offset + size])
 
     @_locked
+    def read_now(self, handle, offset, size):
+        return self.read(handle, offset, size) if offset & 4096 else None
+
     def write(self, handle: int, offset: int, data: memoryview) -> int:
         node = self._opened(handle)
         if offset > len(node.content):

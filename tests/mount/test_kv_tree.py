@@ -1,9 +1,11 @@
 """The KV cache through a mount, with the tools that people have: NumPy, cp, tar, rm, safetensors."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +70,56 @@ def test_reader_beside_a_writer(mount, folder):
         with pytest.raises(OSError) as error:
             os.open(f"/proc/self/fd/{opened.fileno()}", os.O_RDONLY)
         assert error.value.errno == errno.ESTALE
+
+
+SLOW_SERVER = """
+import time
+from kvfs.sequence import Sequence
+from kvfsctl.main import run
+
+append = Sequence.append
+
+def slow_append(self, *arguments):
+    time.sleep(0.1)
+    append(self, *arguments)
+
+Sequence.append = slow_append
+run()
+"""
+
+
+def test_what_was_posted_is_seen(drive, servers, tmp_path):
+    """An append returns before the owner has taken it; whoever looks after that finds the tokens."""
+    mount = tmp_path / "mount"
+    servers([sys.executable, "-c", SLOW_SERVER, "mount", "--foreground", drive, mount], mount)
+    queries = np.ones((1, 4, HEAD_DIM), np.float32)
+    folder = mount / "kv/m/a"
+
+    def lse():
+        with open(folder / "layer_01/attend", "r+b") as file:
+            np.save(file, queries)
+            file.seek(0)
+            return np.load(file), np.load(file)[0, 0]
+
+    with kvfs.open(mount) as store, kvfs.open(mount) as other:
+        model = store.add_model(
+            "m", num_layers=NUM_LAYERS, num_query_heads=4, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM
+        )
+        sequence = store.create_sequence(model, "a")
+        append(sequence, np.zeros_like(rows(1)))
+        other_sequence = other.sequence("a")
+        looks = (
+            lambda: len(np.load(mount / "kv/m" / KEYS)),
+            lambda: ((mount / "kv/m" / KEYS).stat().st_size - 4096) // (2 * HEAD_DIM),
+            lambda: int(os.getxattr(folder, "user.kvfs.num_tokens")),
+            lambda: json.loads((folder / "sequence.json").read_bytes())["num_tokens"],
+            lambda: round(float(np.exp(lse()[1]))),  # of scores that are all 0
+            lambda: other_sequence.num_tokens,
+            lambda: other_sequence.version().num_tokens,
+        )
+        for number, look in enumerate(looks, 2):
+            append(sequence, np.zeros_like(rows(1)))
+            assert look() == number
 
 
 def test_attend(mount, folder):

@@ -229,7 +229,7 @@ def test_check_reports_findings(drive, namespace):
     flash = FlashAdmin(namespace)
     namespace.write(0, blocks(100))
     assert flash.check()[0] == 0
-    entries = drive.ftl._state.mapping._entries
+    entries = drive.ftl._state.mapping.entries
     entries[[50, 60]] = entries[[60, 50]]
     count, findings = flash.check()
     wrong = findings[findings["kind"] == Kind.WRONG_LBA.encode()]

@@ -32,7 +32,7 @@ def write(ftl, lbas, seed=0, stream=0):
 
 
 def entries(ftl):
-    return ftl._state.mapping._entries
+    return ftl._state.mapping.entries
 
 
 def kinds(ftl):

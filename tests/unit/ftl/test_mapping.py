@@ -111,7 +111,7 @@ def test_unmap(first, count, forgotten):
 def test_entry_width(num_superblocks, per_superblock, entry):
     """The last page of flash just below and above 2**32 pages: it must not come back as another."""
     mapping = Mapping(4, num_superblocks, per_superblock)
-    assert mapping._entries.dtype == entry
+    assert mapping.entries.dtype == entry
     last = num_superblocks * per_superblock - 1
     mapping.assign(array([0, 3]), array([last, 0]))
     assert mapping.resolve(np.arange(4)).tolist() == [last, PAGE_NONE, PAGE_NONE, 0]

@@ -43,6 +43,11 @@ def work(ftl, number, failures):
                 words[part] = 7e7
                 ftl.read(lbas, addresses[part])
                 assert (words[part] == content[part][:, None]).all()
+                for index in range(first, first + min(count, 50)):  # collection moves pages meanwhile
+                    page = buffer[index * ftl.page_size :][: ftl.page_size]
+                    page[:] = 7
+                    if ftl.read_run(number * share + index, page):
+                        assert (words[index] == content[index]).all()
     except BaseException as error:
         failures.append(error)
         raise

@@ -337,7 +337,7 @@ def test_drive_map(path):
     fill(path)
     with Inspection(path) as inspection:
         lba = inspection.owners.extents[0].first_lba
-        entries = inspection._drive.ftl._state.mapping._entries
+        entries = inspection._drive.ftl._state.mapping.entries
         entries[[lba, lba + 1]] = entries[[lba + 1, lba]]
         found = texts(inspection.check())
     assert any(line.startswith("flash: wrong lba (") and "sequence 'first'" in line for line in found), found

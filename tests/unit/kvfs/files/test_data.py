@@ -11,6 +11,7 @@ import pytest
 from kvfs.errors import OutOfSpace, StoreClosed
 from kvfs.files.file_data import KEEP_SIZE, MAX_SIZE, PUNCH_HOLE, ZERO_RANGE
 from kvfs.tree import ROOT_INODE, FileError
+from spdk_glue import dma
 from tests.unit.kvfs.files.posix import USER, Posix
 from tests.unit.kvfs.files.test_names import fails
 
@@ -31,6 +32,43 @@ def test_write_and_read(posix, offset, size):
     assert posix.read(b"a") == before[:offset] + data + before[offset + size :]
     assert posix.read(b"a", offset + 1, 7) == posix.read(b"a")[offset + 1 :][:7]
     assert posix.read(b"a", len(before), 1) == b"" == posix.read(b"a", 1 << 60, 1)
+
+
+def test_reading_at_once(store, posix):
+    """The short way gives what the long one gives, and counts in every layer; it is not for a hole."""
+    data = content(8 * BLOCK)
+    posix.write(b"a", 0, data)
+    posix.write(b"a", 9 * BLOCK, data[:100])
+    with posix.open(b"a") as handle:
+
+        def counted(read):
+            before = store.counters()
+            found = read(handle, 3 * BLOCK + 5, BLOCK)
+            after = store.counters()
+            assert bytes(found) == data[3 * BLOCK + 5 :][:BLOCK]
+            pages = after["flash"]["bytes_read"] - before["flash"]["bytes_read"]
+            return pages, [after["link"][name] - before["link"][name] for name in after["link"]]
+
+        assert posix.tree.read_now(handle, 0, 1) is None, "the time of access is to be noted"
+        assert counted(posix.tree.read) == counted(posix.tree.read_now)
+        assert bytes(posix.tree.read_now(handle, 9 * BLOCK, BLOCK)) == data[:100]
+        for offset, size in ((7 * BLOCK, 2 * BLOCK), (8 * BLOCK, 1), (10 * BLOCK, 1), (0, 0)):
+            assert posix.tree.read_now(handle, offset, size) is None
+        with store._files._data_lock:
+            assert posix.tree.read_now(handle, 0, 1) is None, "it would have to wait"
+
+
+@pytest.mark.parametrize("offset", [0, BLOCK, 7])
+def test_memory_that_the_drive_takes_as_it_is(posix, offset):
+    """Aligned, as the mount's are: whole blocks are written from where they lie, and not looked at later."""
+    posix.write(b"a", 0, content(4 * BLOCK))
+    before = posix.read(b"a")
+    memory = dma.allocate(2 * BLOCK)
+    memory[:] = 7
+    with posix.open(b"a") as handle:
+        assert posix.tree.write(handle, offset, memoryview(memory)) == 2 * BLOCK
+    memory[:] = 9
+    assert posix.read(b"a") == before[:offset] + b"\7" * 2 * BLOCK + before[offset + 2 * BLOCK :]
 
 
 def test_large_requests(posix):

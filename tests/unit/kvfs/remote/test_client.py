@@ -1,5 +1,6 @@
 """What a client's store does that one in the same process need not."""
 
+import contextlib
 import gc
 import os
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 import kvfs
 from kvfs import errors
+from kvfs.remote.server import SETTLE_SECONDS
 from kvfs.sequence_version import Version
 
 from ..conftest import add_model, random_kv, random_queries
@@ -101,7 +103,10 @@ def test_a_batch_that_does_not_fit_on_the_drive_is_refused_whole(served, client,
 
 
 def test_a_posted_append_that_failed(served, client, sequence):
-    """Appends without a reply: a failure is raised by the next call, and what came between is not done."""
+    """Appends without a reply: the sequence's next call raises a failure, and what came between is not done.
+
+    Other sequences are not concerned, and their users must not be told in the place of this one's.
+    """
     keys, values = random_kv(1)
     other = client.create_sequence(sequence.model, "other")
     other.append(0, keys, values)
@@ -109,12 +114,87 @@ def test_a_posted_append_that_failed(served, client, sequence):
     sequence.append(0, keys, values)
     served.store.delete_sequence("s")
     sequence.append(0, keys, values)
+    with fails_to_append(served, "other"):
+        other.append(0, keys, values)
+        other.append(0, keys, values)
     other.append(0, keys, values)
-    with pytest.raises(errors.InvalidArgument, match="deleted"):
-        other.flush()
-    assert other.layer_tokens(0) == 1
+    for _ in range(2):
+        with pytest.raises(errors.KvfsError):
+            client.flush()
+    third = client.create_sequence(sequence.model, "third")
+    third.append(0, keys, values)
+    with pytest.raises(errors.MediaFailure):
+        client.attend(0, random_queries(2), [third, other])
+    assert (other.layer_tokens(0), third.layer_tokens(0)) == (1, 1)
     other.append(0, keys, values)
     assert other.layer_tokens(0) == 2
+    with pytest.raises(errors.InvalidArgument, match="deleted"):
+        sequence.append(0, *random_kv(300))
+    assert sequence.is_deleted
+    client.flush()
+
+
+@contextlib.contextmanager
+def fails_to_append(served, name):
+    """The owner's appends to a sequence fail; all that were posted have, at the end."""
+    owners = served.store.sequence(name)
+
+    def fail(*arguments):
+        raise errors.MediaFailure("the drive is gone")
+
+    owners.append = fail
+    try:
+        yield
+        served.server.settle()
+    finally:
+        del owners.append
+
+
+def test_a_failure_that_nobody_asked_for(served, client):
+    """A sequence that was dropped before its failed append was told of: the next flush tells, once."""
+    sequence = client.create_sequence(add_model(client), "s")
+    sequence.append(0, *random_kv(1))
+    with fails_to_append(served, "s"):
+        sequence.append(0, *random_kv(1))
+    del sequence
+    gc.collect()
+    assert client.models()
+    with pytest.raises(errors.MediaFailure):
+        client.flush()
+    client.flush()
+
+
+def test_waiting_for_what_was_posted(served, client, sequence):
+    """The owner waits until a post is served, not for those who send more; a number that never comes, once."""
+    keys, values = random_kv(1)
+    sequence.append(0, keys, values)
+    owners = served.store.sequence("s")
+    append, gate = owners.append, threading.Semaphore(0)
+
+    def gated(*arguments):
+        assert gate.acquire(timeout=20)
+        append(*arguments)
+
+    owners.append = gated
+    for _ in range(3):
+        sequence.append(0, keys, values)
+    assert not served.server.is_settled()
+    found = []
+    looker = threading.Thread(target=lambda: (served.server.settle(), found.append(owners.layer_tokens(0))))
+    looker.start()
+    time.sleep(0.05)
+    sequence.append(0, keys, values)
+    assert not found
+    gate.release(3)
+    looker.join(20)
+    assert found == [4]
+    gate.release(100)
+    assert sequence.layer_tokens(0) == 5
+    client._connection.memory.posted = 1 << 40
+    start = time.monotonic()
+    served.server.settle()
+    assert SETTLE_SECONDS <= time.monotonic() - start < 10 * SETTLE_SECONDS
+    assert served.server.is_settled()
 
 
 def test_an_interrupted_call(client, sequence, monkeypatch):

@@ -411,18 +411,18 @@ def test_mutated_requests(served, client, sequence):
 
 
 def test_posted_requests_that_fail(served):
-    """A flood of posted requests without a reply, all bad: one error, for the next that asks."""
+    """A flood of posted requests without a reply, all bad: one error, for the next that asks of all."""
     with raw_connection(served) as connection:
         os.close(socket.recv_fds(connection, REPLY.itemsize, 1)[1][0])
         for number in range(1000):
             fields = {"magic": MAGIC, "number": number, "operation": Operation.APPEND, "flags": Flag.POSTED}
             protocol.send(connection, record(REQUEST, **fields))
-        protocol.send(connection, record(REQUEST, magic=MAGIC, number=7))
-        reply, _ = answer(connection)
-        assert reply.is_error and reply.number == 7
-        protocol.send(connection, record(REQUEST, magic=MAGIC, number=8))
-        reply, _ = answer(connection)
-        assert not reply.is_error and reply.number == 8
+        body = b'{"call": "flush_store", "arguments": {}}'
+        for number, is_error in ((7, True), (8, False)):
+            header = {"magic": MAGIC, "number": number, "body_bytes": len(body)}
+            protocol.send(connection, record(REQUEST, **header, operation=Operation.CALL), body)
+            reply, _ = answer(connection)
+            assert reply.is_error == is_error and reply.number == number
 
 
 def test_shared_memory_keeps_its_size():

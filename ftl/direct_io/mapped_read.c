@@ -1,0 +1,79 @@
+/* The short way to one run of pages: from the map to checked bytes, with no lock.
+ *
+ * The map, the checksums and the file may change at any moment. So nothing that is found here is an answer before
+ * the map was looked at again and the checksums, which are mixed with the LBA, fit. Whatever does not is no error:
+ * the caller goes the long way, which can tell why.
+ */
+#define MAX_RUN_PAGES 64
+#define LBA_SPREAD 0x9E3779B97F4A7C15ull /* as in ftl/checksums.py */
+
+/* columns, known: [slot][page of the superblock], see ftl/checksums.py; slots: by superblock, negative where there is
+ * no column; used: by slot, set when it was. */
+typedef struct {
+    int fd, is_wide;
+    size_t page_size;
+    uint64_t data_start, num_lbas, pages_per_superblock;
+    const void *entries; /* page + 1 by LBA, zero where unmapped; uint64 if is_wide, else uint32 */
+    const int32_t *slots;
+    const uint32_t *columns;
+    const uint8_t *known;
+    uint8_t *used;
+} dio_map;
+
+typedef struct { uint64_t first_lba, num_pages, page; } dio_run;
+
+static uint64_t entry_of(const dio_map *map, uint64_t lba)
+{
+    if (map->is_wide)
+        return __atomic_load_n((const uint64_t *)map->entries + lba, __ATOMIC_ACQUIRE);
+    return __atomic_load_n((const uint32_t *)map->entries + lba, __ATOMIC_ACQUIRE);
+}
+
+static int is_mapped_to(const dio_map *map, const dio_run *run)
+{
+    for (uint64_t i = 0; i < run->num_pages; i++)
+        if (entry_of(map, run->first_lba + i) != run->page + 1 + i)
+            return 0;
+    return 1;
+}
+
+/* Whether LBAs are one run of pages in a superblock. */
+static int dio_find_run(const dio_map *map, uint64_t first_lba, uint64_t num_pages, dio_run *run)
+{
+    if (num_pages == 0 || num_pages > MAX_RUN_PAGES || first_lba >= map->num_lbas ||
+        num_pages > map->num_lbas - first_lba)
+        return 0;
+    uint64_t entry = entry_of(map, first_lba);
+    if (entry == 0)
+        return 0;
+    *run = (dio_run){first_lba, num_pages, entry - 1};
+    return run->page % map->pages_per_superblock + num_pages <= map->pages_per_superblock &&
+           is_mapped_to(map, run);
+}
+
+/* Whether a run's pages are at `to` now: read, still the LBAs', and each with its checksum. */
+static int dio_read_run(const dio_map *map, const dio_run *run, uint8_t *to)
+{
+    uint64_t superblock = run->page / map->pages_per_superblock;
+    int32_t slot = __atomic_load_n(map->slots + superblock, __ATOMIC_ACQUIRE);
+    if (slot < 0)
+        return 0;
+    size_t size = run->num_pages * map->page_size;
+    if (pread(map->fd, to, size, (off_t)(map->data_start + run->page * map->page_size)) != (ssize_t)size)
+        return 0;
+    if (!is_mapped_to(map, run) || __atomic_load_n(map->slots + superblock, __ATOMIC_ACQUIRE) != slot)
+        return 0;
+    uint64_t at = (uint64_t)slot * map->pages_per_superblock + run->page % map->pages_per_superblock;
+    const uint32_t *expected = map->columns + at;
+    const uint8_t *known = map->known + at;
+    uint64_t addresses[MAX_RUN_PAGES];
+    uint32_t found[MAX_RUN_PAGES];
+    for (uint64_t i = 0; i < run->num_pages; i++)
+        addresses[i] = (uint64_t)(uintptr_t)(to + i * map->page_size);
+    dio_crc32c_pages(addresses, run->num_pages, map->page_size, found);
+    for (uint64_t i = 0; i < run->num_pages; i++)
+        if (!known[i] || (found[i] ^ (uint32_t)((run->first_lba + i) * LBA_SPREAD >> 32)) != expected[i])
+            return 0;
+    __atomic_store_n(map->used + slot, 1, __ATOMIC_RELAXED);
+    return 1;
+}
