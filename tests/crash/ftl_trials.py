@@ -350,7 +350,7 @@ class FtlTrials:
     def _tamper(self) -> None:
         """What is wrong in memory is found by the check, by its name; then it is mended."""
         ftl, state = self._ftl, self._ftl._state
-        entries, valid = state.mapping._entries, state.mapping.valid_pages
+        entries, valid = state.mapping.entries, state.mapping.valid_pages
         mapped, free = np.flatnonzero(entries), state.superblocks.of(State.FREE)
         if len(mapped) < 2 or not len(free):
             return
