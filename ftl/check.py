@@ -61,7 +61,10 @@ def _check_places(state: FlashState, lbas, pages, states, fill) -> list[Finding]
     superblocks, indices = np.divmod(pages, state.pages_per_superblock)
     known = superblocks < len(states)
     good = known.copy()
-    good[known] = np.isin(states[superblocks[known]], HOLDS_DATA) & (indices[known] < fill[superblocks[known]])
+    places, indices = superblocks[known], indices[known]
+    # a block that went bad keeps what it holds; `fill` is of the others
+    on_bad = state.superblocks.bad_planes[places, indices % state.geometry.num_planes]
+    good[known] = np.isin(states[places], HOLDS_DATA) & (on_bad | (indices < fill[places]))
     found = [
         Finding(Kind.OUTSIDE_DATA, int(superblocks[i]), int(pages[i]), int(lbas[i]))
         for i in np.flatnonzero(~good).tolist()

@@ -101,9 +101,14 @@ class ChecksumTable:
         if slot != NO_SLOT:
             self.used[slot] = True
             return slot
+        # what parity says of a page counts: there a power cut may have left a page of an earlier life
         records = self._media.read_oob(superblock)
-        known = oob.holds(records) & (records["kind"] == PageKind.DATA)  # only data are ever asked for
-        return self._keep(superblock, _mixed(records["payload_crc32c"], records["lba"]), known)
+        records, pages, _ = oob.known_records(self._media, superblock, records, None)
+        data = records["kind"] == PageKind.DATA  # only data are ever asked for
+        indices = pages[data] - superblock * self._per_superblock
+        column, known = np.zeros(self._per_superblock, np.uint32), np.zeros(self._per_superblock, bool)
+        column[indices], known[indices] = _mixed(records["payload_crc32c"][data], records["lba"][data]), True
+        return self._keep(superblock, column, known)
 
     def _keep(self, superblock: int, column, known) -> int:
         """Its slot. What is used but once makes room before what is used again and again."""

@@ -11,6 +11,7 @@ power cut could bring back a version older than the newest durable one.
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,8 +87,12 @@ class Collector:
     def make_room(self) -> None:
         """Have more than GC_RESERVE superblocks free. Raises OutOfFlash."""
         superblocks = self._state.superblocks
+        num_resorts = 0
         while superblocks.count(State.FREE) <= GC_RESERVE:
             if self.step():
+                continue
+            if num_resorts < len(superblocks.states) and self.step(is_last_resort=True):
+                num_resorts += 1  # more would wear the flash for nothing
                 continue
             if self._is_busy or self._erasing:
                 self._state.changed.wait()  # for another collection, or for readers
@@ -117,28 +122,35 @@ class Collector:
         """Whether a step would free anything, or mend what should be."""
         return bool(self._emptied or self._erasing) or self._choose() is not None
 
-    def step(self) -> bool:
-        """Collect one superblock, or erase what was waiting; whether anything was gained."""
+    def step(self, is_last_resort: bool = False) -> bool:
+        """Collect one superblock, or erase what was waiting; whether anything was gained.
+
+        is_last_resort: also where the rows that a flush completes may cost what is gained
+        """
         if self._is_busy:
             return False
         self._is_busy = True
         try:
             if self._finish_erases():
                 return True
-            victim = self._choose()
+            victim = self._choose(is_last_resort)
             if self._is_short(victim) and self._log.give_up_checkpoint():
                 self.erase_replaced()
                 return True
             if victim is None:
                 return self._erase_emptied()
-            if self._empty(victim):
-                self._level_wear()
+            try:
+                if self._empty(victim):
+                    self._level_wear()
+            except OutOfFlash:
+                if not self._erase_emptied():
+                    raise
             return True  # one that is quarantined is no candidate any more
         finally:
             self._is_busy = False
             self._state.changed.notify_all()
 
-    def _choose(self) -> int | None:
+    def _choose(self, is_last_resort: bool = False) -> int | None:
         state = self._state
         disturbed = self._disturbed()
         if disturbed is not None:
@@ -148,6 +160,7 @@ class Collector:
             state.mapping.valid_pages,
             self._policy,
             state.next_program_number,
+            1 if is_last_resort else state.superblocks.row_pages,
         )
 
     def _is_short(self, victim: int | None) -> bool:
@@ -251,6 +264,8 @@ class Collector:
         state = self._state
         num_dies = state.geometry.num_dies
         for superblock in np.unique(groups * num_dies // state.pages_per_superblock).tolist():
+            with suppress(OutOfFlash):  # it may do without
+                self.make_room()
             records, pages = self._data_records(superblock)
             chosen = np.isin(pages // num_dies, groups)
             try:

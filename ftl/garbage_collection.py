@@ -48,9 +48,9 @@ def make_policy(name: str) -> Policy:
 
 
 def choose_victim(
-    superblocks: Superblocks, valid_pages: np.ndarray, policy: Policy, program_number: int
+    superblocks: Superblocks, valid_pages: np.ndarray, policy: Policy, program_number: int, row_pages: int
 ) -> int | None:
-    """The superblock to collect next, or None when none frees anything.
+    """The superblock to collect next, or None when none frees anything: what is copied fills whole rows.
 
     Those with a failed block come first, whatever it costs. A quarantined one is a victim only once nothing
     in it is mapped: its pages cannot be copied.
@@ -61,7 +61,8 @@ def choose_victim(
     full = superblocks.of(State.FULL)
     dead = superblocks.of(State.QUARANTINED)
     candidates = np.concatenate([full, dead[valid_pages[dead] == 0]])
-    candidates = candidates[valid_pages[candidates] < superblocks.capacity[candidates]]
+    rows = -(-valid_pages[candidates] // row_pages)
+    candidates = candidates[rows * row_pages < superblocks.capacity[candidates]]
     if not len(candidates):
         return None
     empty = candidates[valid_pages[candidates] == 0]

@@ -109,24 +109,37 @@ class MetadataLog:
 
     def make_durable(self) -> None:
         """All that was written and deallocated before this call survives a power cut after it."""
-        state = self._state
         self._claim()
         try:
-            if self._pending:
-                records = np.array(self._pending, DEALLOCATION)
-                self._pending.clear()
-                try:
-                    pages = deallocation_log.encode(state.page_size, records)
-                    self._append(PageKind.DEALLOCATE, pages)
-                except BaseException:
-                    self._pending[:0] = records.tolist()
-                    raise
-            if state.geometry.parity:
+            self._append_pending()
+            if self._state.geometry.parity:
                 self._writer.complete_rows()
                 self._log.complete_row()
             self.sync()
-            if state.geometry.parity and self._log.is_cut_short:
+            if self._state.geometry.parity and self._log.is_cut_short:
                 self._rotate()
+        finally:
+            self._release()
+
+    def _append_pending(self) -> None:
+        if not self._pending:
+            return
+        records = np.array(self._pending, DEALLOCATION)
+        self._pending.clear()
+        try:
+            self._append(PageKind.DEALLOCATE, deallocation_log.encode(self._state.page_size, records))
+        except BaseException:
+            self._pending[:0] = records.tolist()
+            raise
+
+    def renew(self) -> None:
+        """Supersede what the log says by a snapshot."""
+        self._claim()
+        try:
+            if self._log.num_left < self._state.superblocks.row_pages:
+                self._rotate()
+            else:  # a series of power cuts must not take a superblock each
+                self._append_snapshot()
         finally:
             self._release()
 
@@ -165,6 +178,7 @@ class MetadataLog:
                     state.next_program_number - 1,
                     state.session,
                 )
+            self._append_pending()  # the map knows these, and must not be the only one
             self.sync()
             with state.unlocked():
                 pages = checkpoint.encode(taken, state.page_size)
@@ -237,10 +251,17 @@ class MetadataLog:
         self._log.append(kind, payload, self._state.next_sequence_number)
 
     def _rotate(self) -> None:
-        """Start a new log with a snapshot of every unmapped range; what it replaces may be erased then."""
-        state = self._state
+        """Start a new log with a snapshot; what it replaces may be erased then."""
         old = list(self._log.superblocks)
         self._log.begin_superblock()
+        self._append_snapshot()
+        for superblock in old:
+            self._log.superblocks.remove(superblock)
+            self.replaced.append(superblock)
+
+    def _append_snapshot(self) -> None:
+        """Of every unmapped range; at its end as durable as what it replaces."""
+        state = self._state
         with self._writer.quiesced():  # what is on its way would look unmapped
             number = state.new_sequence_numbers(1)
             ranges = state.mapping.unmapped_ranges()
@@ -251,7 +272,6 @@ class MetadataLog:
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
+        if state.geometry.parity:
+            self._log.complete_row()
         self.sync()
-        for superblock in old:
-            self._log.superblocks.remove(superblock)
-            self.replaced.append(superblock)

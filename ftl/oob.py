@@ -32,5 +32,7 @@ def known_records(
     if media.geometry.parity:
         by = with_unwritten(media.geometry, records, pages, unwritten)
         lost, lost_pages = lost_records(media.geometry, *by)
+        held = ~np.isin(pages, lost_pages)  # a bad block may show a page of an earlier life there
+        records, pages, num_held = records[held], pages[held], np.count_nonzero(held)
         records, pages = np.concatenate([records, lost]), np.concatenate([pages, lost_pages])
     return records, pages, np.arange(len(pages)) >= num_held

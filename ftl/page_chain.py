@@ -33,11 +33,12 @@ def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:
     return lba_plus_1 << HALF ^ version.astype(np.uint64) & LOWER_HALF
 
 
-def vanished(records: np.ndarray, holds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def vanished(records: np.ndarray, holds: np.ndarray, is_bad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(PAGE_OOB [n], int64 [n] indices) of data pages that others name and that are not there.
 
-    records: PAGE_OOB [pages_per_superblock]; holds: which of them do. What is returned has the highest program
-    number and the session that it can have had, and of its version the lower half.
+    records: PAGE_OOB [pages_per_superblock]; holds: which of them do; is_bad: which lie on bad blocks. What is
+    returned has the highest program number and the session that it can have had, and of its version the lower
+    half.
     """
     own = np.flatnonzero(holds & (records["kind"] == PageKind.DATA))
     data, previous = records[own], records[own].view(PREVIOUS_PAGE)
@@ -56,6 +57,13 @@ def vanished(records: np.ndarray, holds: np.ndarray) -> tuple[np.ndarray, np.nda
     for name in ("program_number", "durable_program_number", "session"):
         found[name] = data[name][missed]
     found["program_number"] -= 1
+    if is_bad.any():
+        # A batch that failed was written elsewhere, and any page of it may be missing here. It was the last one
+        # here, or what follows it begins another chain.
+        begun = own[previous["lba_plus_1"] == 0].max(initial=-1)
+        was_accepted = found["program_number"] <= records["durable_program_number"][holds].max(initial=0)
+        is_gone = ~is_bad[indices] & was_accepted & (own[missed] > begun)
+        found, indices = found[is_gone], indices[is_gone]
     return found, indices
 
 

@@ -126,6 +126,8 @@ class PageWriter:
             if stream in self._open or self._num_open() >= self._num_streams:
                 return self._open.get(stream)
         # what is copied has lived long and will stay: it goes where wear has to slow down
+        if stream == GC_STREAM and state.superblocks.count(State.FREE) == 1:
+            raise OutOfFlash(1, 0)  # the log may need it: without a log nothing that is emptied can be erased
         superblock = state.superblocks.take_free(State.OPEN, most_worn=stream == GC_STREAM)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))

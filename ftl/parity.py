@@ -196,6 +196,19 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
     return current
 
 
+def _has_strayed(geometry: Geometry, numbers, pages, record: int, parity_number) -> bool:
+    """Whether a page that is newer than the parity of its row came there by mistake.
+
+    Otherwise the row is of a later life than the parity, which a bad block or an undone erase has left: then
+    all of the page's block is, in ascending order.
+    """
+    per_superblock, num_planes = geometry.pages_per_superblock, geometry.num_planes
+    first, index = divmod(int(pages[record]), per_superblock)
+    own = (pages // per_superblock == first) & (pages % per_superblock % num_planes == index % num_planes)
+    later = own & (pages > pages[record])
+    return bool((numbers[own] < parity_number).any() or (numbers[later] < numbers[record]).any())
+
+
 @dataclass
 class _Membership:
     """groups: int64 [n], those with a parity page; parity: int64 [n], its record; lacking: uint32 [n], a bit
@@ -221,15 +234,25 @@ def _membership(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> _
     parity = parity[newest]
     member = np.flatnonzero(~is_parity & np.isin(group, groups))
     place = np.searchsorted(groups, group[member])
-    wanted = records["member_dies"][parity]
+    wanted = records["member_dies"][parity].copy()
+    # members come before their parity
+    numbers = records["program_number"]
+    older = numbers[member] < numbers[parity][place]
+    is_stale = np.zeros(len(groups), bool)
+    for newer in np.flatnonzero(~older).tolist():
+        if not _has_strayed(geometry, numbers, pages, member[newer], numbers[parity[place[newer]]]):
+            is_stale[place[newer]] = True
+    wanted[is_stale] = 0
     bits = _bits(pages[member] % num_dies)
-    counted = bits & wanted[place] != 0  # what a bad block kept of an earlier life is no member
+    counted = older & (bits & wanted[place] != 0)  # what a bad block kept of an earlier life is no member
     member, place, bits = member[counted], place[counted], bits[counted]
     current = _without_strangers(records, parity, member, place, bits)
     member, place, bits = member[current], place[current], bits[current]
     present = np.zeros(len(groups), np.uint32)
     np.bitwise_or.at(present, place, bits)
-    return _Membership(groups, parity, wanted & ~present, member, place)
+    lacking = wanted & ~present
+    lacking[is_stale] = ~np.uint32(0)
+    return _Membership(groups, parity, lacking, member, place)
 
 
 def unprotected_groups(geometry: Geometry, records: np.ndarray, pages: np.ndarray) -> np.ndarray:

@@ -45,8 +45,10 @@ class Recovered:
     fill: int64 [num_superblocks], pages up to the last programmed one; first, newest: their lowest and highest
     program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
+    superseded_log: superblocks of the log that are older than its newest snapshot, so not needed
     checkpoint: the one that was built upon, None after a scan of everything
     unprotected_groups: int64, groups of parity (page // num_dies) that a cut has left without redundancy
+    is_log_unprotected: whether pages of the metadata log are among them
     """
 
     mapping: Mapping
@@ -55,6 +57,7 @@ class Recovered:
     newest: np.ndarray
     last_stream: dict[int, int] = field(default_factory=dict)
     log_superblocks: list[int] = field(default_factory=list)
+    superseded_log: list[int] = field(default_factory=list)
     checkpoint_superblocks: list[int] = field(default_factory=list)
     next_sequence_number: int = 1
     next_program_number: int = 1
@@ -63,6 +66,7 @@ class Recovered:
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
     unprotected_groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    is_log_unprotected: bool = False
 
 
 def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = None) -> Recovered:
@@ -98,6 +102,9 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         weak = unprotected_groups(geometry, records, pages)
         found.unprotected_groups = np.intersect1d(begun_groups, weak)
         by_parity, places = lost_records(geometry, records, pages)
+        _number_behind(found, by_parity)
+        log_pages = np.concatenate([pages[_of_log(records)], places[_of_log(by_parity)]])
+        found.is_log_unprotected = bool(np.isin(log_pages // geometry.num_dies, found.unprotected_groups).any())
         lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
@@ -116,15 +123,27 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         records["sequence_number"][data].astype(np.uint64),
         pages[data],
     )
-    log_kind = np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
-    log_pages = _read_log(media, records[log_kind], pages[log_kind])
-    _apply_log(mapping, versions, log_pages, found.checkpoint.sequence_number if found.checkpoint else 0)
+    log_records, log_pages = records[_of_log(records)], pages[_of_log(records)]
+    log_content = _read_log(media, log_records, log_pages)
+    from_number = found.checkpoint.sequence_number if found.checkpoint else 0
+    snapshot_number = _apply_log(mapping, versions, log_content, from_number)
     mapping.finish_recovery()
     # An erase that a power cut undid in part leaves metadata of an earlier life beside new data. What is mapped
     # makes it a superblock of data: others are erased as a whole once their metadata are replaced.
     for superblocks in (found.log_superblocks, found.checkpoint_superblocks):
         superblocks[:] = [s for s in superblocks if not mapping.valid_pages[s]]
+    snapshot = log_records["sequence_number"] == snapshot_number
+    snapshot &= log_records["kind"] == PageKind.MAPPING_SNAPSHOT
+    if snapshot.any():
+        first = log_records["program_number"][snapshot].min()
+        found.superseded_log = [s for s in found.log_superblocks if found.newest[s] < first]
+        found.log_superblocks = [s for s in found.log_superblocks if found.newest[s] >= first]
     return found
+
+
+def _of_log(records: np.ndarray) -> np.ndarray:
+    """bool: pages of the metadata log."""
+    return np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
 
 
 def _heads(media: FlashMedia, superblocks: np.ndarray) -> np.ndarray:
@@ -171,8 +190,7 @@ def _take_over_checkpoint(found: Recovered, programmed: np.ndarray, heads: np.nd
     found.fill[superblocks] = table["fill"][known]
     found.first[superblocks] = table["first_program_number"][known]
     found.newest[superblocks] = table["newest_program_number"][known]
-    is_log = np.isin(heads["kind"][known], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
-    found.log_superblocks.extend(superblocks[is_log].tolist())
+    found.log_superblocks.extend(superblocks[_of_log(heads[known])].tolist())
     found.next_sequence_number = found.checkpoint.sequence_number
     found.next_program_number = found.checkpoint.program_number + 1
     found.session = found.checkpoint.session + 1
@@ -211,14 +229,13 @@ def _scan(
         if not len(programmed):
             continue
         # a block that could not be erased shows what it held in an earlier life
-        on_good = programmed[~bad_planes[superblock, programmed % media.geometry.num_planes]]
+        is_bad = np.tile(bad_planes[superblock], media.geometry.pages_per_erase_block)
+        on_good = programmed[~is_bad[programmed]]
         found.fill[superblock] = on_good[-1] + 1 if len(on_good) else 0
         holds = oob.holds(records)
-        gone, indices = page_chain.vanished(records, holds)
-        # on a block that failed it may be that it was refused, and written elsewhere
-        good = ~bad_planes[superblock, indices % media.geometry.num_planes]
-        all_gone.append(gone[good])
-        all_gone_pages.append(superblock * per_superblock + indices[good])
+        gone, indices = page_chain.vanished(records, holds, is_bad)
+        all_gone.append(gone)
+        all_gone_pages.append(superblock * per_superblock + indices)
         records, holds = records[programmed], holds[programmed]
         all_records.append(records[holds])
         all_pages.append(superblock * per_superblock + programmed[holds])
@@ -227,7 +244,7 @@ def _scan(
         records = records[holds]
         found.first[superblock] = records["program_number"].min()
         found.newest[superblock] = records["program_number"].max()
-        if np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT)).any():
+        if _of_log(records).any():
             found.log_superblocks.append(superblock)
         elif (records["kind"] == PageKind.CHECKPOINT).any():
             if superblock not in found.checkpoint_superblocks:
@@ -238,14 +255,20 @@ def _scan(
                 found.last_stream[superblock] = int(data["stream"][-1])
     found.scanned_superblocks = len(superblocks)
     records, pages = np.concatenate(all_records), np.concatenate(all_pages)
-    if len(records):
-        versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
-        found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
-        found.next_program_number = max(found.next_program_number, int(records["program_number"].max()) + 1)
-        found.session = max(found.session, int(records["session"].max()) + 1)
+    _number_behind(found, records)
     gone = np.concatenate(all_gone)
     page_chain.complete_versions(gone, found.next_sequence_number)
     return records, pages, gone, np.concatenate(all_gone_pages)
+
+
+def _number_behind(found: Recovered, records) -> None:
+    """What comes next has higher numbers than these."""
+    versions = records["sequence_number"][records["kind"] != PageKind.PARITY]  # there it is an XOR
+    found.next_sequence_number = max(found.next_sequence_number, int(versions.max(initial=0)) + 1)
+    found.next_program_number = max(
+        found.next_program_number, int(records["program_number"].max(initial=0)) + 1
+    )
+    found.session = max(found.session, int(records["session"].max(initial=0)) + 1)
 
 
 def _doubtful(records, durable: dict[int, int]) -> np.ndarray:
@@ -314,8 +337,9 @@ def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
     return decoded
 
 
-def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage], from_number: int) -> None:
-    """Deallocations with versions from `from_number` on: a checkpoint's map knows those before it."""
+def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage], from_number: int) -> int:
+    """Deallocations with versions from `from_number` on: a checkpoint's map knows those before it. Returns the
+    version of the newest snapshot, or 0."""
     snapshot_number, snapshot = deallocation_log.newest_snapshot(pages)
     later = [page for page in pages if page.kind == PageKind.DEALLOCATE]
     for page in snapshot + later:
@@ -325,3 +349,4 @@ def _apply_log(mapping: Mapping, versions: np.ndarray, pages: list[LogPage], fro
             if sequence_number < from_number:
                 continue
             mapping.recover_deallocation(versions, lba, count, sequence_number)
+    return snapshot_number

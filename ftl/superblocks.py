@@ -5,6 +5,7 @@ FREE -> LOG -> ERASING            metadata
 FREE -> BAD                       its only good blocks were on a die that is dead
 FULL -> QUARANTINED               a page in it failed its checksum; it is collected once nothing in it is mapped
 ERASING -> BAD                    no good erase block is left in it
+BAD -> FULL                       opening found there what a power cut kept from being moved
 
 A superblock goes on with the erase blocks that are good: a bad one costs its own pages and no more.
 """
@@ -36,7 +37,7 @@ NEXT = {
     State.LOG: {State.ERASING},
     State.ERASING: {State.FREE, State.BAD},
     State.QUARANTINED: {State.ERASING},
-    State.BAD: set(),
+    State.BAD: {State.FULL},
 }
 
 
@@ -45,6 +46,7 @@ class Superblocks:
 
     states: uint8; erase_counts: int64; bad_planes: bool [num_superblocks, num_planes]
     capacity: int64, pages that can hold data, as of the last erase
+    row_pages: int, pages that a flush makes full: those for data of a row, with parity
     fill: int64, one past the index of the last page programmed
     first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
         since
@@ -59,6 +61,7 @@ class Superblocks:
         by_die = bad_planes.reshape(len(bad_planes), -1, geometry.num_dies)
         self._dead_dies = by_die.mean(axis=(0, 1)) > DEAD_DIE_SHARE
         self.keeps_parity = self._has_room_for_parity()
+        self.row_pages = geometry.num_planes - geometry.planes_per_die if geometry.parity else 1
         self.capacity = self._data_pages(bad_planes)
         self.states = np.where(bad_planes.all(axis=1), State.BAD, State.FREE).astype(np.uint8)
         self.erase_counts = erase_counts

@@ -51,9 +51,12 @@ class FlashTranslationLayer:
         self.options = options or CollectorOptions()
         self._collector = Collector(self._state, self.options, self._read_checked)
         self._writer = PageWriter(self._state, self.num_streams, self._collector.make_room)
-        log_superblocks = self._take_over(found) if found else []
-        checkpoints = list(found.checkpoint_superblocks) if found else []
+        if found:
+            self._take_over(found)
+        log_superblocks = self._of_log(found.log_superblocks) if found else []
+        checkpoints = self._of_log(found.checkpoint_superblocks) if found else []
         self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
+        self._log.replaced += self._of_log(found.superseded_log) if found else []
         self._collector.connect(self._writer, self._log)
         self._runs = None
         if media.plain_file is not None:
@@ -94,22 +97,32 @@ class FlashTranslationLayer:
         ftl = cls(media, options, background, checkpoint_pages, found)
         if not media.read_only and found.next_program_number > 1:
             media.sync()  # what survived a cut must not be lost by the next one
-            ftl._protect(found.unprotected_groups)
+            ftl._protect(found)
+            with ftl._state.lock:
+                ftl._collector.erase_replaced()
         return ftl
 
-    def _protect(self, groups: np.ndarray) -> None:
+    def _protect(self, found: Recovered) -> None:
         """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
-        if not len(groups) or not self._state.superblocks.keeps_parity:
+        if not len(found.unprotected_groups) or not self._state.superblocks.keeps_parity:
             return
         with self._state.lock:
             try:
-                self._collector.move_groups(groups)
+                self._collector.move_groups(found.unprotected_groups)
+                if found.is_log_unprotected:
+                    self._log.renew()
                 self._log.make_durable()
             except OutOfFlash as error:
                 log.warning("no room to write anew what a power cut left without parity: %s", error)
 
-    def _take_over(self, found: Recovered) -> list[int]:
-        """What recovery found out becomes the state; returns the superblocks of the log, oldest first."""
+    def _of_log(self, superblocks: list[int]) -> list[int]:
+        """Oldest first, without those of which no good block is left: nothing can be done with those."""
+        found = self._state.superblocks
+        left = [superblock for superblock in superblocks if found.states[superblock] == State.LOG]
+        return sorted(left, key=lambda superblock: found.newest[superblock])
+
+    def _take_over(self, found: Recovered) -> None:
+        """What recovery found out becomes the state."""
         state = self._state
         state.mapping = found.mapping
         state.next_sequence_number = found.next_sequence_number
@@ -120,11 +133,15 @@ class FlashTranslationLayer:
         state.superblocks.fill[:] = found.fill
         state.superblocks.first[:] = found.first
         state.superblocks.newest[:] = found.newest
+        metadata = {*found.log_superblocks, *found.superseded_log, *found.checkpoint_superblocks}
         # what is mapped may lie on bad blocks only, which `fill` leaves out
         for superblock in np.flatnonzero((found.fill > 0) | (state.mapping.valid_pages > 0)).tolist():
             if state.superblocks.states[superblock] == State.BAD:
+                if state.mapping.valid_pages[superblock]:
+                    state.superblocks.move(superblock, State.FULL)
+                    state.superblocks.retiring.add(superblock)
                 continue
-            is_log = superblock in found.log_superblocks or superblock in found.checkpoint_superblocks
+            is_log = superblock in metadata
             state.superblocks.move(superblock, State.LOG if is_log else State.OPEN)
             if not is_log:
                 state.superblocks.move(superblock, State.FULL)
@@ -132,7 +149,6 @@ class FlashTranslationLayer:
         for superblock, stream in found.last_stream.items():
             if state.superblocks.states[superblock] == State.FULL:
                 self._writer.resume(stream, superblock)
-        return sorted(found.log_superblocks, key=lambda superblock: found.newest[superblock])
 
     def close(self) -> None:
         """Flush and end; every later call raises MediaClosed."""
@@ -153,6 +169,7 @@ class FlashTranslationLayer:
         try:
             self._log.mark(after_pages=1)
             self._log.sync()
+            self._collector.erase_replaced()
         except OutOfFlash as error:
             log.info("closed without a mark: %s", error)
 

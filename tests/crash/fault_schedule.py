@@ -17,10 +17,12 @@ FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
 FAULTS = {
     "program": {"program_failure_rate": 1e-4},
     "erase": {"erase_failure_rate": 1e-4},
+    "weak-blocks": {"program_failure_rate": 5e-4, "erase_failure_rate": 2e-3},  # some fail in a short run
     "bad-blocks": {"factory_bad_fraction": 0.02, "grown_bad_fraction": 0.02, "rated_cycles": 200},
     "lost-writes": {"lost_write_rate": 2e-3},
     "misdirected-writes": {"misdirected_write_rate": 2e-3},
     "dead-die": {},  # one dies: before anything else, or later
+    "parity": {},  # no fault: always a drive with parity
     "flip-and-reopen": {},  # bits also flip while the drive is closed
 }
 MAX_DEPTH = 3  # power cuts in a row: in the workload, in opening, in opening again
@@ -48,11 +50,12 @@ class FaultSchedule:
     def draw(cls, random: np.random.Generator, faults=(), shapes=STORE_SHAPES) -> "FaultSchedule":
         """faults: names of FAULTS."""
         pages_per_erase_block, num_superblocks = shapes[random.integers(len(shapes))]
-        parity = int(random.choice([0, 0, 1]))
+        parity = max(int(random.choice([0, 0, 1])), int("parity" in faults))
         geometry = Geometry(
             num_channels=4 if parity else 2,
             pages_per_erase_block=pages_per_erase_block // (1 + parity),
             num_superblocks=num_superblocks + 4 * parity,
+            spare_percent=25 if parity or "weak-blocks" in faults else 7,  # rows and blocks are lost
             parity=parity,
         )
         return cls(

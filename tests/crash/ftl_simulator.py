@@ -6,17 +6,20 @@ power cut a page must hold one of these, whole.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 
+from ftl import collector
 from ftl.errors import CorruptPage, OutOfFlash
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 
 from .fault_schedule import FTL_SHAPES, FaultSchedule
+from .ftl_trials import FtlTrials
 from .oracle import Lost
 from .report import Report, SimulationFailed
 from .simulated_media import PowerCut, SimulatedMedia
@@ -32,6 +35,7 @@ class PageOracle:
 
     def __init__(self, num_lbas: int):
         self.may_hold: list[list[int]] = [[EMPTY] for _ in range(num_lbas)]
+        self._outdated = [0] * num_lbas  # values that flushes have taken off so far
         self._doubtful: set[int] = set()
         self._lbas: dict[int, int] = {}  # of every value ever written
 
@@ -40,10 +44,16 @@ class PageOracle:
         self._lbas[value] = lba
         self._doubtful.add(lba)
 
-    def flushed(self) -> None:
-        for lba in self._doubtful:
-            del self.may_hold[lba][:-1]
-        self._doubtful.clear()
+    def begin_flush(self) -> dict[int, int]:
+        """How many values of each LBA are outdated once this flush completes; another may before it."""
+        return {lba: self._outdated[lba] + len(self.may_hold[lba]) - 1 for lba in self._doubtful}
+
+    def flushed(self, outdated: dict[int, int]) -> None:
+        for lba, count in outdated.items():
+            del self.may_hold[lba][: max(0, count - self._outdated[lba])]
+            self._outdated[lba] = max(count, self._outdated[lba])
+            if len(self.may_hold[lba]) == 1:
+                self._doubtful.discard(lba)
 
     def is_now(self, lba: int, value: int) -> None:
         """A write that was refused has come so far. Raises Lost."""
@@ -96,10 +106,17 @@ class FtlSimulation:
         self.done: deque[str] = deque(maxlen=40)
         self._next_value = 1
         self._options = {
-            "options": self.schedule.collector,
+            "options": replace(self.schedule.collector, rated_cycles=int(self.random.choice([30, 3000]))),
             "checkpoint_pages": self.schedule.checkpoint_pages,
         }
+        self._trials = FtlTrials(self)
+        self._writing = range(0)  # LBAs of the write under way
         self._ftl = FlashTranslationLayer.format(self.media, **self._options)
+        # the drive is not new: parity keeps the lower halves of these only
+        before_carry = (1 << 32) - int(self.random.integers(200, 1500))
+        self._ftl._state.next_program_number = int(self.random.choice([1, before_carry]))
+        if "weak-blocks" in faults:
+            self._weaken()
         self._oracle = PageOracle(self._ftl.num_lbas)
         page_size = self.schedule.geometry.page_size
         self._pages = dma.allocate(self._ftl.num_lbas * page_size)
@@ -109,16 +126,25 @@ class FtlSimulation:
         """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
         logging.disable(logging.CRITICAL)
         try:
-            for _ in range(FIRST_STEPS):
-                self._step()
-            while len(self.report.crash_points) < num_crash_points and self.report.refusals < MAX_REFUSALS:
-                self._round()
+            with patch.object(collector, "COPY_PAGES", 7):  # small superblocks are copied in pieces, too
+                for _ in range(FIRST_STEPS):
+                    self._step()
+                while len(self.report.crash_points) < num_crash_points and self.report.refusals < MAX_REFUSALS:
+                    self._round()
         except Exception as error:
             raise SimulationFailed(self.report.seed, list(self.done), error) from error
         finally:
             logging.disable(logging.NOTSET)
         self.report.digest = self.media.digest
         return self.report
+
+    def _weaken(self) -> None:
+        """Some blocks fail for ever after a while, and without parity (or it would be in vain) a superblock."""
+        life = self.media._life
+        weak = self.random.choice(life.size, life.size // 20, replace=False)
+        life.flat[weak] = self.random.integers(0, 300, len(weak))
+        if not self.schedule.geometry.parity:
+            life[self.random.integers(len(life))] = self.random.integers(60)
 
     def _words(self) -> np.ndarray:
         return self._pages.view("<u8").reshape(self._ftl.num_lbas, -1)
@@ -128,11 +154,16 @@ class FtlSimulation:
     def _step(self) -> None:
         """A write, an overwrite, a deallocation, a flush or a read; the oracle learns before the drive."""
         self.report.steps += 1
-        try:
+        with self._refusals():
             self._operate()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except OutOfFlash as error:
-            # what is lost keeps its superblock from being erased; without parity a die is more than the spare
-            if not self.media.lost_pages() and (self.schedule.geometry.parity or not self.media.dead_dies):
+            # what is lost keeps its superblock from being erased; a die is more than the spare of a small drive
+            if not self.media.lost_pages() and not self.media.dead_dies:
                 raise
             self.report.refusals += 1
             self.done.append(f"  refused: {error}")
@@ -146,26 +177,39 @@ class FtlSimulation:
             self._write(first, count)
         elif choice < 0.8:
             self.done.append(f"deallocate {count} at {first}")
-            for lba in range(first, first + count):
-                self._oracle.write(lba, EMPTY)
-            self._ftl.deallocate([[first, count]])
+            self.deallocate(first, count)
+        elif choice < 0.9:
+            self.flush()
         elif choice < 0.95:
-            self.done.append("flush")
-            self._ftl.flush()
-            self._oracle.flushed()
+            self._trials.maintain()
         else:
             found, lost = self._read(self._ftl, first, count)
             for lba, value in enumerate(found, first):
                 if lba not in lost and value != self._oracle.may_hold[lba][-1]:
                     raise Lost(f"LBA {lba} holds {value}, not {self._oracle.may_hold[lba]}")
 
-    def _write(self, first: int, count: int) -> None:
-        values = range(self._next_value, self._next_value + count)
+    def new_values(self, count: int) -> range:
         self._next_value += count
+        return range(self._next_value - count, self._next_value)
+
+    def deallocate(self, first: int, count: int) -> None:
+        for lba in range(first, first + count):
+            self._oracle.write(lba, EMPTY)
+        self._ftl.deallocate([[first, count]])
+
+    def flush(self) -> None:
+        self.done.append("flush")
+        outdated = self._oracle.begin_flush()
+        self._ftl.flush()
+        self._oracle.flushed(outdated)
+
+    def _write(self, first: int, count: int) -> None:
+        values = self.new_values(count)
         for lba, value in enumerate(values, first):
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
         stream = int(self.random.integers(0, 3))
+        self._writing = range(first, first + count)
         try:
             self._ftl.write(np.arange(first, first + count), self._addresses[:count], stream)
         except OutOfFlash:
@@ -174,22 +218,27 @@ class FtlSimulation:
                 if lba not in lost:
                     self._oracle.is_now(lba, value)
             raise
+        self._writing = range(0)
 
     # rounds
 
     def _round(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
+        self.media.after_operation = self._trials.meanwhile
         with suppress(PowerCut):
             while self.report.refusals < MAX_REFUSALS:
                 self._step()
-        self.media.on_operation = None
+        self.media.on_operation = self.media.after_operation = None
         self._crashed(depth=1)
         self._ftl = self._open_with_power_cuts()
         self._oracle.settle(self._read_all(self._ftl))
+        with self._refusals():
+            self._trials.run()
 
     def _what_if(self, operation: Callable[[], None]) -> None:
         """Now and then: would all be well if the power failed in this operation?"""
+        self._trials.meanwhile()
         if self.random.random() >= self.schedule.what_if_chance:
             return
         with self.media.what_if():
@@ -230,6 +279,10 @@ class FtlSimulation:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
             may_be = {int(record["lba"]) for record in self.media.lost_pages().values()}
+            if (
+                self.media.untold_lbas() is None
+            ):  # nor is it known what was deallocated, and may be gone with reason
+                may_be = set(range(ftl.num_lbas))
             for position, lba in enumerate(lbas.tolist()):
                 try:
                     ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])

@@ -1,5 +1,7 @@
 """No block is lost or named twice: free blocks, catalogue and flash agree."""
 
+from collections import Counter
+
 import numpy as np
 
 from kvfs.store import Store
@@ -13,6 +15,7 @@ def check_space(store: Store) -> None:
     Owners: the catalogue, groups reserved for what has not been stored yet, blocks held until the catalogue
     that forgets them is durable. All else must be free.
     """
+    _check_sharing(store)
     allocator, first = store._allocator, store._volume.first_data_lba
     owners = np.zeros(store._namespace.num_lbas, np.int8)
 
@@ -43,3 +46,16 @@ def check_space(store: Store) -> None:
     if (mapped & free).any():
         count = np.count_nonzero(mapped & free)
         raise Lost(f"flash keeps {count} blocks that nobody owns, block {np.argmax(mapped & free)} first")
+
+
+def _check_sharing(store: Store) -> None:
+    """A group that several sequences have is whole: else each would append to it."""
+    catalogue = store._catalogue
+    group_tokens = {row.id: row.geometry.group_tokens for row in catalogue.models()}
+    rows = {row.id: row for row in catalogue.sequences()}
+    links = list(catalogue.links())
+    num_sharers = Counter(group_id for _, _, group_id, _, _ in links)
+    for sequence_id, position, group_id, _, _ in links:
+        row = rows[sequence_id]
+        if num_sharers[group_id] > 1 and row.num_spilled < (position + 1) * group_tokens[row.model_id]:
+            raise Lost(f"{row.name!r} shares group {group_id}, which it has a part of")

@@ -78,8 +78,20 @@ _METADATA = _of(
     ("token chunk begun anew", "first_chunk = first_new - first_new % TOKEN_CHUNK", "first_chunk = first_new"),
     (
         "token ids of the deleted kept",
-        'self._db.execute("DELETE FROM token_chunk WHERE sequence_id = ?", (row.id,))',
-        "pass",
+        'for table in ("token_chunk", "sequence_attribute"):\n'
+        '                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))',
+        'for table in ("sequence_attribute",):\n'
+        '                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))',
+    ),
+    (
+        "log full for ever",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if self._is_log_own:",
+    ),
+    (
+        "lost transactions hold once more",
+        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if wal.size <= wal.capacity // 2:",
     ),
     (
         "transactions pass for durable",
@@ -121,18 +133,14 @@ _METADATA += _of(
 
 _SEQUENCE = _of(
     "kvfs/sequence.py",
-    ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
-    ("append leaves no mark", "            self._dirty = True\n            dtype =", "            dtype ="),
-    (
-        "token ids leave no mark",
-        "ids.astype(np.uint32)])\n            self._dirty = True",
-        "ids.astype(np.uint32)])",
-    ),
+    ("append leaves no mark", "            self._changed()\n            dtype =", "            dtype ="),
+    ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",
-        "min(self._tokens_changed_from, num_tokens)\n            self._dirty = True",
-        "min(self._tokens_changed_from, num_tokens)",
+        "            self._history.cut(num_tokens)\n            self._changed()",
+        "            self._history.cut(num_tokens)",
     ),
+    ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
     (
         "truncated token ids stored",
         "self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)",
@@ -201,7 +209,7 @@ _SEQUENCE = _of(
         "            self._store_state()\n        self._clear",
         "        self._clear",
     ),
-    ("unnamed groups leaked by truncation", "if group.id is None:  # no metadata ever named it", "if False:"),
+    ("unnamed groups leaked by truncation", "if group.id is None:  # no", "if False:  # no"),
     (
         "unnamed groups leaked by deletion",
         "            if group.id is None:\n                self._store._allocator.hold",
@@ -283,11 +291,6 @@ _STORE = _of(
         "                self._catalogue.close()",
     ),
     ("leftovers of a power cut kept", "self._namespace.deallocate(self._allocator.free_extents)", "pass"),
-    (
-        "host's part of attention dropped",
-        "return merge_states(*answer, out, lse) if sees_tail else answer",
-        "return answer",
-    ),
     ("flush passes for done", "if self._catalogue.has_changes:", "if not self._catalogue.has_changes:"),
     ("attended tails leave memory", " and other not in self._attended:", ":"),
     (
@@ -306,6 +309,15 @@ _STORE += _of(
     ),
 )
 
+_ATTENTION = _of(
+    "kvfs/attention.py",
+    (
+        "host's part of attention dropped",
+        "return merge_states(*answer, out, lse) if sees_tail else answer",
+        "return answer",
+    ),
+)
+
 _ALLOCATOR = _of(
     "kvfs/allocator.py",
     (
@@ -315,8 +327,8 @@ _ALLOCATOR = _of(
     ),
     (
         "last block handed out twice",
-        "self._starts[index] += num_lbas",
-        "self._starts[index] += num_lbas - (num_lbas > 6)",
+        "        self._starts[index] += count\n",
+        "        self._starts[index] += count - (count > 6)\n",
     ),
     (
         "one extent never released",
@@ -376,8 +388,8 @@ _SPDK_GLUE = [
         "spdk_glue/controller.py",
         (
             "failures reported as success",
-            "if request.status != Status.SUCCESS:\n                do_not_retry",
-            "if request.status is None:\n                do_not_retry",
+            "if request.status != Status.SUCCESS:\n                completion = completions",
+            "if request.status is None:\n                completion = completions",
         ),
         (
             "error log without the block",
@@ -472,13 +484,701 @@ _FTL = [
         ),
         ("one session for all", 'oob["session"] = state.session', 'oob["session"] = 1'),
         ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
+        (
+            "copies take the last free superblock",
+            "state.superblocks.count(State.FREE) == 1:",
+            "state.superblocks.count(State.FREE) == 0:",
+        ),
+    ),
+    *_of(
+        "ftl/page_chain.py",
+        ("refused pages taken for gone", " & was_accepted & (own[missed] > begun)", ""),
+    ),
+    *_of(
+        "ftl/oob.py",
+        (
+            "torn OOB believed",
+            'found = (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))',
+            'found = records["magic"] == OOB_MAGIC',
+        ),
+    ),
+]
+
+_FLASH_WRITES = [
+    *_of(
+        "ftl/page_writer.py",
+        (
+            "rows without parity after a flush",
+            "            while found.is_busy:\n"
+            "                self._state.changed.wait()\n"
+            "            self.complete_row(found)\n"
+            "\n",
+            "            while found.is_busy:\n                self._state.changed.wait()\n\n",
+        ),
+        ("closed rows without parity", "            if found.parity is not None:\n", "            if False:\n"),
+        ("parity out of order", "order = np.argsort(pages)", "order = np.arange(len(pages))"),
+        ("failed superblock goes on", "            found.abandon()\n", ""),
+        (
+            "failed superblock never moved",
+            "            state.superblocks.retiring.add(failure.superblock)\n",
+            "",
+        ),
+        (
+            "failed blocks not marked",
+            "        state.media.mark_bad(failure.superblock, failure.planes)\n",
+            "",
+        ),
+        (
+            "failed blocks written again",
+            "        state.superblocks.planes_failed(failure.superblock, failure.planes)\n",
+            "",
+        ),
+        ("failed superblock passes for empty", "        found.has_data = True\n", ""),
+        ("copies pass for newer", "sequence_numbers[part]", "sequence_numbers[part] + np.uint64(50)"),
+        (
+            "programs under way pass for durable",
+            "return min(self._programming, default=self._state.next_program_number) - 1",
+            "return self._state.next_program_number - 1",
+        ),
+        ("each batch is the first", "if superblocks.first[superblock] == 0:", "if True:"),
+        (
+            "parity takes fill back",
+            "superblocks.fill[superblock] = max(fill, superblocks.fill[superblock])",
+            "superblocks.fill[superblock] = fill",
+        ),
+        (
+            "newest page of a superblock not known",
+            "        superblocks.newest[superblock] = last\n",
+            "",
+        ),
+        (
+            "full superblocks stay open",
+            "                if not found.num_left:\n",
+            "                if False:\n",
+        ),
+        (
+            "row's parity over its rest",
+            "self._state.counters.padding_pages += found.skip_row()",
+            "pass",
+        ),
+        (
+            "versions given twice",
+            "version = self._state.new_sequence_numbers(len(pages))",
+            "version = self._state.new_sequence_numbers(1)",
+        ),
+    ),
+    *_of(
+        "ftl/open_superblock.py",
+        ("bad blocks written", "usable = np.tile(~bad_planes,", "usable = np.tile(bad_planes | True,"),
+        (
+            "parity's places written with data",
+            "            usable &= ~self.parity.is_parity\n",
+            "",
+        ),
+        (
+            "tried again where it failed",
+            "tried = int(self._order[self._position - 1]) + 1",
+            "tried = int(self._order[0])",
+        ),
+        (
+            "next row left out",
+            "self._order, (row + 1) * self.parity.num_planes",
+            "self._order, row * self.parity.num_planes",
+        ),
+        ("goes on over what is there", "np.searchsorted(self._order, fill)", "np.searchsorted(self._order, 0)"),
+    ),
+    *_of(
+        "ftl/superblocks.py",
+        (
+            "erased superblock stays filled",
+            "self.fill[superblock] = self.first[superblock]",
+            "self.first[superblock]",
+        ),
+        (
+            "no capacity for parity",
+            "            good = good - np.count_nonzero",
+            "            good - np.count_nonzero",
+        ),
+        ("superblock without blocks in use", "State.BAD if self.bad_planes[superblock].all() else", ""),
+    ),
+]
+
+_PARITY = [
+    *_of(
+        "ftl/parity.py",
+        ("sums of the row before", "        self._sums[:] = 0\n", ""),
+        ("records' sums of the row before", "        self._oob_sums[:] = np.zeros((), PAGE_OOB)\n", ""),
+        (
+            "members not named",
+            '        np.bitwise_or.at(oob_sums["member_dies"], slots, _bits(dies))\n',
+            '        oob_sums["member_dies"][slots] = _bits(dies)\n',
+        ),
+        (
+            "payload of earlier batches not summed",
+            "self._sums[:], self._oob_sums[:] = sums[cut:], oob_sums[cut:]",
+            "self._oob_sums[:] = oob_sums[cut:]",
+        ),
+        (
+            "part row left without parity",
+            "        if not self.is_begun:\n            return None\n        self._remember()",
+            "        if True:\n            return None\n        self._remember()",
+        ),
+        (
+            "page of an earlier life is a member",
+            '        current[own[np.argmin(records["program_number"][member[own]])]] = False\n',
+            "        pass\n",
+        ),
+        (
+            "oldest parity counts",
+            'parity[np.argsort(records["program_number"][parity])[::-1]]',
+            'parity[np.argsort(records["program_number"][parity])]',
+        ),
+        (
+            "whoever stands in the row is a member",
+            "counted = older & (bits & wanted[place] != 0)",
+            "counted = bits != 0",
+        ),
+        ("lives mixed by parity", 'fits = check == chosen["members_check"]', "fits = check == check"),
+        (
+            "upper half of program numbers lost",
+            'found["program_number"] += number & ~LOWER_HALF',
+            "pass",
+        ),
+        (
+            "carry into the upper half lost",
+            'found["program_number"] > number, LOWER_HALF + np.uint64(1), np.uint64(0)',
+            'found["program_number"] > number, np.uint64(0), np.uint64(0)',
+        ),
+        (
+            "checksums combined without that of zeros",
+            "np.where(count % 2 == 0, crc_of_zeros, np.uint32(0))",
+            "np.where(count % 2 == 0, np.uint32(0), np.uint32(0))",
+        ),
+        (
+            "torn rows pass for covered",
+            "np.setdiff1d(pages // geometry.num_dies, found.groups[found.lacking == 0])",
+            "np.setdiff1d(pages // geometry.num_dies, found.groups)",
+        ),
+        (
+            "parity of an earlier life counts",
+            "            is_stale[place[newer]] = True\n",
+            "            pass\n",
+        ),
+        (
+            "lost page on the wrong die",
+            "(groups[lost] * geometry.num_dies + die)",
+            "(groups[lost] * geometry.num_dies)",
+        ),
+    ),
+    *_of(
+        "ftl/repair.py",
+        ("page is its own neighbour", "    whole[index - first] = False\n", ""),
+        ("parity not summed", "    summed[parity] = unwritten is None\n", ""),
+        ("two damaged pages make a third", '[0] != lost["payload_crc32c"][0]:', "[0] is None:"),
+        (
+            "another's page given back",
+            'if lost_pages.tolist() != [page] or int(lost["lba"][0]) != lba:',
+            "if not len(lost_pages):",
+        ),
+        (
+            "repaired page not handed over",
+            "    copy_pages(np.array([destination], np.uint64), address, geometry.page_size)\n",
+            "",
+        ),
+    ),
+    *_of(
+        "ftl/oob.py",
+        (
+            "earlier life beside what parity gives back",
+            "held = ~np.isin(pages, lost_pages)",
+            "held = np.ones(len(pages), bool)",
+        ),
+        ("lost records stay lost", "    if media.geometry.parity:\n", "    if False:\n"),
+    ),
+    *_of(
+        "ftl/scrub.py",
+        ("scrubbed but not renewed", "if damaged and not ftl.media.read_only:", "if False:"),
+        ("lost pages not told", "            report.lost.append(lba)\n", ""),
+        ("repaired pages not told", "            report.repaired.append(lba)\n", ""),
+        (
+            "renews the wrong superblock",
+            "damaged.add(int(pages[position]) // ftl.geometry.pages_per_superblock)",
+            "damaged.add(int(pages[0]) // ftl.geometry.pages_per_superblock)",
+        ),
+        ("scrub ends at the first repair", "if ftl.counters.repaired_pages == before:", "if True:"),
+    ),
+]
+
+_COLLECTION = [
+    *_of(
+        "ftl/collector.py",
+        (
+            "erased under readers",
+            "ready = [entry for entry in self._erasing if state.guards.is_past(entry[1])]",
+            "ready = list(self._erasing)",
+        ),
+        (
+            "superblock with damaged records erased",
+            "        if state.mapping.valid_pages[victim]:\n            # pages",
+            "        if False:\n            # pages",
+        ),
+        (
+            "superblock with damaged pages erased",
+            "            self._quarantine(victim, error)\n            return False",
+            "            state.mapping.valid_pages[victim] = 0",
+        ),
+        (
+            "failed erases not marked",
+            "                state.media.mark_bad(superblock, failure.planes)\n",
+            "",
+        ),
+        (
+            "unerased blocks written",
+            "                state.superblocks.planes_failed(superblock, failure.planes)\n",
+            "",
+        ),
+        (
+            "no parity for what a power cut left",
+            "            chosen = np.isin(pages // num_dies, groups)\n",
+            "            chosen = np.isin(pages // num_dies, groups[:0])\n",
+        ),
+        (
+            "copies of the first pages only",
+            "            position = int(chosen[-1]) + 1\n",
+            "            position = len(pages)\n",
+        ),
+        (
+            "metadata erased and kept",
+            "        self._log.replaced.clear()\n",
+            "        self._log.replaced[1:] = []\n",
+        ),
+        (
+            "emptied superblocks never erased",
+            "            self._erasing.append((superblock, self._state.guards.next_epoch()))\n        return",
+            "            pass\n        return",
+        ),
+    ),
+    *_of(
+        "ftl/mapping.py",
+        (
+            "copy outdoes what was written meanwhile",
+            "        if np.int64(entries[lbas[index]]) - 1 != old_pages[index]:\n",
+            "        if False:\n",
+        ),
+        (
+            "copies counted where they were",
+            "        valid[old_pages[index] // pages_per_superblock] -= 1\n",
+            "        valid[old_pages[index] // pages_per_superblock] -= 0\n",
+        ),
+        (
+            "checkpoint's entries of erased superblocks",
+            "        mapped = mapped[alive[",
+            "        mapped[alive[",
+        ),
+        (
+            "unmapped ranges one short",
+            "edges[1::2] - edges[::2]], axis=1)",
+            "edges[1::2] - edges[::2] - 1], axis=1)",
+        ),
+        ("valid pages not counted after recovery", "        self.valid_pages[:] = counts\n", ""),
+    ),
+    *_of(
+        "ftl/read_guard.py",
+        ("readers of the same instant not waited for", "all(active > epoch", "all(active >= epoch"),
+        ("readers never leave", "                del self._active[guard]\n", ""),
+        (
+            "readers not counted",
+            "            self._active[guard] = self._epoch\n",
+            "            self._active[guard] = self._epoch + 1\n",
+        ),
+    ),
+    *_of(
+        "ftl/garbage_collection.py",
+        ("quarantined superblocks collected", "dead[valid_pages[dead] == 0]", "dead"),
+        ("what has failed not moved first", "    if retiring:\n", "    if False:\n"),
+        (
+            "full ones collected for nothing",
+            "rows * row_pages < superblocks",
+            "rows * 0 < superblocks",
+        ),
+        (
+            "rows padded with what was gained",
+            "rows = -(-valid_pages[candidates] // row_pages)",
+            "rows = valid_pages[candidates] // row_pages",
+        ),
+    ),
+    *_of(
+        "ftl/translation.py",
+        (
+            "unmapped blocks show what was there",
+            "zero_pages(destinations[~mapped], self.page_size)",
+            "pass",
+        ),
+        (
+            "failed superblocks forgotten with what they hold",
+            "                if state.mapping.valid_pages[superblock]:\n",
+            "                if False:\n",
+        ),
+        ("superseded logs kept", "self._log.replaced += self._of_log(found.superseded_log)", "_ = []"),
+        ("open superblocks not renewed", "            self._writer.close(superblocks or found.damaged)\n", ""),
+        ("session used again", "state.session = found.session", "state.session = max(1, found.session - 1)"),
+        (
+            "versions from the start",
+            "state.next_sequence_number = found.next_sequence_number",
+            "state.next_sequence_number = 1",
+        ),
+        (
+            "log lost at opening",
+            "self._of_log(found.log_superblocks) if found else []",
+            "[]",
+        ),
+        (
+            "rows cut short by a failure left",
+            "            self._collector.finish_retiring()  # a row",
+            "            pass  # a row",
+        ),
+        (
+            "damage forgotten",
+            "            self._state.superblocks.damaged.add(page // self.geometry.pages_per_superblock)\n",
+            "",
+        ),
+        (
+            "deallocations in memory only",
+            "                    self._log.deallocated(first, count, state.new_sequence_numbers(1))\n",
+            "                    pass\n",
+        ),
+        (
+            "older deallocations lose to writes",
+            "state.new_sequence_numbers(1))\n            state.pressure",
+            "state.next_sequence_number - 1)\n            state.pressure",
+        ),
+    ),
+]
+
+_FLASH_METADATA = [
+    *_of(
+        "ftl/metadata_log.py",
+        (
+            "snapshot before what it leaves out",
+            "        self.sync()\n        records = np.zeros",
+            "        records = np.zeros",
+        ),
+        (
+            "old log erased before the new one is durable",
+            "            self._log.complete_row()\n        self.sync()\n",
+            "            self._log.complete_row()\n",
+        ),
+        (
+            "old log erased before the new one has parity",
+            "        if state.geometry.parity:\n            self._log.complete_row()\n        self.sync()\n",
+            "        self.sync()\n",
+        ),
+        (
+            "durable only after the next one",
+            "            durable = min(finished, state.first_begun_number() - 1)\n",
+            "            durable = state.next_program_number - 1\n",
+        ),
+        (
+            "durable without parity",
+            "durable = min(finished, state.first_begun_number() - 1)",
+            "durable = finished",
+        ),
+        (
+            "log row without parity",
+            "                self._writer.complete_rows()\n                self._log.complete_row()\n",
+            "                self._writer.complete_rows()\n",
+        ),
+        (
+            "nothing to sync behind a program under way",
+            "if self._synced_program_number < state.next_program_number - 1:",
+            "if state.durable_program_number < finished:",
+        ),
+        (
+            "media not synced",
+            "                state.media.sync()\n",
+            "                pass\n",
+        ),
+        (
+            "checkpoint before what it holds is durable",
+            "            self.sync()\n            with state.unlocked():",
+            "            with state.unlocked():",
+        ),
+        (
+            "deallocations in the checkpoint only",
+            "            self._append_pending()  # the map",
+            "            pass  # the map",
+        ),
+        (
+            "log passes for closed",
+            '        table["is_closed"][self._log.superblocks[-1:]] = 0\n',
+            "",
+        ),
+        (
+            "open superblocks pass for closed",
+            'table["is_closed"] = np.isin(superblocks.states, (State.FULL,',
+            'table["is_closed"] = np.isin(superblocks.states, (State.OPEN, State.FULL,',
+        ),
+        (
+            "old checkpoint never erased",
+            "            self.replaced.extend(self._checkpoint_superblocks)\n"
+            "            self._checkpoint_superblocks = taken",
+            "            self._checkpoint_superblocks = taken",
+        ),
+        ("old log never erased", "            self.replaced.append(superblock)\n", ""),
+        (
+            "new checkpoint forgotten",
+            "            self._checkpoint_superblocks = taken_by.superblocks\n",
+            "",
+        ),
+        (
+            "deallocations not noted",
+            "        self._pending.append((first_lba, num_lbas, sequence_number))\n",
+            "",
+        ),
+        (
+            "failed log goes on",
+            "                self._writer.retire(failure, found)  # its pages",
+            "                pass  # its pages",
+        ),
+        (
+            "mark without the pages before it",
+            "            self._marked_program_number = state.next_program_number - 1\n",
+            "            state.durable_program_number = state.next_program_number - 1\n",
+        ),
+    ),
+    *_of(
+        "ftl/checkpoint.py",
+        (
+            "checkpoint knows one deallocation too many",
+            'headers["sequence_number"] = checkpoint.sequence_number',
+            'headers["sequence_number"] = checkpoint.sequence_number + 1',
+        ),
+        (
+            "checkpoint knows one program too many",
+            'headers["program_number"] = checkpoint.program_number',
+            'headers["program_number"] = checkpoint.program_number + 1',
+        ),
+        (
+            "map unpacked without its runs",
+            "np.cumsum(np.frombuffer(piece, entry_dtype), dtype=entry_dtype)",
+            "np.frombuffer(piece, entry_dtype)",
+        ),
     ),
     *_of(
         "ftl/recovery.py",
         (
-            "torn OOB believed",
-            'return (records["magic"] == OOB_MAGIC) & (records["oob_crc32c"] == crc32c_records(records))',
-            'return records["magic"] == OOB_MAGIC',
+            "torn pages believed",
+            '        good[part] = crc32c == records["payload_crc32c"][part]\n',
+            "",
+        ),
+        (
+            "sessions taken for one",
+            'return records["program_number"] > newest[which]',
+            'return records["program_number"] > newest.max(initial=0)',
+        ),
+        (
+            "programs behind the checkpoint pass for durable",
+            "max(durable.get(session, 0), found.checkpoint.program_number)",
+            "max(durable.get(session, 0), found.checkpoint.program_number + 100)",
+        ),
+        (
+            "failed pages believed",
+            "    doubtful = doubtful | media.bad_blocks()[superblocks, indices % media.geometry.num_planes]\n",
+            "",
+        ),
+        (
+            "newest version given again",
+            "int(versions.max(initial=0)) + 1)",
+            "int(versions.max(initial=0)))",
+        ),
+        (
+            "newest program number given again",
+            'int(records["program_number"].max(initial=0)) + 1',
+            'int(records["program_number"].max(initial=0))',
+        ),
+        (
+            "newest session goes on",
+            'int(records["session"].max(initial=0)) + 1)',
+            'int(records["session"].max(initial=0)))',
+        ),
+        (
+            "versions of what only parity knows given again",
+            "        _number_behind(found, by_parity)\n",
+            "",
+        ),
+        (
+            "log pages that only parity knows not noticed",
+            "np.concatenate([pages[_of_log(records)], places[_of_log(by_parity)]])",
+            "pages[_of_log(records)]",
+        ),
+        (
+            "log taken for superseded by its own snapshot",
+            '        first = log_records["program_number"][snapshot].min()\n',
+            '        first = log_records["program_number"].max() + np.uint64(1)\n',
+        ),
+        (
+            "originals outdo their copies",
+            "    records, pages = records[order], pages[order]\n    data =",
+            "    records, pages = records[order[::-1]], pages[order[::-1]]\n    data =",
+        ),
+        (
+            "records from parity outdo newer copies",
+            "np.concatenate([lost, records]), np.concatenate([lost_pages, pages])\n"
+            "    # a copy is programmed after its original: of equal versions it comes last, and counts\n"
+            '    order = np.argsort(records["program_number"], kind="stable")\n'
+            "    records, pages = records[order], pages[order]\n",
+            "np.concatenate([records, lost]), np.concatenate([pages, lost_pages])\n",
+        ),
+        (
+            "deallocations before the checkpoint again",
+            "            if sequence_number < from_number:\n",
+            "            if False:\n",
+        ),
+        (
+            "data before the checkpoint again",
+            '        data &= records["program_number"] > found.checkpoint.program_number\n',
+            "        pass\n",
+        ),
+        (
+            "superblocks of another life taken over",
+            '    same &= (table["first_program_number"] <= numbers)'
+            ' & (numbers <= table["newest_program_number"])\n',
+            "",
+        ),
+        (
+            "open superblocks not scanned",
+            '    known = same & (table["is_closed"] != 0)\n',
+            "    known = same\n",
+        ),
+        ("open superblocks not taken over", "    alive[superblocks[same]] = True\n", ""),
+        ("known superblocks not taken over", "    alive[known] = True\n", ""),
+        (
+            "data beside an old log erased with it",
+            "        superblocks[:] = [s for s in superblocks if not mapping.valid_pages[s]]\n",
+            "        pass\n",
+        ),
+        (
+            "superblock goes on at its start",
+            "on_good[-1] + 1 if len(on_good)",
+            "on_good[0] + 1 if len(on_good)",
+        ),
+        (
+            "page given back lies behind the end",
+            "        np.maximum.at(found.fill, superblocks, indices + 1)\n",
+            "",
+        ),
+        (
+            "log page not given back",
+            '        whole[position] = repair_page(media, page, int(record["lba"]), address)\n',
+            "",
+        ),
+        (
+            "first page of the log not read",
+            "    log_content = _read_log(media, log_records, log_pages)\n",
+            "    log_content = _read_log(media, log_records[1:], log_pages[1:])\n",
+        ),
+        (
+            "torn rows not noticed",
+            "found.unprotected_groups = np.intersect1d(begun_groups, weak)",
+            "pass",
+        ),
+    ),
+    *_of(
+        "ftl/check.py",
+        (
+            "pages in free superblocks pass",
+            "HOLDS_DATA = (State.OPEN,",
+            "HOLDS_DATA = (State.FREE, State.OPEN,",
+        ),
+        (
+            "pages mapped twice pass",
+            "np.flatnonzero(np.diff(pages[order]) == 0)",
+            "np.flatnonzero(np.diff(pages[order]) < 0)",
+        ),
+        (
+            "counts of valid pages pass",
+            "np.flatnonzero(counted[: len(valid_pages)] != valid_pages)",
+            "np.flatnonzero(counted[: len(valid_pages)] > valid_pages)",
+        ),
+        (
+            "free superblocks pass for erased",
+            "        if states[superblock] == State.FREE:\n",
+            "        if False:\n",
+        ),
+        (
+            "records of other blocks pass",
+            "    wrong[known] = record_lbas[place[known]] != lbas[known]\n",
+            "    wrong[known] = False\n",
+        ),
+        (
+            "older versions pass",
+            'better = (records["sequence_number"] > known) |',
+            'better = (records["sequence_number"] < known) |',
+        ),
+    ),
+]
+
+_REPAIR = [
+    *_of(
+        "kvfs/repair.py",
+        (
+            "cut short by one group",
+            "num_groups = -(-num_tokens // group_tokens)",
+            "num_groups = num_tokens // group_tokens",
+        ),
+        ("token ids of lost tokens kept", "catalogue.tokens(row.id)[:num_tokens]", "catalogue.tokens(row.id)"),
+        ("lost groups kept", "catalogue.groups(row.id)[:num_groups]", "catalogue.groups(row.id)"),
+        (
+            "tail of lost tokens kept",
+            "        tail_lba=0,\n        tail_lbas=0,\n",
+            "        tail_lba=row.tail_lba,\n        tail_lbas=row.tail_lbas,\n",
+        ),
+        ("mended in memory only", "        catalogue.sync()  # before", "        pass  # before"),
+        ("given back by old rows", "        inspection.look_again()\n", ""),
+        ("leftovers kept", "        inspection.namespace.deallocate(now.leaked)\n", ""),
+        ("lost blocks kept", "        inspection.namespace.deallocate(unused)\n", ""),
+        (
+            "damaged pages not written anew",
+            "wrote {inspection.flash.renew()} superblocks",
+            "wrote {0} superblocks",
+        ),
+        ("given back until the power fails", "    inspection.namespace.flush()\n", ""),
+        (
+            "forks cut inside a group they share",
+            "if num_tokens % group_tokens and sum(",
+            "if False and sum(",
+        ),
+        ("damage not cut off", "            num_tokens = _cut(inspection, row, num_tokens)\n", ""),
+    ),
+    *_of(
+        "kvfs/check.py",
+        (
+            "lost pages cost no tokens",
+            "            report.cut(whose.whole_tokens)\n        if progress",
+            "        if progress",
+        ),
+        ("nothing found leaked", "report.leaked = _runs(mapped & ~named)", "report.leaked = []"),
+    ),
+    *_of(
+        "kvfs/metadata.py",
+        ("wrong counts kept", "WHERE reference_count != {links}", "WHERE reference_count < {links}"),
+        (
+            "rows of nobody kept",
+            'for table in ("sequence_group", "token_chunk", "sequence_attribute"):',
+            'for table in ("sequence_group",):',
+        ),
+        (
+            "groups of nobody kept",
+            '            self._db.execute(f"DELETE FROM kv_group WHERE id NOT IN {_LINKED}")\n',
+            "",
+        ),
+    ),
+    *_of(
+        "kvfs/block_owners.py",
+        (
+            "tail's tokens counted short",
+            "max(num_tokens, 0) * layout.geometry.token_bytes // layout.page_size",
+            "max(num_tokens - 1, 0) * layout.geometry.token_bytes // layout.page_size",
         ),
     ),
 ]
@@ -488,11 +1188,17 @@ MUTATIONS = [
     *_METADATA,
     *_SEQUENCE,
     *_STORE,
+    *_ATTENTION,
     *_ALLOCATOR,
     *_TAIL,
     *_HOST,
     *_SPDK_GLUE,
     *_ACCEL,
     *_FTL,
+    *_FLASH_WRITES,
+    *_PARITY,
+    *_COLLECTION,
+    *_FLASH_METADATA,
+    *_REPAIR,
 ]
 assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)

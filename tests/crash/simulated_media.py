@@ -18,12 +18,14 @@ __all__ = ["PowerCut", "SimulatedMedia"]
 
 
 class SimulatedMedia(NandMedia):
-    """on_operation is called with each program, erase and sync before it is done."""
+    """on_operation is called with each program, erase and sync before it is done, after_operation after it."""
 
     def __init__(self, geometry: Geometry, random: np.random.Generator, model: NandModel | None = None):
         super().__init__(geometry, random, model)
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
+        self.after_operation: Callable[[], None] | None = None
+        self.failed: set[tuple[int, int]] = set()  # superblock and plane of failed programs since the last boot
         self.operations_before = 0  # of earlier boots
         self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
         self.dies_in: int | None = None  # operations after which a die is dead
@@ -43,6 +45,7 @@ class SimulatedMedia(NandMedia):
 
     def reboot(self) -> None:
         self.operations_before += self.operations
+        self.failed.clear()
         super().reboot()
 
     def program(self, pages, addresses, oob):
@@ -95,8 +98,8 @@ class SimulatedMedia(NandMedia):
     def _is_told(self, page: int, lost: np.void) -> bool:
         """Whether the page behind says what a page was: see ftl/page_chain.py."""
         size = self.geometry.pages_per_superblock
-        if self._rules.bad[page // size, page % self.geometry.num_planes]:
-            return False
+        if self._rules.bad[page // size].any():
+            return False  # it may have been refused
         behind = np.arange(page + 1, (page // size + 1) * size)
         behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
         if not len(behind):
@@ -107,6 +110,11 @@ class SimulatedMedia(NandMedia):
         durable = oob["durable_program_number"][oob["session"] == record["session"]].max()
         return bool(named and record["program_number"] - 1 <= durable)
 
+    def _fail_to_program(self, pages):
+        superblocks, _, planes = self._places(pages)
+        self.failed.update(zip(superblocks.tolist(), planes.tolist(), strict=True))
+        super()._fail_to_program(pages)
+
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
         self.digest = zlib.crc32(what, self.digest)
         # not in an opening: until it has come through, what a power cut left without parity has that fault
@@ -116,15 +124,18 @@ class SimulatedMedia(NandMedia):
         if self.on_operation is not None and not self.power_failed:
             self.on_operation(operation)
         operation()
+        if self.after_operation is not None:
+            self.after_operation()
 
     @contextmanager
     def what_if(self) -> Iterator[None]:
         """Whatever happens to the flash inside has not happened afterwards."""
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
+        failed = self.failed.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
         gone, dead_dies = dict(self.gone), set(self.dead_dies)
-        self.on_operation = None
+        self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
         finally:
@@ -132,6 +143,8 @@ class SimulatedMedia(NandMedia):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
             self.gone, self.dead_dies = gone, dead_dies
+            self.after_operation = after_operation
+            self.failed = failed
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""

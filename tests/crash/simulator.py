@@ -29,10 +29,12 @@ from .invariants import check_space
 from .oracle import FoundSequence, Lost, Oracle
 from .report import Report, SimulationFailed
 from .simulated_media import PowerCut, SimulatedMedia
+from .store_trials import StoreTrials
 from .workload import Workload
 
 PATH = "simulated"
 FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs and space is short
+MEND_CHANCE = 0.2  # per round, of damage to a closed drive; as often, what a power cut left is mended
 CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 
@@ -52,6 +54,7 @@ class Simulation:
         self.oracle = Oracle()
         self.workload = Workload(self.random, self.oracle)
         self.report = Report(seed)
+        self._trials = StoreTrials(self)
         self.store: Store | None = None
         self._what_if_failure: Exception | None = None
 
@@ -147,13 +150,18 @@ class Simulation:
             self._work_and_reopen()
         else:
             self._work_until_power_cut()
-        found, models = _read_all(self.store)
-        self.oracle.settle(found, models)
-        check_space(self.store)
+        self.settle()
         if self.random.integers(CHECK_EVERY) == 0:
             self._check()
         if self.random.random() < self.schedule.bit_flip_chance:
             self._flip_bits()
+        if self.random.random() < MEND_CHANCE and not self.media.lost_pages():
+            self._trials.mend_damage()
+
+    def settle(self) -> None:
+        """What is found is the truth from now on."""
+        self.oracle.settle(*_read_all(self.store))
+        check_space(self.store)
 
     def _work_until_power_cut(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
@@ -163,6 +171,8 @@ class Simulation:
                 self.workload.step()
         self._power_off(self.store)
         self._crashed(depth=1)
+        if self.random.random() < MEND_CHANCE and not self.media.lost_pages():
+            self._trials.mend_leftovers()
         self._use(self._open_with_power_cuts())
 
     def _work_and_reopen(self) -> None:

@@ -13,8 +13,8 @@ def geometry(num_superblocks, pages_per_erase_block=32):
 
 
 @pytest.mark.parametrize(
-    ("num_superblocks", "streams"), [(8, 2), (23, 2), (24, 3), (48, 6), (63, 7), (64, 8), (128, 8), (160, 10),
-    (1024, 64), (10**6, 64)]
+    ("num_superblocks", "streams"),
+    [(8, 2), (23, 2), (24, 3), (48, 6), (63, 7), (64, 8), (128, 8), (160, 10), (1024, 64), (10**6, 64)],
 )
 def test_streams(num_superblocks, streams):
     assert num_streams(geometry(num_superblocks)) == streams
