@@ -203,6 +203,10 @@ class FtlTrials:
         not_marked = [block for block in self._simulation.media.failed if not bad[block]]
         if not_marked:
             raise Lost(f"blocks failed to be programmed and are not marked bad: {not_marked}")
+        kept = ftl.superblocks.of(State.FULL)
+        kept = set(kept[ftl.valid_pages()[kept] > 0].tolist()) & self._simulation.media.failed_with_data
+        if not kept <= ftl.superblocks.retiring:
+            raise Lost(f"superblocks {kept} failed while they held something, and it is not moved")
         for superblock in ftl.superblocks.of(State.FREE).tolist():
             bad, room = ftl.superblocks.bad_planes[superblock], int(ftl.superblocks.capacity[superblock])
             if OpenSuperblock(superblock, ftl.geometry, bad, 0, ftl.superblocks.keeps_parity).num_left != room:

@@ -515,7 +515,6 @@ _FLASH_WRITES = [
             "\n",
             "            while found.is_busy:\n                self._state.changed.wait()\n\n",
         ),
-        ("closed rows without parity", "            if found.parity is not None:\n", "            if False:\n"),
         ("parity out of order", "order = np.argsort(pages)", "order = np.arange(len(pages))"),
         ("failed superblock goes on", "            found.abandon()\n", ""),
         (

@@ -25,7 +25,9 @@ class SimulatedMedia(NandMedia):
         self.digest = 0  # of every operation and what it touched: by it two runs are told apart
         self.on_operation: Callable[[Callable[[], None]], None] | None = None
         self.after_operation: Callable[[], None] | None = None
-        self.failed: set[tuple[int, int]] = set()  # superblock and plane of failed programs since the last boot
+        # of failed programs since the last boot: superblock and plane; superblocks that held something before
+        self.failed: set[tuple[int, int]] = set()
+        self.failed_with_data: set[int] = set()
         self.operations_before = 0  # of earlier boots
         self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
         self.dies_in: int | None = None  # operations after which a die is dead
@@ -46,6 +48,7 @@ class SimulatedMedia(NandMedia):
     def reboot(self) -> None:
         self.operations_before += self.operations
         self.failed.clear()
+        self.failed_with_data.clear()
         super().reboot()
 
     def program(self, pages, addresses, oob):
@@ -73,6 +76,7 @@ class SimulatedMedia(NandMedia):
     def _erase(self, superblock):
         size = self.geometry.pages_per_superblock
         self.gone = {page: record for page, record in self.gone.items() if page // size != superblock}
+        self.failed_with_data.discard(superblock)
         return super()._erase(superblock)
 
     # what the faults took: the truth that oracles excuse losses by
@@ -113,6 +117,11 @@ class SimulatedMedia(NandMedia):
     def _fail_to_program(self, pages):
         superblocks, _, planes = self._places(pages)
         self.failed.update(zip(superblocks.tolist(), planes.tolist(), strict=True))
+        size = self.geometry.pages_per_superblock
+        here = self.oob[superblocks[0] * size :][:size]
+        batch = self._record["program_number"].min()
+        if ((here["magic"] != 0) & (here["program_number"] < batch)).any():
+            self.failed_with_data.add(int(superblocks[0]))
         super()._fail_to_program(pages)
 
     def _operate(self, what: bytes, operation: Callable[[], None]) -> None:
@@ -132,7 +141,7 @@ class SimulatedMedia(NandMedia):
         """Whatever happens to the flash inside has not happened afterwards."""
         arrays = [self.pages, self.oob, self._rules.next_page, self._rules.bad, self._erase_counts, self._reads]
         before = [array.copy() for array in arrays]
-        failed = self.failed.copy()
+        failed = self.failed.copy(), self.failed_with_data.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
         gone, dead_dies = dict(self.gone), set(self.dead_dies)
         self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
@@ -144,7 +153,7 @@ class SimulatedMedia(NandMedia):
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
             self.gone, self.dead_dies = gone, dead_dies
             self.after_operation = after_operation
-            self.failed = failed
+            self.failed, self.failed_with_data = failed
 
     def flip_bit(self, page: int) -> None:
         """Flip one bit of a page's payload, always the same one: a second call mends it."""
