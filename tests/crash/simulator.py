@@ -158,7 +158,8 @@ class Simulation:
             self._check()
         if self.random.random() < self.schedule.bit_flip_chance:
             self._flip_bits()
-        if self.random.random() < MEND_CHANCE and not self.media.lost_pages():
+        is_whole = not (self.media.gone or self.media.dead_dies)  # or it would be the second fault
+        if self.random.random() < MEND_CHANCE and is_whole:
             self._trials.mend_damage()
 
     def settle(self) -> None:
