@@ -103,8 +103,8 @@ class ChecksumTable:
             return slot
         records = self._media.read_oob(superblock)
         records, pages, by_parity = oob.known_records(self._media, superblock, records, None)
-        # Only data are ever asked for. Where parity says something else than the page, or instead of it, it is to
-        # give the payload as well: a power cut may have left a page of an earlier life there.
+        # Only data are ever asked for. Where parity says something else than the page, or instead of it, it is
+        # to give the payload as well: a power cut may have left a page of an earlier life there.
         is_data = (records["kind"] == PageKind.DATA) & ~by_parity
         records, indices = records[is_data], pages[is_data] - superblock * self._per_superblock
         column, known = np.zeros(self._per_superblock, np.uint32), np.zeros(self._per_superblock, bool)

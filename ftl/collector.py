@@ -260,10 +260,11 @@ class Collector:
                 state.counters.gc_pages_written += len(copies)
 
     def move_groups(self, groups: np.ndarray) -> None:
-        """Copy what is mapped in these groups of parity, int64 of page // num_dies; what is corrupt stays."""
+        """Copy what is mapped in these rows of dies, int64 of page // num_dies; what is corrupt stays."""
         state = self._state
         num_dies = state.geometry.num_dies
-        for superblock in np.unique(groups * num_dies // state.pages_per_superblock).tolist():
+        superblocks = np.unique(groups * num_dies // state.pages_per_superblock)
+        for superblock in superblocks[state.mapping.valid_pages[superblocks] > 0].tolist():
             with suppress(OutOfFlash):  # it may do without
                 self.make_room()
             records, pages = self._data_records(superblock)

@@ -19,6 +19,11 @@ class LogPage:
     header: np.void
     records: np.ndarray
 
+    @property
+    def says_something(self) -> bool:
+        """It is no mere mark."""
+        return self.kind == PageKind.MAPPING_SNAPSHOT or len(self.records) > 0
+
 
 def records_per_page(page_size: int) -> int:
     return (page_size - LOG_HEADER.itemsize) // DEALLOCATION.itemsize

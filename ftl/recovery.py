@@ -36,6 +36,7 @@ from spdk_glue import dma
 log = logging.getLogger(__name__)
 
 VERIFY_BYTES = 8 << 20  # payload read at a time while torn pages are looked for
+PROTECTED_PAGES = 4096  # beyond those that are durable without a page that says so, nobody was promised them
 
 
 @dataclass
@@ -47,8 +48,9 @@ class Recovered:
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     superseded_log: superblocks of the log that are older than its newest snapshot, so not needed
     checkpoint: the one that was built upon, None after a scan of everything
-    unprotected_groups: int64, groups of parity (page // num_dies) that a cut has left without redundancy
-    is_log_unprotected: whether pages of the metadata log are among them
+    unprotected_groups: int64, rows of dies (page // num_dies) that a cut has left without redundancy; without
+        parity, those that no later page calls durable: damage would pass for a write that was torn
+    is_log_unprotected: whether pages of the metadata log that say something are among them
     """
 
     mapping: Mapping
@@ -94,7 +96,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     doubtful = _doubtful(records, durable_numbers)
     begun_groups = pages[doubtful] // geometry.num_dies
     good = _whole(media, records, pages, doubtful, found)
-    records, pages = records[good], pages[good]
+    records, pages, doubtful = records[good], pages[good], doubtful[good]
     durable = ~_doubtful(gone, durable_numbers)
     lost, lost_pages = gone[durable], gone_pages[durable]
     if geometry.parity:
@@ -103,11 +105,14 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         found.unprotected_groups = np.intersect1d(begun_groups, weak)
         by_parity, places = lost_records(geometry, records, pages)
         _number_behind(found, by_parity)
-        log_pages = np.concatenate([pages[_of_log(records)], places[_of_log(by_parity)]])
-        found.is_log_unprotected = bool(np.isin(log_pages // geometry.num_dies, found.unprotected_groups).any())
         lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
+        of_log = set(superblocks[_of_log(by_parity)].tolist())
+        found.log_superblocks += sorted(of_log - set(found.log_superblocks))
+    else:
+        oldest = np.argsort(records["program_number"][doubtful], kind="stable")[:PROTECTED_PAGES]
+        found.unprotected_groups = np.unique(pages[doubtful][oldest] // geometry.num_dies)
     # of equals those that are there count
     records, pages = np.concatenate([lost, records]), np.concatenate([lost_pages, pages])
     # a copy is programmed after its original: of equal versions it comes last, and counts
@@ -125,20 +130,28 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     )
     log_records, log_pages = records[_of_log(records)], pages[_of_log(records)]
     log_content = _read_log(media, log_records, log_pages)
+    needed = np.array([page for page, content in log_content.items() if content.says_something], np.int64)
+    found.is_log_unprotected = bool(np.isin(needed // geometry.num_dies, found.unprotected_groups).any())
     from_number = found.checkpoint.sequence_number if found.checkpoint else 0
-    snapshot_number = _apply_log(mapping, versions, log_content, from_number)
+    snapshot_number = _apply_log(mapping, versions, list(log_content.values()), from_number)
     mapping.finish_recovery()
     # An erase that a power cut undid in part leaves metadata of an earlier life beside new data. What is mapped
     # makes it a superblock of data: others are erased as a whole once their metadata are replaced.
     for superblocks in (found.log_superblocks, found.checkpoint_superblocks):
         superblocks[:] = [s for s in superblocks if not mapping.valid_pages[s]]
-    snapshot = log_records["sequence_number"] == snapshot_number
-    snapshot &= log_records["kind"] == PageKind.MAPPING_SNAPSHOT
-    if snapshot.any():
-        first = log_records["program_number"][snapshot].min()
-        found.superseded_log = [s for s in found.log_superblocks if found.newest[s] < first]
-        found.log_superblocks = [s for s in found.log_superblocks if found.newest[s] >= first]
+    _set_apart_superseded(found, log_records, log_pages // geometry.pages_per_superblock, snapshot_number)
     return found
+
+
+def _set_apart_superseded(found: Recovered, records, superblocks: np.ndarray, snapshot_number: int) -> None:
+    """Of the log's superblocks, those that are older than its newest snapshot. records: all of the log."""
+    snapshot = (records["sequence_number"] == snapshot_number) & (records["kind"] == PageKind.MAPPING_SNAPSHOT)
+    # one that lies in a superblock of data goes when that is collected
+    if not snapshot.any() or not np.isin(superblocks[snapshot], found.log_superblocks).all():
+        return
+    first = records["program_number"][snapshot].min()
+    found.superseded_log = [s for s in found.log_superblocks if found.newest[s] < first]
+    found.log_superblocks = [s for s in found.log_superblocks if found.newest[s] >= first]
 
 
 def _of_log(records: np.ndarray) -> np.ndarray:
@@ -311,10 +324,10 @@ def _whole(media: FlashMedia, records, pages, doubtful: np.ndarray, found: Recov
     return good
 
 
-def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
-    """The metadata pages in the order they were programmed."""
+def _read_log(media: FlashMedia, records, pages) -> dict[int, LogPage]:
+    """The metadata pages by where they are, in the order they were programmed."""
     if not len(pages):
-        return []
+        return {}
     page_size = media.geometry.page_size
     order = np.argsort(records["program_number"])
     buffer = dma.allocate(len(pages) * page_size).reshape(len(pages), page_size)
@@ -326,14 +339,14 @@ def _read_log(media: FlashMedia, records, pages) -> list[LogPage]:
         whole[position] = repair_page(media, page, int(record["lba"]), address)
     if not whole.all():
         log.error("%d pages of the deallocation log fail their checksum", np.count_nonzero(~whole))
-    decoded = []
+    decoded = {}
     for position in np.flatnonzero(whole):
-        record = records[order[position]]
-        page = deallocation_log.decode(PageKind(record["kind"]), buffer[position])
-        if page is None:
-            log.error("page %d of the deallocation log is malformed", pages[order[position]])
+        record, page = records[order[position]], int(pages[order[position]])
+        content = deallocation_log.decode(PageKind(record["kind"]), buffer[position])
+        if content is None:
+            log.error("page %d of the deallocation log is malformed", page)
             continue
-        decoded.append(page)
+        decoded[page] = content
     return decoded
 
 

@@ -103,8 +103,10 @@ class FlashTranslationLayer:
         return ftl
 
     def _protect(self, found: Recovered) -> None:
-        """Write what a cut left without parity anew, so that the next fault in its row costs nothing."""
-        if not len(found.unprotected_groups) or not self._state.superblocks.keeps_parity:
+        """Write anew what the next fault would take: see Recovered.unprotected_groups."""
+        if self.geometry.parity and not self._state.superblocks.keeps_parity:
+            return  # there is no protection to be had
+        if not len(found.unprotected_groups):
             return
         with self._state.lock:
             try:
@@ -113,7 +115,7 @@ class FlashTranslationLayer:
                     self._log.renew()
                 self._log.make_durable()
             except OutOfFlash as error:
-                log.warning("no room to write anew what a power cut left without parity: %s", error)
+                log.warning("no room to write anew what a power cut left unprotected: %s", error)
 
     def _of_log(self, superblocks: list[int]) -> list[int]:
         """Oldest first, without those of which no good block is left: nothing can be done with those."""

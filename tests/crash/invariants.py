@@ -15,6 +15,7 @@ def check_space(store: Store) -> None:
     Owners: the catalogue, groups reserved for what has not been stored yet, blocks held until the catalogue
     that forgets them is durable. All else must be free.
     """
+    store._catalogue._end_batch()  # what files have changed is in rows then
     _check_sharing(store)
     allocator, first = store._allocator, store._volume.first_data_lba
     owners = np.zeros(store._namespace.num_lbas, np.int8)
@@ -25,6 +26,8 @@ def check_space(store: Store) -> None:
 
     own(store._catalogue.used_extents())
     own(allocator._held)
+    if store._files is not None:
+        own(store._files.extents_in_memory())
     for sequence in store._sequences.values():
         own((group.base_lba, group.num_lbas) for group in sequence._groups if group.id is None)
     owned = owners > 0

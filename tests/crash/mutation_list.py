@@ -1007,13 +1007,13 @@ _FLASH_METADATA = [
         ),
         (
             "log pages that only parity knows not noticed",
-            "np.concatenate([pages[_of_log(records)], places[_of_log(by_parity)]])",
-            "pages[_of_log(records)]",
+            "        found.log_superblocks += sorted(of_log - set(found.log_superblocks))\n",
+            "",
         ),
         (
             "log taken for superseded by its own snapshot",
-            '        first = log_records["program_number"][snapshot].min()\n',
-            '        first = log_records["program_number"].max() + np.uint64(1)\n',
+            '    first = records["program_number"][snapshot].min()\n',
+            '    first = records["program_number"].max() + np.uint64(1)\n',
         ),
         (
             "originals outdo their copies",
@@ -1182,6 +1182,86 @@ _REPAIR = [
     ),
 ]
 
+_FILES = [
+    *_of(
+        "kvfs/files/file_data.py",
+        (
+            "a gap before written bytes shows what was there",
+            "offset > inode.size:\n                self._zero_behind_end(inode)\n            pieces",
+            "False:\n                pass\n            pieces",
+        ),
+        (
+            "a file made longer shows what was there",
+            "            if size > inode.size:\n                self._zero_behind_end(inode)\n            with",
+            "            with",
+        ),
+        (
+            "bytes beside those written lost",
+            "            lba = inode.extents.lba(block) if",
+            "            lba = None if",
+        ),
+        (
+            "a hole too long",
+            "        first, stop = -(-offset // block_bytes), end //",
+            "        first, stop = offset // block_bytes, end //",
+        ),
+    ),
+    *_of(
+        "kvfs/files/inode_table.py",
+        (
+            "freed blocks of files handed out at once",
+            "        for extent in leaving:\n            self._store._allocator.hold(*extent)",
+            "        for extent in leaving:\n            self._store._allocator.give_back(*extent)",
+        ),
+        (
+            "freed blocks of files lost",
+            "        for extent in leaving:\n",
+            "        for extent in leaving[1:]:\n",
+        ),
+        (
+            "files that were deleted while open stay",
+            "            self._remove(orphan)",
+            "            pass",
+        ),
+        ("extents of files not stored", "            self._rows.store_extents(*change)", "            pass"),
+        (
+            "changed inodes not stored",
+            "        self._rows.store_inodes(inodes)",
+            "        self._rows.store_inodes(inodes[1:])",
+        ),
+        (
+            "unlinked files gone while open",
+            "        if inode.is_in_use or inode.id == ROOT_INODE:",
+            "        if inode.id == ROOT_INODE:",
+        ),
+    ),
+    *_of(
+        "kvfs/files/file_system.py",
+        (
+            "sync of a file forgets the catalogue",
+            "                self._store._sync()\n                return",
+            "                pass",
+        ),
+    ),
+    *_of(
+        "kvfs/files/names.py",
+        (
+            "a file replaced by renaming stays",
+            "        if target is not None:\n            self._unlinked(now, new_folder, target)",
+            "        pass",
+        ),
+        (
+            "an old name stays after renaming",
+            "            self._rows.remove_entry(folder.id, name)\n        elif",
+            "        elif",
+        ),
+    ),
+    *_of(
+        "kvfs/batch.py",
+        ("batches end without what is pending", "            self.pending.write_pending()\n", ""),
+    ),
+]
+
 MUTATIONS = [
     *_METADATA_VFS,
     *_METADATA,
@@ -1199,5 +1279,6 @@ MUTATIONS = [
     *_COLLECTION,
     *_FLASH_METADATA,
     *_REPAIR,
+    *_FILES,
 ]
 assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)

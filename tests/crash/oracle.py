@@ -13,6 +13,7 @@ import numpy as np
 
 from kvfs.errors import OutOfSpace
 
+from .file_oracle import FileOracle, Mismatch
 from .token_content import ModelShape
 
 
@@ -113,9 +114,10 @@ class Moment:
 
 
 class Oracle:
-    """Names to states as they are now, and every moment since the last flush."""
+    """Names to states as they are now, and every moment since the last flush. files: the same of files."""
 
     def __init__(self) -> None:
+        self.files = FileOracle()
         self.now = Moment({}, frozenset())
         self.history = [self.now]
         self._next_stamp = 1
@@ -150,17 +152,27 @@ class Oracle:
         for name in names:
             self.sequences[name].promise()
         self.history = [self.now]
+        self.files.promise()
 
-    def settle(self, found: dict[str, "FoundSequence"], models: frozenset[str]) -> None:
+    def settle(
+        self, found: dict[str, "FoundSequence"], models: frozenset[str], files: dict[str, bytes | None]
+    ) -> None:
         """Compare with what a reopened store holds, which is the truth from now on. Raises Lost."""
-        self.now = self.check(found, models)
+        self.now = self.check(found, models, files)
+        self.files.settle(files)
         self.history = [self.now]
         for name, sequence in found.items():
             state = self.sequences[name]
             state.settle(sequence.version_of(state))
 
-    def check(self, found: dict[str, "FoundSequence"], models: frozenset[str]) -> Moment:
+    def check(
+        self, found: dict[str, "FoundSequence"], models: frozenset[str], files: dict[str, bytes | None]
+    ) -> Moment:
         """The moment that a reopened store has come back to. Raises Lost."""
+        try:
+            self.files.check(files)
+        except Mismatch as error:
+            raise Lost(str(error)) from error
         reasons = []
         for moment in reversed(self.history):
             reason = _mismatch(moment, found, models)

@@ -22,11 +22,14 @@ from accel.drive import Drive, DriveConfig
 from ftl.translation import FlashTranslationLayer
 from kvfs import metadata
 from kvfs.errors import KvfsError, NvmeStatusError, OutOfSpace
+from kvfs.files.file_system import FileSystem
 from kvfs.formatting import format_volume
 from kvfs.store import Store
 from spdk_glue.status import NvmeError
 
 from .fault_schedule import FaultSchedule
+from .file_oracle import Mismatch
+from .file_workload import read_files
 from .invariants import check_space
 from .oracle import FoundSequence, Lost, Oracle
 from .report import Report, SimulationFailed
@@ -108,7 +111,8 @@ class Simulation:
         )
 
     def _use(self, store: Store) -> None:
-        self.store = self.workload.store = store
+        self.store = store
+        self.workload.use(store)
 
     def _power_off(self, store: Store) -> None:
         """The end of the process: memory is gone, nothing more is written."""
@@ -318,11 +322,19 @@ class Simulation:
             else:
                 if found.version_of(state) is None:
                     raise Lost(f"LBA {lba} is corrupt, and was served")
+        try:
+            self.oracle.files.check(read_files(self.store._files))
+        except NvmeStatusError as error:
+            if error.lba != lba or self.schedule.geometry.parity:
+                raise Lost(f"LBA {lba} is corrupt, but the error names {error.lba}") from error
+        except Mismatch as error:
+            raise Lost(f"LBA {lba} is corrupt, and was served: {error}") from error
 
     def _end(self) -> None:
         """With everything deleted, all space is free again."""
         for name in sorted(self.oracle.sequences):
             self.store.delete_sequence(name)
+        self.workload.files.remove_all()
         self.store.flush()
         space = self.store.counters()["space"]
         if space["free_bytes"] != space["capacity_bytes"]:
@@ -331,10 +343,11 @@ class Simulation:
         self.store.close()
 
 
-def _read_all(store: Store) -> tuple[dict[str, FoundSequence], frozenset[str]]:
-    """All sequences by name, and the names of the models."""
+def _read_all(store: Store) -> tuple[dict[str, FoundSequence], frozenset[str], dict[str, bytes | None]]:
+    """All sequences by name, the names of the models, and what is in files by path."""
     found = {sequence.name: _read_back(sequence) for sequence in store.sequences()}
-    return found, frozenset(model.name for model in store.models())
+    files = store._files or FileSystem(store)
+    return found, frozenset(model.name for model in store.models()), read_files(files)
 
 
 def _read_back(sequence) -> FoundSequence:

@@ -116,7 +116,8 @@ class StoreTrials:
     def _choose(self) -> tuple[np.ndarray, dict[str, int]]:
         """LBAs on flash to damage, and how many tokens that leaves of sequences without parity."""
         store = self._simulation.store
-        extents = list(store._catalogue.used_extents())
+        of_files = set(store._catalogue.files.used_extents())  # which stay lost until they are written anew
+        extents = [extent for extent in store._catalogue.used_extents() if extent not in of_files]
         links = Counter((first, count) for _, _, _, first, count in store._catalogue.links())
         shared = [extent for extent, num_sharers in links.items() if num_sharers > 1]
         if shared and self._random.random() < 0.5:  # where one loss is several sequences'

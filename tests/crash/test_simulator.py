@@ -110,14 +110,14 @@ def test_oracle_takes_what_may_be(oracle):
     """States that the sequence passed through since the flush would be called losses."""
     state = oracle.sequences["s"]
     for num_tokens in (10, 15):
-        oracle.check({"s": found(state, num_tokens)}, oracle.now.models)
+        oracle.check({"s": found(state, num_tokens)}, oracle.now.models, {})
 
 
 @pytest.mark.parametrize("num_tokens", [0, 9, 14])
 def test_oracle_refuses_other_lengths(oracle, num_tokens):
     """A promised token that is missing, or a state that never was."""
     with pytest.raises(Lost):
-        oracle.check({"s": found(oracle.sequences["s"], num_tokens)}, oracle.now.models)
+        oracle.check({"s": found(oracle.sequences["s"], num_tokens)}, oracle.now.models, {})
 
 
 def test_oracle_refuses_wrong_rows(oracle):
@@ -128,9 +128,9 @@ def test_oracle_refuses_wrong_rows(oracle):
     wrong_bit.words[1][1, 3, 0, 7] ^= 1
     for sequences in ({"s": found(state, 10, 1)}, {"s": wrong_bit}, {}, {"s": right, "t": right}):
         with pytest.raises(Lost):
-            oracle.check(sequences, models)
+            oracle.check(sequences, models, {})
     with pytest.raises(Lost):
-        oracle.check({"s": right}, frozenset())
+        oracle.check({"s": right}, frozenset(), {})
 
 
 def test_names_are_one_history(oracle):
@@ -141,9 +141,9 @@ def test_names_are_one_history(oracle):
     with oracle.attempt({"t": state, "u": SequenceState.empty(state.shape)}):
         pass
     empty = FoundSequence(state.shape.name, [words[:, :0] for words in found(state, 10).words], state.token_ids)
-    oracle.check({"t": found(state, 10), "u": empty}, models)
+    oracle.check({"t": found(state, 10), "u": empty}, models, {})
     with pytest.raises(Lost):
-        oracle.check({"s": found(state, 10), "u": empty}, models)
+        oracle.check({"s": found(state, 10), "u": empty}, models, {})
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES, ids=lambda shape: shape.name)

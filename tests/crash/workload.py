@@ -12,6 +12,7 @@ from kvfs import errors
 from kvfs.sequence import Sequence
 from kvfs.store import Store
 
+from .file_workload import FileWorkload
 from .invariants import check_space
 from .oracle import Lost, Oracle, SequenceState
 from .token_content import MODEL_SHAPES, ModelShape, attention
@@ -33,6 +34,7 @@ class Workload:
         self.done: deque[str] = deque(maxlen=40)
         self.steps = 0
         self.refusals = 0
+        self.files = FileWorkload(random, oracle.files, self._note)
         self._next_name = 0
         self._shrinking = False  # the drive was full not long ago
         self._operations = {
@@ -50,7 +52,13 @@ class Workload:
             self._read: 6,
             self._compact: 1,
             self._add_model: 1,
+            **self.files.operations,
         }
+
+    def use(self, store: Store) -> None:
+        """What was done to the one before is the oracle's."""
+        self.store = store
+        self.files.use(store)
 
     def step(self) -> None:
         """One operation."""
