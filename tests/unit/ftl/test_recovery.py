@@ -1,0 +1,132 @@
+"""What simulation found in recovery, each on the smallest drive that shows it."""
+
+import numpy as np
+import pytest
+
+from ftl.errors import CorruptPage
+from ftl.geometry import Geometry
+from ftl.layout import PAGE_OOB, PageKind
+from ftl.mapping import PAGE_NONE
+from ftl.media_memory import MemoryMedia
+from ftl.recovery import recover
+from ftl.translation import FlashTranslationLayer
+from tests.crash.pages import make_pages
+
+
+def format_drive(parity):
+    media = MemoryMedia(
+        Geometry(num_channels=4, pages_per_erase_block=8, num_superblocks=24, spare_percent=25, parity=parity)
+    )
+    return media, FlashTranslationLayer.format(media)
+
+
+def write(ftl, lbas, first_value):
+    _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
+    ftl.write(np.array(lbas), addresses)
+
+
+def read(ftl, lba):
+    buffer, address = make_pages([0], ftl.page_size)
+    ftl.read(np.array([lba]), address)
+    return int(buffer.view("<u8")[0])
+
+
+def begin_log_anew(ftl):
+    with ftl._state.lock:
+        ftl._log._rotate()
+    return ftl._log._log.superblocks[-1]
+
+
+def lose_oob(media, pages):
+    media.oob[pages] = np.zeros((), PAGE_OOB)
+
+
+def pages_of(media, kind):
+    return np.flatnonzero(media.oob["kind"] == kind)
+
+
+def test_a_log_that_only_parity_has():
+    """Its superblock would pass for one of data, and what was deallocated be back once it is erased."""
+    media, ftl = format_drive(parity=1)
+    write(ftl, range(9), 100)
+    ftl.deallocate([[3, 2]])
+    ftl.flush()
+    superblock = begin_log_anew(ftl)
+    lost = pages_of(media, PageKind.MAPPING_SNAPSHOT)
+    lost = lost[lost // media.geometry.pages_per_superblock == superblock]
+    lose_oob(media, lost)
+    found = recover(media)
+    assert superblock in found.log_superblocks
+    assert (found.mapping.resolve(np.array([3, 4])) == PAGE_NONE).all()
+
+
+def test_a_new_log_has_its_parity_before_the_old_one_goes():
+    media, ftl = format_drive(parity=1)
+    write(ftl, range(9), 100)
+    ftl.deallocate([[3, 2]])
+    ftl.flush()
+    begin_log_anew(ftl)
+    snapshot = pages_of(media, PageKind.MAPPING_SNAPSHOT)[-1]
+    row = np.arange(4) + snapshot // 4 * 4
+    assert (media.oob["kind"][row] == PageKind.PARITY).any()
+
+
+def test_versions_of_what_only_parity_has_are_not_given_again():
+    """The newest version would be that of two LBAs, and an older one of the same LBA as new."""
+    media, ftl = format_drive(parity=1)
+    write(ftl, range(12), 100)
+    ftl.flush()
+    newest = int(np.argmax(np.where(media.oob["kind"] == PageKind.DATA, media.oob["sequence_number"], 0)))
+    wanted = int(media.oob["sequence_number"][newest]) + 1
+    lose_oob(media, newest)
+    media.pages[newest] = 0
+    assert recover(media).next_sequence_number >= wanted
+
+
+def test_an_old_log_is_erased_at_opening():
+    """A power cut between a new log and the erase of the old one, again and again, would use up the drive."""
+    media, ftl = format_drive(parity=0)
+    write(ftl, range(9), 100)
+    ftl.deallocate([[3, 2]])
+    ftl.flush()
+    old = ftl._log._log.superblocks[0]
+    new = begin_log_anew(ftl)
+    found = recover(media)
+    assert (found.log_superblocks, found.superseded_log) == ([new], [old])
+    again = FlashTranslationLayer.open(media)
+    assert not len(np.flatnonzero(media.oob["magic"][old * 32 : (old + 1) * 32]))
+    assert [read(again, lba) for lba in (2, 3, 5)] == [102, 0, 105]
+
+
+def test_what_no_page_calls_durable_is_written_anew_at_opening():
+    """Its last page would be taken for one that a power cut tore, however long ago that was."""
+    media, ftl = format_drive(parity=0)
+    write(ftl, range(4), 100)
+    ftl.flush()
+    write(ftl, range(4), 200)
+    ftl.flush()
+    again = FlashTranslationLayer.open(media)  # the power was cut
+    again.close()
+    media.pages[int(again._state.mapping.resolve(np.array([3]))[0]), 7] ^= 1
+    with pytest.raises(CorruptPage, match="LBA 3 "):
+        read(FlashTranslationLayer.open(media), 3)
+
+
+@pytest.mark.parametrize("life", ["same LBA", "another LBA"])
+def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
+    """An erase that was half undone: its old content has a checksum of its own, and that may not count."""
+    media, ftl = format_drive(parity=1)
+    write(ftl, range(9), 100)
+    ftl.flush()
+    page = int(ftl.resolve(np.array([4]))[0])
+    old_lba = 4 if life == "same LBA" else 7
+    _buffer, addresses = make_pages([55], ftl.page_size)
+    record = np.zeros(1, PAGE_OOB)
+    record["magic"], record["kind"], record["lba"] = media.oob[page]["magic"], PageKind.DATA, old_lba
+    record["sequence_number"] = record["program_number"] = record["session"] = 1
+    elsewhere = int(np.flatnonzero(media.oob["magic"] == 0)[-32])
+    media.program(np.array([elsewhere]), addresses, record)
+    media.pages[page], media.oob[page] = media.pages[elsewhere], media.oob[elsewhere]
+    media.erase(elsewhere // media.geometry.pages_per_superblock)
+    again = FlashTranslationLayer.open(media)
+    assert [read(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
