@@ -29,11 +29,13 @@ class FileState:
         self.note()
 
     def note(self) -> None:
-        """The content has changed."""
+        """The content has changed. Behind the end a block may keep what it held, until the end moves up."""
         for block, data in enumerate(_blocks(self.content)):
             held = self._may_hold.setdefault(block, [])
-            if data not in held:
-                held.append(data)
+            end = min(BLOCK_BYTES, len(self.content) - block * BLOCK_BYTES)
+            for behind in {data[end:], *(other[end:] for other in held)}:
+                if data[:end] + behind not in held:
+                    held.append(data[:end] + behind)
 
     def promise(self) -> None:
         self._may_hold = {block: [data] for block, data in enumerate(_blocks(self.content))}
