@@ -282,6 +282,7 @@ class FtlTrials:
     def _damage(self) -> None:
         """Flipped bits: parity gives a page back and scrub writes it anew, or an error names the LBA."""
         ftl, media, geometry = self._ftl, self._simulation.media, self._ftl.geometry
+        ftl.collect(geometry.num_superblocks)  # so that there is room to move what is damaged
         flushed = ftl.resolve(np.arange(ftl.num_lbas))
         for _ in range(self._random.integers(3)):
             self._simulation._step()

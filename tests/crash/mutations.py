@@ -31,8 +31,8 @@ COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
 # (mode, first seed, seeds, crash points of each, faults): short runs first, until one kills
 STORE_RUNS = (("store", 0, 4, 60, ()), ("store", 10, 25, 150, ()))
 FLASH_RUNS = (
-    ("ftl", 0, 10, 50, ()),
-    ("ftl", 50, 12, 60, ("parity",)),
+    ("ftl", 0, 15, 60, ()),
+    ("ftl", 50, 40, 80, ("parity",)),
     ("ftl", 100, 10, 50, ("weak-blocks",)),
     ("ftl", 150, 10, 50, ("parity", "weak-blocks")),
     ("store", 0, 4, 40, ()),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +177,13 @@ def test_helpers_of_system_programs(drive, tmp_path):
         assert helper("fsck", made).returncode == 8  # it is in use
     finally:
         subprocess.run([sys.executable, "-m", "kvfsctl", "umount", mountpoint], check=True)
+
+
+def test_killed_under_load():
+    """The short version of tools/suites/kill.py."""
+    script = Path(__file__).parents[2] / "tools" / "suites" / "kill.py"
+    result = subprocess.run([sys.executable, script, "--rounds", "2", "--json"], capture_output=True, text=True)
+    rounds = json.loads(result.stdout)["rounds"]
+    failures = [failure for found in rounds for failure in found["failures"]]
+    assert [failure for failure in failures if not failure.startswith("mounted again in")] == []
+    assert sum(found["synced_files"] for found in rounds) > 0
