@@ -2,7 +2,7 @@
 
 DEALLOCATE pages hold ranges given back, with the version below which they are dead. A MAPPING_SNAPSHOT
 (one page or several) holds every unmapped range and supersedes the log before it, so the log never
-outgrows a superblock or two.
+outgrows a superblock or two. SESSIONS pages hold what was durable of earlier sessions.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ class LogPage:
 
     @property
     def says_something(self) -> bool:
-        """It is no mere mark."""
-        return self.kind == PageKind.MAPPING_SNAPSHOT or len(self.records) > 0
+        """Whether data would come back without it."""
+        return self.kind == PageKind.MAPPING_SNAPSHOT or (
+            self.kind == PageKind.DEALLOCATE and len(self.records) > 0
+        )
 
 
 def records_per_page(page_size: int) -> int:

@@ -24,6 +24,7 @@ class PageKind(IntEnum):
     MAPPING_SNAPSHOT = 3  # every unmapped range: what the log said before is superseded
     PARITY = 4  # XOR of the other pages of its group in a row: see parity.py
     CHECKPOINT = 5  # a piece of the map
+    SESSIONS = 6  # what was durable of earlier sessions, whose own pages that say so may be gone
 
 
 PAGE_OOB = np.dtype(
@@ -77,6 +78,10 @@ assert LOG_HEADER.itemsize == 64
 
 # Versions of these LBAs below sequence_number are dead.
 DEALLOCATION = np.dtype([("lba", "<u8"), ("num_lbas", "<u8"), ("sequence_number", "<u8")])
+
+# In the place of a DEALLOCATION on a page of kind SESSIONS: pages of this session up to this one were durable.
+SESSION = np.dtype([("session", "<u8"), ("reserved", "<u8"), ("durable_program_number", "<u8")])
+assert SESSION.itemsize == DEALLOCATION.itemsize
 
 CHECKPOINT_MAGIC = 0x5043564B  # "KVCP"
 

@@ -10,7 +10,7 @@ import numpy as np
 from ftl import checkpoint, deallocation_log
 from ftl.checkpoint import Checkpoint
 from ftl.errors import OutOfFlash, ProgramFailed
-from ftl.layout import CHECKPOINT_SUPERBLOCK, DEALLOCATION, PageKind
+from ftl.layout import CHECKPOINT_SUPERBLOCK, DEALLOCATION, SESSION, PageKind
 from ftl.open_superblock import OpenSuperblock
 from ftl.page_writer import PageWriter, log_oob
 from ftl.provisioning import GC_RESERVE
@@ -272,6 +272,12 @@ class MetadataLog:
         records["lba"], records["num_lbas"], records["sequence_number"] = *ranges.T, number
         pages = deallocation_log.encode(state.page_size, records, number)
         self._log.append(PageKind.MAPPING_SNAPSHOT, pages, number)
+        if state.earlier_sessions:  # their marks go with the log that this replaces
+            sessions = np.zeros(len(state.earlier_sessions), SESSION)
+            sessions["session"] = list(state.earlier_sessions)
+            sessions["durable_program_number"] = list(state.earlier_sessions.values())
+            pages = deallocation_log.encode(state.page_size, sessions.view(DEALLOCATION))
+            self._log.append(PageKind.SESSIONS, pages, number)
         if state.geometry.parity:
             self._log.complete_row()
         self.sync()

@@ -25,7 +25,7 @@ import numpy as np
 from ftl import checkpoint, deallocation_log, oob, page_chain
 from ftl.checkpoint import Checkpoint
 from ftl.deallocation_log import LogPage
-from ftl.layout import PAGE_OOB, PageKind
+from ftl.layout import PAGE_OOB, SESSION, PageKind
 from ftl.mapping import Mapping
 from ftl.media import FlashMedia
 from ftl.parity import lost_records, unprotected_groups
@@ -47,6 +47,7 @@ class Recovered:
     program number
     last_stream: stream of that page, where it is not all of the superblock's, by superblock
     superseded_log: superblocks of the log that are older than its newest snapshot, so not needed
+    durable_numbers: the last program number that was durable in each earlier session
     checkpoint: the one that was built upon, None after a scan of everything
     unprotected_groups: int64, rows of dies (page // num_dies) that a cut has left without redundancy; without
         parity, those that no later page calls durable: damage would pass for a write that was torn
@@ -64,6 +65,7 @@ class Recovered:
     next_sequence_number: int = 1
     next_program_number: int = 1
     session: int = 1
+    durable_numbers: dict[int, int] = field(default_factory=dict)
     torn_pages: int = 0
     scanned_superblocks: int = 0
     checkpoint: Checkpoint | None = None
@@ -92,7 +94,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     if not len(records):
         mapping.finish_recovery()
         return found
-    durable_numbers = _durable_numbers(records, found)
+    durable_numbers = _durable_numbers(media, records, pages, found)
     doubtful = _doubtful(records, durable_numbers)
     begun_groups = pages[doubtful] // geometry.num_dies
     good = _whole(media, records, pages, doubtful, found)
@@ -111,8 +113,8 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         of_log = set(superblocks[_of_log(by_parity)].tolist())
         found.log_superblocks += sorted(of_log - set(found.log_superblocks))
     else:
-        oldest = np.argsort(records["program_number"][doubtful], kind="stable")[:PROTECTED_PAGES]
-        found.unprotected_groups = np.unique(pages[doubtful][oldest] // geometry.num_dies)
+        untold = pages[doubtful][np.argsort(records["program_number"][doubtful], kind="stable")]
+        found.unprotected_groups = np.unique(untold[:PROTECTED_PAGES] // geometry.num_dies)
     # of equals those that are there count
     records, pages = np.concatenate([lost, records]), np.concatenate([lost_pages, pages])
     # a copy is programmed after its original: of equal versions it comes last, and counts
@@ -131,7 +133,10 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     log_records, log_pages = records[_of_log(records)], pages[_of_log(records)]
     log_content = _read_log(media, log_records, log_pages)
     needed = np.array([page for page, content in log_content.items() if content.says_something], np.int64)
-    found.is_log_unprotected = bool(np.isin(needed // geometry.num_dies, found.unprotected_groups).any())
+    if geometry.parity:
+        found.is_log_unprotected = bool(np.isin(needed // geometry.num_dies, found.unprotected_groups).any())
+    else:
+        found.is_log_unprotected = bool(np.isin(needed, untold).any())
     from_number = found.checkpoint.sequence_number if found.checkpoint else 0
     snapshot_number = _apply_log(mapping, versions, list(log_content.values()), from_number)
     mapping.finish_recovery()
@@ -156,7 +161,7 @@ def _set_apart_superseded(found: Recovered, records, superblocks: np.ndarray, sn
 
 def _of_log(records: np.ndarray) -> np.ndarray:
     """bool: pages of the metadata log."""
-    return np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT))
+    return np.isin(records["kind"], (PageKind.DEALLOCATE, PageKind.MAPPING_SNAPSHOT, PageKind.SESSIONS))
 
 
 def _heads(media: FlashMedia, superblocks: np.ndarray) -> np.ndarray:
@@ -291,15 +296,21 @@ def _doubtful(records, durable: dict[int, int]) -> np.ndarray:
     return records["program_number"] > newest[which]
 
 
-def _durable_numbers(records, found: Recovered) -> dict[int, int]:
-    """By session, the last program number that is known to have been durable."""
+def _durable_numbers(media: FlashMedia, records, pages, found: Recovered) -> dict[int, int]:
+    """By session, the last program number that is known to have been durable; in `found` those still needed."""
     sessions, which = np.unique(records["session"], return_inverse=True)
     newest = np.zeros(len(sessions), np.uint64)
     np.maximum.at(newest, which, records["durable_program_number"])
     durable = dict(zip(sessions.tolist(), newest.tolist(), strict=True))
-    if found.checkpoint is not None:
-        session = found.checkpoint.session
-        durable[session] = max(durable.get(session, 0), found.checkpoint.program_number)
+    known = [(found.checkpoint.session, found.checkpoint.program_number)] if found.checkpoint else []
+    of_sessions = records["kind"] == PageKind.SESSIONS
+    for content in _read_log(media, records[of_sessions], pages[of_sessions]).values():
+        table = content.records.view(SESSION)
+        known += zip(table["session"].tolist(), table["durable_program_number"].tolist(), strict=True)
+    for session, number in known:
+        durable[session] = max(durable.get(session, 0), number)
+    oldest = found.first[found.fill > 0].min(initial=found.next_program_number)
+    found.durable_numbers = {session: number for session, number in durable.items() if number >= oldest}
     return durable
 
 

@@ -73,6 +73,7 @@ class FlashState:
         self.next_program_number = 1
         self.durable_program_number = 0
         self.session = 1
+        self.earlier_sessions: dict[int, int] = {}  # the last program number that was durable in each
         self.has_changed = False
         self.closed = False
         # Superblocks with a row that has no parity on flash: it is being written, or could not be completed.

@@ -132,6 +132,7 @@ class FlashTranslationLayer:
         # program numbers of earlier sessions are durable or verified from here on
         state.durable_program_number = found.next_program_number - 1
         state.session = found.session
+        state.earlier_sessions = found.durable_numbers
         state.superblocks.fill[:] = found.fill
         state.superblocks.first[:] = found.first
         state.superblocks.newest[:] = found.newest

@@ -818,6 +818,11 @@ _COLLECTION = [
             "                if state.mapping.valid_pages[superblock]:\n",
             "                if False:\n",
         ),
+        (
+            "what earlier sessions made durable forgotten",
+            "state.earlier_sessions = found.durable_numbers",
+            "state.earlier_sessions = {}",
+        ),
         ("superseded logs kept", "self._log.replaced += self._of_log(found.superseded_log)", "_ = []"),
         ("open superblocks not renewed", "            self._writer.close(superblocks or found.damaged)\n", ""),
         ("session used again", "state.session = found.session", "state.session = max(1, found.session - 1)"),
@@ -977,8 +982,8 @@ _FLASH_METADATA = [
         ),
         (
             "programs behind the checkpoint pass for durable",
-            "max(durable.get(session, 0), found.checkpoint.program_number)",
-            "max(durable.get(session, 0), found.checkpoint.program_number + 100)",
+            "[(found.checkpoint.session, found.checkpoint.program_number)]",
+            "[(found.checkpoint.session, found.checkpoint.program_number + 100)]",
         ),
         (
             "failed pages believed",

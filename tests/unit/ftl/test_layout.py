@@ -107,6 +107,7 @@ def test_numbers():
         "MAPPING_SNAPSHOT": 3,
         "PARITY": 4,
         "CHECKPOINT": 5,
+        "SESSIONS": 6,
     }
     assert (layout.FORMAT_VERSION, layout.ERASE_BLOCK_BAD, layout.BLOCK_BYTES) == (2, 1, 4096)
     assert np.iinfo(np.uint64).max == layout.LBA_NONE

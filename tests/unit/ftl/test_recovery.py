@@ -112,6 +112,26 @@ def test_what_no_page_calls_durable_is_written_anew_at_opening():
         read(FlashTranslationLayer.open(media), 3)
 
 
+def test_what_an_earlier_session_made_durable_stays_so():
+    """Its mark is erased with the log; without another, damage would pass for a write that was torn."""
+    media, ftl = format_drive(parity=0)
+    for value in (100, 200):
+        write(ftl, range(4), value)
+        ftl.close()
+        ftl = FlashTranslationLayer.open(media)
+    page = int(ftl.resolve(np.array([3]))[0])
+    for _ in range(3):
+        begin_log_anew(ftl)
+        ftl.flush()
+        ftl.close()
+        ftl = FlashTranslationLayer.open(media)
+    assert int(ftl.resolve(np.array([3]))[0]) == page
+    ftl.close()
+    media.pages[page, 7] ^= 1
+    with pytest.raises(CorruptPage, match="LBA 3 "):
+        read(FlashTranslationLayer.open(media), 3)
+
+
 @pytest.mark.parametrize("life", ["same LBA", "another LBA"])
 def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
     """An erase that was half undone: its old content has a checksum of its own, and that may not count."""
