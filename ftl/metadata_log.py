@@ -179,6 +179,8 @@ class MetadataLog:
                     state.session,
                 )
             self._append_pending()  # the map knows these, and must not be the only one
+            if state.geometry.parity:
+                self._log.complete_row()
             self.sync()
             with state.unlocked():
                 pages = checkpoint.encode(taken, state.page_size)
