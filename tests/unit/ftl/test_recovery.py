@@ -71,6 +71,18 @@ def test_a_new_log_has_its_parity_before_the_old_one_goes():
     assert (media.oob["kind"][row] == PageKind.PARITY).any()
 
 
+def test_what_a_checkpoint_appends_to_the_log_has_its_parity():
+    """It is called durable with the rest, and so is no more looked after."""
+    media, ftl = format_drive(parity=1)
+    write(ftl, range(9), 100)
+    ftl.flush()
+    ftl.deallocate([[3, 2]])
+    with ftl._state.lock:
+        ftl._log.checkpoint()
+    row = np.arange(4) + pages_of(media, PageKind.DEALLOCATE)[-1] // 4 * 4
+    assert (media.oob["kind"][row] == PageKind.PARITY).any()
+
+
 def test_versions_of_what_only_parity_has_are_not_given_again():
     """The newest version would be that of two LBAs, and an older one of the same LBA as new."""
     media, ftl = format_drive(parity=1)
