@@ -245,6 +245,7 @@ class FtlTrials:
             raise Lost("the checkpoint's map is not that of the flash")
         full = self._ftl.superblocks.of(State.FULL)
         full = full[self._ftl.superblocks.newest[full] <= quick.checkpoint.program_number]
+        full = full[quick.checkpoint.superblocks["is_closed"][full] != 0]  # not only since then
         full = full[recovery._heads(self._simulation.media, full)["magic"] != 0]
         num_read, num_all = quick.scanned_superblocks, thorough.scanned_superblocks
         if num_read > num_all - len(full) and self._simulation.schedule.nand == NandModel():
@@ -303,7 +304,7 @@ class FtlTrials:
         self._note(f"bit flips in LBAs {hit.tolist()}, page {page}")
         for damaged in all_pages[hit].tolist():
             media.flip_bit(damaged)
-        had_room = ftl.free_superblocks > ROOM
+        had_room, erase_count = ftl.free_superblocks > ROOM, self._erase_count(page)
         self._expect_error(int(lbas[lbas != lba][0]) if len(lbas) > 1 else lba + 1, page)
         if not is_lost:
             self._compare(hit, "read of a damaged page")
@@ -316,8 +317,12 @@ class FtlTrials:
             for damaged in all_pages[hit].tolist():
                 media.flip_bit(damaged)
             self._compare(np.arange(ftl.num_lbas), "read of a mended drive")
-        elif had_room and int(ftl.resolve(hit)[0]) == page:
+        elif had_room and int(ftl.resolve(hit)[0]) == page and self._erase_count(page) == erase_count:
             raise Lost(f"scrub leaves LBA {hit[0]} at its damaged page {page}")
+
+    def _erase_count(self, page: int) -> int:
+        """Of its superblock: where it changes, what comes to lie in a page has come anew."""
+        return int(self._ftl.superblocks.erase_counts[page // self._ftl.geometry.pages_per_superblock])
 
     def _scrub(self, hit: np.ndarray, is_lost: bool) -> None:
         found = list(scrub(self._ftl))
@@ -337,10 +342,11 @@ class FtlTrials:
         record = self._simulation.media.oob[page : page + 1].view(np.uint8)
         record[20] ^= 1  # a byte of the LBA
         damaged = record.copy()
-        had_room = self._ftl.free_superblocks > ROOM
+        had_room, erase_count = self._ftl.free_superblocks > ROOM, self._erase_count(page)
         if had_room:
             self._ftl.renew({page // self._ftl.geometry.pages_per_superblock})
-        if had_room and self._ftl.geometry.parity and int(self._ftl.resolve(np.array([lba]))[0]) == page:
+        is_there = int(self._ftl.resolve(np.array([lba]))[0]) == page and self._erase_count(page) == erase_count
+        if had_room and self._ftl.geometry.parity and is_there:
             raise Lost(f"parity knows the record of page {page}, but LBA {lba} is not moved")
         try:
             self._compare(np.array([lba]), "read of a page with a damaged record")
