@@ -51,12 +51,16 @@ PAGE_OOB = np.dtype(
 )
 assert PAGE_OOB.itemsize == 64
 
+MAX_DISTANCE = 0xFFFF
+
 # The same bytes on a data page of a drive without parity: the page before it in its superblock.
 PREVIOUS_PAGE = np.dtype(
     {
-        "names": ["lba_plus_1", "version"],  # 0: none, or not known; the lower half of its sequence_number
-        "formats": ["<u8", "<u4"],
-        "offsets": [52, 60],
+        # lba_plus_1: 0 for none, or not known; version: the lower half of its sequence_number; distance: how
+        # much lower its program_number is, MAX_DISTANCE at most, or 0 where that was not kept
+        "names": ["lba_plus_1", "version", "distance"],
+        "formats": ["<u8", "<u4", "<u2"],
+        "offsets": [52, 60, 14],
         "itemsize": PAGE_OOB.itemsize,
     }
 )

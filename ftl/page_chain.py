@@ -7,7 +7,7 @@ Otherwise an older version would show through, and nothing would tell.
 
 import numpy as np
 
-from ftl.layout import OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
+from ftl.layout import MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
 
 LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
 
@@ -17,16 +17,20 @@ class PageChain:
 
     def __init__(self) -> None:
         self._last = np.zeros(1, PREVIOUS_PAGE)
+        self._last_number = np.zeros(1, np.uint64)
 
     def link(self, records: np.ndarray) -> None:
-        """Note in PAGE_OOB [n] of pages about to be programmed what each of them follows."""
+        """Note in PAGE_OOB [n] of pages about to be programmed, numbered already, what each of them follows."""
         own = np.zeros(len(records), PREVIOUS_PAGE)
         own["lba_plus_1"] = records["lba"] + np.uint64(1)
         own["version"] = records["sequence_number"] & LOWER_HALF
         linked = records.view(PREVIOUS_PAGE)
-        for name in PREVIOUS_PAGE.names:
+        for name in ("lba_plus_1", "version"):
             linked[name] = np.concatenate([self._last[name], own[name][:-1]])
-        self._last = own[-1:]
+        numbers = records["program_number"]
+        distance = numbers - np.concatenate([self._last_number, numbers[:-1]])
+        linked["distance"] = np.minimum(distance, MAX_DISTANCE)
+        self._last, self._last_number = own[-1:], numbers[-1:].copy()
 
 
 def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:
@@ -56,7 +60,7 @@ def vanished(records: np.ndarray, holds: np.ndarray, is_bad: np.ndarray) -> tupl
     found["sequence_number"] = previous["version"][missed]
     for name in ("program_number", "durable_program_number", "session"):
         found[name] = data[name][missed]
-    found["program_number"] -= 1
+    found["program_number"] -= np.maximum(previous["distance"][missed], 1)
     if is_bad.any():
         # A batch that failed was written elsewhere, and any page of it may be missing here. It was the last one
         # here, or what follows it begins another chain.

@@ -493,6 +493,11 @@ _FTL = [
     *_of(
         "ftl/page_chain.py",
         ("refused pages taken for gone", " & was_accepted & (own[missed] > begun)", ""),
+        (
+            "what is gone passes for newer",
+            'found["program_number"] -= np.maximum(previous["distance"][missed], 1)',
+            'found["program_number"] -= 1',
+        ),
     ),
     *_of(
         "ftl/oob.py",

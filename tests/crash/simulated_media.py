@@ -110,9 +110,9 @@ class SimulatedMedia(NandMedia):
             return False
         alive = holds(self.oob) & ~self._is_dead(np.arange(len(self.oob)) % self.geometry.num_planes)
         record, oob = self.oob[behind[0]], self.oob[alive]
-        named = record.copy().reshape(1).view(PREVIOUS_PAGE)["lba_plus_1"][0] == lost["lba"] + 1
+        previous = record.copy().reshape(1).view(PREVIOUS_PAGE)[0]
         durable = oob["durable_program_number"][oob["session"] == record["session"]].max()
-        return bool(named and record["program_number"] - 1 <= durable)
+        return bool(previous["lba_plus_1"] == lost["lba"] + 1 and lost["program_number"] <= durable)
 
     def _fail_to_program(self, pages):
         superblocks, _, planes = self._places(pages)

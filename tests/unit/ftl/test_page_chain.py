@@ -5,8 +5,9 @@ import pytest
 
 from ftl.errors import CorruptPage
 from ftl.geometry import Geometry
-from ftl.layout import PAGE_OOB
+from ftl.layout import MAX_DISTANCE, PAGE_OOB, PREVIOUS_PAGE
 from ftl.media_memory import MemoryMedia
+from ftl.page_chain import PageChain
 from ftl.translation import FlashTranslationLayer
 from tests.crash.pages import make_pages
 
@@ -23,9 +24,9 @@ def drive():
     return media, ftl
 
 
-def write(ftl, lbas, first_value):
+def write(ftl, lbas, first_value, stream=0):
     _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
-    ftl.write(np.array(lbas), addresses)
+    ftl.write(np.array(lbas), addresses, stream)
 
 
 def read(ftl, lba):
@@ -128,3 +129,35 @@ def test_a_deallocated_page_is_no_loss(drive):
     ftl = FlashTranslationLayer.open(media)
     assert read(ftl, 4) == 0
     assert not ftl.check()
+
+
+def test_what_is_gone_from_before_a_checkpoint_is_no_newer_than_it():
+    """Half an erase: the page behind was programmed after the checkpoint, the one that it names long before."""
+    media = MemoryMedia(GEOMETRY)
+    ftl = FlashTranslationLayer.format(media)
+    write(ftl, [4], 100)
+    gone = page_of(ftl, 4)
+    write(ftl, [4], 200, stream=1)
+    ftl.flush()
+    with ftl._state.lock:
+        ftl._log.checkpoint()
+    write(ftl, [30], 300)
+    write(ftl, [31], 300, stream=1)
+    ftl.flush()
+    with ftl._state.lock:
+        ftl._log.mark(after_pages=0)
+        ftl._log.sync()
+    assert page_of(ftl, 30) == gone + 1
+    lose(media, gone)
+    ftl = FlashTranslationLayer.open(media)
+    assert [read(ftl, lba) for lba in (4, 30, 31)] == [204, 330, 331]
+
+
+def test_distance():
+    """To the page before, across batches; what is more than a field holds is given as the most that it does."""
+    chain = PageChain()
+    records = np.zeros(4, PAGE_OOB)
+    records["program_number"] = [10, 11, 500, 1 << 40]
+    chain.link(records[:2])
+    chain.link(records[2:])
+    assert records.view(PREVIOUS_PAGE)["distance"][1:].tolist() == [1, 489, MAX_DISTANCE]
