@@ -7,7 +7,7 @@ Otherwise an older version would show through, and nothing would tell.
 
 import numpy as np
 
-from ftl.layout import MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
+from ftl.layout import LBA_NONE, MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
 
 LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
 
@@ -16,21 +16,21 @@ class PageChain:
     """What the last page of a superblock was; nothing, at first."""
 
     def __init__(self) -> None:
-        self._last = np.zeros(1, PREVIOUS_PAGE)
-        self._last_number = np.zeros(1, np.uint64)
+        self._lba_plus_1 = self._version = self._number = 0
 
     def link(self, records: np.ndarray) -> None:
         """Note in PAGE_OOB [n] of pages about to be programmed, numbered already, what each of them follows."""
-        own = np.zeros(len(records), PREVIOUS_PAGE)
-        own["lba_plus_1"] = records["lba"] + np.uint64(1)
-        own["version"] = records["sequence_number"] & LOWER_HALF
         linked = records.view(PREVIOUS_PAGE)
-        for name in ("lba_plus_1", "version"):
-            linked[name] = np.concatenate([self._last[name], own[name][:-1]])
+        lbas, versions, distances = (linked[name] for name in PREVIOUS_PAGE.names)
         numbers = records["program_number"]
-        distance = numbers - np.concatenate([self._last_number, numbers[:-1]])
-        linked["distance"] = np.minimum(distance, MAX_DISTANCE)
-        self._last, self._last_number = own[-1:], numbers[-1:].copy()
+        lbas[0], versions[0] = self._lba_plus_1, self._version & int(LOWER_HALF)
+        distances[0] = min(int(numbers[0]) - self._number, MAX_DISTANCE)
+        np.add(records["lba"][:-1], np.uint64(1), out=lbas[1:])
+        versions[1:] = records["sequence_number"][:-1]  # the lower half
+        distances[1:] = np.minimum(numbers[1:] - numbers[:-1], MAX_DISTANCE)
+        last = records[-1]
+        self._lba_plus_1 = int(last["lba"] + np.uint64(1)) if last["lba"] != LBA_NONE else 0
+        self._version, self._number = int(last["sequence_number"]), int(last["program_number"])
 
 
 def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:
