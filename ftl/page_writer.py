@@ -29,6 +29,7 @@ CHECKPOINT_STREAM = 0xFD
 GC_STREAM = 0xFE
 LOG_STREAM = 0xFF
 INTERNAL_STREAMS = (CHECKPOINT_STREAM, GC_STREAM, LOG_STREAM)
+LOG_RESERVE = 1  # superblocks that collection leaves: without a log nothing that it empties can be erased
 DEAD_DIE_FAILURES = 3  # in a row, in as many superblocks
 PROGRAM_ATTEMPTS = 8  # a batch that fails in so many superblocks means that the flash is at its end
 
@@ -126,8 +127,8 @@ class PageWriter:
             if stream in self._open or self._num_open() >= self._num_streams:
                 return self._open.get(stream)
         # what is copied has lived long and will stay: it goes where wear has to slow down
-        if stream == GC_STREAM and state.superblocks.count(State.FREE) == 1:
-            raise OutOfFlash(1, 0)  # the log may need it: without a log nothing that is emptied can be erased
+        if stream == GC_STREAM and state.superblocks.count(State.FREE) <= LOG_RESERVE:
+            raise OutOfFlash(state.superblocks.count(State.FREE), 0)
         superblock = state.superblocks.take_free(State.OPEN, most_worn=stream == GC_STREAM)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))

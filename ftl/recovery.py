@@ -110,8 +110,8 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         lost, lost_pages = np.concatenate([lost, by_parity]), np.concatenate([lost_pages, places])
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
-        of_log = set(superblocks[_of_log(by_parity)].tolist())
-        found.log_superblocks += sorted(of_log - set(found.log_superblocks))
+        with_log = set(superblocks[_of_log(by_parity)].tolist())
+        found.log_superblocks += sorted(with_log - set(found.log_superblocks))
     else:
         untold = pages[doubtful][np.argsort(records["program_number"][doubtful], kind="stable")]
         found.unprotected_groups = np.unique(untold[:PROTECTED_PAGES] // geometry.num_dies)
@@ -130,7 +130,8 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         records["sequence_number"][data].astype(np.uint64),
         pages[data],
     )
-    log_records, log_pages = records[_of_log(records)], pages[_of_log(records)]
+    of_log = _of_log(records) & (records["kind"] != PageKind.SESSIONS)  # which have been read
+    log_records, log_pages = records[of_log], pages[of_log]
     log_content = _read_log(media, log_records, log_pages)
     needed = np.array([page for page, content in log_content.items() if content.says_something], np.int64)
     if geometry.parity:

@@ -486,8 +486,8 @@ _FTL = [
         ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
         (
             "copies take the last free superblock",
-            "state.superblocks.count(State.FREE) == 1:",
-            "state.superblocks.count(State.FREE) == 0:",
+            "state.superblocks.count(State.FREE) <= LOG_RESERVE:",
+            "state.superblocks.count(State.FREE) < LOG_RESERVE:",
         ),
     ),
     *_of(
@@ -1017,7 +1017,7 @@ _FLASH_METADATA = [
         ),
         (
             "log pages that only parity knows not noticed",
-            "        found.log_superblocks += sorted(of_log - set(found.log_superblocks))\n",
+            "        found.log_superblocks += sorted(with_log - set(found.log_superblocks))\n",
             "",
         ),
         (

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from mounted import KVFSCTL, PATIENCE_SECONDS
+from mounted import KVFSCTL, wait_for
 
 import kvfs
 from kvfs.mount.mountpoints import mount_at
@@ -97,10 +97,7 @@ def serve(drive: Path, mountpoint: Path) -> tuple[subprocess.Popen, float]:
     """The server and the seconds until it served."""
     started = time.monotonic()
     server = subprocess.Popen([*KVFSCTL, "mount", "--foreground", drive, mountpoint], stderr=subprocess.DEVNULL)
-    while mount_at(mountpoint) is None:
-        if server.poll() is not None or time.monotonic() - started > PATIENCE_SECONDS:
-            sys.exit(f"{drive} could not be mounted")
-        time.sleep(0.01)
+    wait_for(server, mountpoint)
     return server, time.monotonic() - started
 
 

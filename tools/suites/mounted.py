@@ -28,7 +28,7 @@ def mounted_drive(size: str, at: Path | None = None) -> Iterator[Path]:
         subprocess.run([*KVFSCTL, "format", drive, "--size", size], check=True, stdout=subprocess.DEVNULL)
         server = subprocess.Popen([*KVFSCTL, "mount", "--foreground", "--allow-other", drive, mountpoint])
         try:
-            _wait_for(server, mountpoint)
+            wait_for(server, mountpoint)
             yield mountpoint
         finally:
             if mount_at(mountpoint):
@@ -36,9 +36,10 @@ def mounted_drive(size: str, at: Path | None = None) -> Iterator[Path]:
             server.wait()
 
 
-def _wait_for(server: subprocess.Popen, mountpoint: Path) -> None:
+def wait_for(server: subprocess.Popen, mountpoint: Path) -> None:
+    """Until a drive is mounted there; the end of the program if it cannot be."""
     give_up = time.monotonic() + PATIENCE_SECONDS
     while mount_at(mountpoint) is None:
         if server.poll() is not None or time.monotonic() > give_up:
             sys.exit("the drive could not be mounted")
-        time.sleep(0.05)
+        time.sleep(0.01)
