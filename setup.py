@@ -14,7 +14,11 @@ setup(
     packages=[*packages, "kvfsctl", "kvfs_bench"],
     # tools/ is not a package: the command line and the benchmarks install under names of their own
     package_dir={"kvfsctl": "tools/kvfsctl", "kvfs_bench": "tools/bench"},
-    package_data={"kvfsctl": ["demo_model/*"], "ftl.direct_io": ["*.c"], "kvfs.mount.fuse_glue": ["*.c"]},
+    package_data={
+        "kvfsctl": ["demo_model/*"],
+        "ftl.direct_io": ["*.c", "*.h"],
+        "kvfs.mount.fuse_glue": ["*.c"],
+    },
     cffi_modules=["ftl/direct_io/build.py:ffibuilder", "kvfs/mount/fuse_glue/build.py:ffibuilder"],
     setup_requires=["cffi>=1.16"],
     install_requires=[

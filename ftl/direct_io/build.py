@@ -10,19 +10,6 @@ HERE = Path(__file__).resolve().parent
 
 CDEF = """
 typedef struct dio_ring dio_ring;
-typedef struct { uint64_t address; uint64_t offset; uint64_t length; } dio_extent;
-typedef struct { uint64_t first; uint64_t num_pages; uint64_t image_address; } dio_oob_piece;
-typedef struct {
-    int fd, is_wide;
-    size_t page_size;
-    uint64_t data_start, num_lbas, pages_per_superblock;
-    const void *entries;
-    const int32_t *slots;
-    const uint32_t *columns;
-    const uint8_t *known;
-    uint8_t *used;
-} dio_map;
-typedef struct { uint64_t first_lba, num_pages, page; } dio_run;
 
 dio_ring *dio_ring_create(unsigned depth);
 void dio_ring_destroy(dio_ring *ring);
@@ -48,10 +35,11 @@ int dio_crc32c_force_software(int on);
 """
 
 ffibuilder = FFI()
-ffibuilder.cdef(CDEF)
+ffibuilder.cdef((HERE / "records.h").read_text() + CDEF)
 ffibuilder.set_source(
     "ftl.direct_io._direct_io",
-    '#include "crc32c.c"\n#include "ring.c"\n#include "mapped_read.c"\n',
+    "#include <stddef.h>\n#include <stdint.h>\n"
+    '#include "records.h"\n#include "crc32c.c"\n#include "ring.c"\n#include "mapped_read.c"\n',
     include_dirs=[str(HERE)],
     extra_compile_args=["-O3", "-std=gnu11"],
 )

@@ -7,21 +7,6 @@
 #define MAX_RUN_PAGES 64
 #define LBA_SPREAD 0x9E3779B97F4A7C15ull /* as in ftl/checksums.py */
 
-/* columns, known: [slot][page of the superblock], see ftl/checksums.py; slots: by superblock, negative where there is
- * no column; used: by slot, set when it was. */
-typedef struct {
-    int fd, is_wide;
-    size_t page_size;
-    uint64_t data_start, num_lbas, pages_per_superblock;
-    const void *entries; /* page + 1 by LBA, zero where unmapped; uint64 if is_wide, else uint32 */
-    const int32_t *slots;
-    const uint32_t *columns;
-    const uint8_t *known;
-    uint8_t *used;
-} dio_map;
-
-typedef struct { uint64_t first_lba, num_pages, page; } dio_run;
-
 static uint64_t entry_of(const dio_map *map, uint64_t lba)
 {
     if (map->is_wide)

@@ -28,13 +28,6 @@
 #define OOB_CRC_OFFSET 4
 #define OOB_PAYLOAD_CRC_OFFSET 8
 
-/* Memory to or from one place of the file. */
-typedef struct {
-    uint64_t address;
-    uint64_t offset;
-    uint64_t length;
-} dio_extent;
-
 typedef struct {
     struct iovec iovecs[MAX_IOVECS];
     unsigned num_iovecs, at;  /* iovecs, and the first one not finished */
@@ -209,13 +202,6 @@ static void checksum_programmed(job_t *job, size_t limit)
     }
     job->crc_next += n;
 }
-
-/* OOB records go into the images of their superblocks, from which whole 4 KiB pieces are written. */
-typedef struct {
-    uint64_t first;          /* index of the first page of this piece of the batch */
-    uint64_t num_pages;
-    uint64_t image_address;  /* where the record of that first page lies */
-} dio_oob_piece;
 
 static void copy_oob(const job_t *job, const dio_oob_piece *pieces, size_t num_pieces)
 {
