@@ -11,6 +11,7 @@ array, where native code finds them (direct_io/mapped_read.c).
 import threading
 
 import numpy as np
+from numba import njit
 
 from ftl import oob
 from ftl.layout import PageKind
@@ -25,6 +26,14 @@ NO_SLOT = -1
 def _mixed(crc32c: np.ndarray, lbas: np.ndarray) -> np.ndarray:
     """uint32 [n]; mixing again gives the checksum back."""
     return crc32c ^ (lbas.astype(np.uint64) * SPREAD >> HALF).astype(np.uint32)
+
+
+@njit(nogil=True, cache=True)
+def _note(column, known, first_page, pages, records):
+    for index in range(len(pages)):
+        mixed = records[index].lba * SPREAD >> HALF ^ np.uint64(records[index].payload_crc32c)
+        column[pages[index] - first_page] = np.uint32(mixed)
+        known[pages[index] - first_page] = True
 
 
 class ChecksumTable:
@@ -69,15 +78,12 @@ class ChecksumTable:
         return _mixed(found, lbas), known
 
     def set(self, pages: np.ndarray, oob: np.ndarray) -> None:
-        """Pages of one superblock, ascending, were programmed with PAGE_OOB [n]."""
-        mixed = _mixed(oob["payload_crc32c"], oob["lba"])
-        superblock, first = divmod(int(pages[0]), self._per_superblock)
-        indices = slice(first, first + len(pages))
-        if pages[-1] - pages[0] != len(pages) - 1:  # not one run: bad blocks or parity between
-            indices = pages - superblock * self._per_superblock
+        """Pages of one superblock were programmed with PAGE_OOB [n]."""
+        superblock = int(pages[0]) // self._per_superblock
         with self._lock:
             slot = self._slot(superblock)
-            self.columns[slot, indices], self.known[slot, indices] = mixed, True
+            first = superblock * self._per_superblock
+            _note(self.columns[slot], self.known[slot], first, pages, oob)
 
     def begin(self, superblock: int) -> None:
         """An erased superblock begins to be written."""

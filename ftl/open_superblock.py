@@ -27,12 +27,13 @@ class OpenSuperblock:
 
     def _begin(self, bad_planes: np.ndarray, fill: int) -> None:
         geometry = self._geometry
-        usable = np.tile(~bad_planes, geometry.pages_per_erase_block)
+        usable = np.ones((geometry.pages_per_erase_block, geometry.num_planes), bool)
+        usable[:, bad_planes] = False
         self.parity: ParityRows | None = None
         self.chain = PageChain()
         if self._with_parity:
             self.parity = ParityRows(geometry, bad_planes)
-            usable &= ~self.parity.is_parity
+            usable &= ~self.parity.is_parity.reshape(usable.shape)
             # the sums over a row that was begun before are not known: it goes on with the next
             fill = -(-fill // geometry.num_planes) * geometry.num_planes
         self._order = np.flatnonzero(usable)

@@ -6,31 +6,35 @@ Otherwise an older version would show through, and nothing would tell.
 """
 
 import numpy as np
+from numba import njit
 
-from ftl.layout import LBA_NONE, MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
+from ftl.layout import MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
 
 LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
+
+
+@njit(nogil=True, cache=True)
+def _link(records, linked, last):
+    lba_plus_1, version, number = last
+    for index in range(len(records)):
+        own, follows = records[index], linked[index]
+        follows.lba_plus_1 = lba_plus_1
+        follows.version = version & LOWER_HALF
+        follows.distance = min(own.program_number - number, np.uint64(MAX_DISTANCE))
+        lba_plus_1, version = own.lba + np.uint64(1), own.sequence_number  # LBA_NONE comes out as none
+        number = own.program_number
+    last[:] = lba_plus_1, version, number
 
 
 class PageChain:
     """What the last page of a superblock was; nothing, at first."""
 
     def __init__(self) -> None:
-        self._lba_plus_1 = self._version = self._number = 0
+        self._last = np.zeros(3, np.uint64)  # LBA + 1, version and program number
 
     def link(self, records: np.ndarray) -> None:
         """Note in PAGE_OOB [n] of pages about to be programmed, numbered already, what each of them follows."""
-        linked = records.view(PREVIOUS_PAGE)
-        lbas, versions, distances = (linked[name] for name in PREVIOUS_PAGE.names)
-        numbers = records["program_number"]
-        lbas[0], versions[0] = self._lba_plus_1, self._version & int(LOWER_HALF)
-        distances[0] = min(int(numbers[0]) - self._number, MAX_DISTANCE)
-        np.add(records["lba"][:-1], np.uint64(1), out=lbas[1:])
-        versions[1:] = records["sequence_number"][:-1]  # the lower half
-        distances[1:] = np.minimum(numbers[1:] - numbers[:-1], MAX_DISTANCE)
-        last = records[-1]
-        self._lba_plus_1 = int(last["lba"] + np.uint64(1)) if last["lba"] != LBA_NONE else 0
-        self._version, self._number = int(last["sequence_number"]), int(last["program_number"])
+        _link(records, records.view(PREVIOUS_PAGE), self._last)
 
 
 def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from numba import njit
 
 from ftl.errors import OutOfFlash, ProgramFailed
 from ftl.layout import LBA_NONE, OOB_MAGIC, PAGE_OOB, PageKind
@@ -240,19 +241,15 @@ class PageWriter:
             self._state.changed.notify_all()
 
     def number(self, oob: np.ndarray) -> None:
-        """Give records the next program numbers."""
+        """Give records the next program numbers, and what holds of any page programmed now."""
         state = self._state
-        first = state.next_program_number
+        _number(oob, state.next_program_number, state.session, state.durable_program_number)
         state.next_program_number += len(oob)
-        oob["program_number"] = np.arange(first, first + len(oob))
 
     def program(self, superblock: int, pages, sources, oob) -> None:
         """Program pages of one superblock, ascending, with the lock released. Their records have just got the
         newest program numbers, in any order. Raises what the media raises."""
         state = self._state
-        oob["magic"] = OOB_MAGIC
-        oob["session"] = state.session
-        oob["durable_program_number"] = state.durable_program_number
         last = state.next_program_number - 1
         first = last - len(oob) + 1
         state.has_changed = True
@@ -334,6 +331,16 @@ class PageWriter:
         finally:
             self._is_held = False
             self._state.changed.notify_all()
+
+
+@njit(nogil=True, cache=True)
+def _number(records, first_program_number, session, durable_program_number):
+    for index in range(len(records)):
+        record = records[index]
+        record.magic = OOB_MAGIC
+        record.program_number = first_program_number + index
+        record.session = session
+        record.durable_program_number = durable_program_number
 
 
 def data_oob(stream: int, lbas: np.ndarray, sequence_numbers: np.ndarray) -> np.ndarray:

@@ -83,6 +83,7 @@ class PageOracle:
             if lba not in found.lost:
                 self.may_hold[lba] = [value]
         self._doubtful.clear()
+        found.media.forgotten.clear()
 
 
 @dataclass

@@ -479,10 +479,10 @@ _FTL = [
         "ftl/page_writer.py",
         (
             "pages pass for durable when programmed",
-            'oob["durable_program_number"] = state.durable_program_number',
-            'oob["durable_program_number"] = state.next_program_number',
+            "state.session, state.durable_program_number)",
+            "state.session, state.next_program_number)",
         ),
-        ("one session for all", 'oob["session"] = state.session', 'oob["session"] = 1'),
+        ("one session for all", "record.session = session", "record.session = 1"),
         ("checksums not kept", "state.checksums.set(pages, oob)", "pass"),
         (
             "copies take the last free superblock",

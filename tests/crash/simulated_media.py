@@ -30,6 +30,7 @@ class SimulatedMedia(NandMedia):
         self.failed_with_data: set[int] = set()
         self.operations_before = 0  # of earlier boots
         self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
+        self.forgotten: list[np.void] = []  # of those, what openings went over, no page telling of it
         self.dies_in: int | None = None  # operations after which a die is dead
         self._record: np.ndarray | None = None  # being programmed
 
@@ -69,15 +70,21 @@ class SimulatedMedia(NandMedia):
         targets = super()._stray(pages, stored)
         for position in np.flatnonzero(before & (~stored | (targets != pages))).tolist():
             self.gone[int(pages[position])] = self._record[position].copy()
-        for page in targets[stored].tolist():
-            self.gone.pop(page, None)  # whatever strayed from here, something is here now
+        self._forget(targets[stored].tolist())  # whatever strayed from here, something is here now
         return targets
 
     def _erase(self, superblock):
         size = self.geometry.pages_per_superblock
-        self.gone = {page: record for page, record in self.gone.items() if page // size != superblock}
+        self._forget([page for page in self.gone if page // size == superblock])
         self.failed_with_data.discard(superblock)
         return super()._erase(superblock)
+
+    def _forget(self, pages: list[int]) -> None:
+        """Nothing is gone from there any more."""
+        for page in pages:
+            record = self.gone.pop(page, None)
+            if record is not None and self.on_operation is None and not self._is_told(page, record):
+                self.forgotten.append(record)
 
     # what the faults took: the truth that oracles excuse losses by
 
@@ -95,15 +102,16 @@ class SimulatedMedia(NandMedia):
     def untold_lbas(self) -> set[int] | None:
         """LBAs of which an older version may show, since no page says what the newest was; None for all."""
         lost = self.lost_pages()
-        if any(record["kind"] != PageKind.DATA for record in lost.values()):
+        if any(record["kind"] != PageKind.DATA for record in [*lost.values(), *self.forgotten]):
             return None  # what was deallocated may be back
-        return {int(record["lba"]) for page, record in lost.items() if not self._is_told(page, record)}
+        untold = [record for page, record in lost.items() if not self._is_told(page, record)]
+        return {int(record["lba"]) for record in [*untold, *self.forgotten]}
 
     def _is_told(self, page: int, lost: np.void) -> bool:
         """Whether the page behind says what a page was: see ftl/page_chain.py."""
         size = self.geometry.pages_per_superblock
-        if self._rules.bad[page // size].any():
-            return False  # it may have been refused
+        if lost["kind"] != PageKind.DATA or self._rules.bad[page // size].any():
+            return False  # of others no page tells, and here it may have been refused
         behind = np.arange(page + 1, (page // size + 1) * size)
         behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
         if not len(behind):
@@ -143,7 +151,7 @@ class SimulatedMedia(NandMedia):
         before = [array.copy() for array in arrays]
         failed = self.failed.copy(), self.failed_with_data.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
-        gone, dead_dies = dict(self.gone), set(self.dead_dies)
+        gone, forgotten, dead_dies = dict(self.gone), list(self.forgotten), set(self.dead_dies)
         self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
@@ -151,7 +159,7 @@ class SimulatedMedia(NandMedia):
             for array, old in zip(arrays, before, strict=True):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
-            self.gone, self.dead_dies = gone, dead_dies
+            self.gone, self.forgotten, self.dead_dies = gone, forgotten, dead_dies
             self.after_operation = after_operation
             self.failed, self.failed_with_data = failed
 

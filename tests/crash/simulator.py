@@ -169,6 +169,7 @@ class Simulation:
     def settle(self) -> None:
         """What is found is the truth from now on."""
         self.oracle.settle(*_read_all(self.store))
+        self.media.forgotten.clear()
         check_space(self.store)
 
     def _work_until_power_cut(self) -> None:
