@@ -44,10 +44,9 @@ class LogSuperblocks:
 
     def begin_superblock(self) -> None:
         state = self._state
-        superblock = state.superblocks.take_free(State.LOG)
+        superblock = self._writer.take_free(State.LOG)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))
-        self._writer.begin(superblock)
         self._open = self._opened(superblock)
         self.superblocks.append(superblock)
 
@@ -233,8 +232,10 @@ class MetadataLog:
         # programs that began later than one under way may have ended
         if self._synced_program_number < state.next_program_number - 1:
             durable = min(finished, state.first_begun_number() - 1)
+            erased = set(state.superblocks.unsynced)
             with state.unlocked():
                 state.media.sync()
+            state.superblocks.unsynced -= erased
             self._synced_program_number = max(finished, self._synced_program_number)
             state.durable_program_number = max(durable, state.durable_program_number)
 

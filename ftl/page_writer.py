@@ -130,17 +130,28 @@ class PageWriter:
         # what is copied has lived long and will stay: it goes where wear has to slow down
         if stream == GC_STREAM and state.superblocks.count(State.FREE) <= LOG_RESERVE:
             raise OutOfFlash(state.superblocks.count(State.FREE), 0)
-        superblock = state.superblocks.take_free(State.OPEN, most_worn=stream == GC_STREAM)
+        superblock = self.take_free(State.OPEN, most_worn=stream == GC_STREAM)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))
-        self.begin(superblock)
         self._open[stream] = self._open_superblock(superblock)
         return self._open[stream]
 
-    def begin(self, superblock: int) -> None:
-        """A free superblock is about to be written."""
-        self._state.checksums.begin(superblock)
-        self._state.pressure.notify()
+    def take_free(self, becomes: State, most_worn: bool = False) -> int | None:
+        """A free superblock, about to be written; None when there is none. See Superblocks.take_free.
+
+        Before anything is written its erase is durable, or a power cut could leave what it held beside that.
+        Collection syncs before every erase, so there is hardly ever one to wait for.
+        """
+        state = self._state
+        superblock = state.superblocks.take_free(becomes, most_worn)
+        if superblock is None and state.superblocks.unsynced:
+            state.media.sync()
+            state.superblocks.unsynced.clear()
+            superblock = state.superblocks.take_free(becomes, most_worn)
+        if superblock is not None:
+            state.checksums.begin(superblock)
+            state.pressure.notify()
+        return superblock
 
     # writing
 

@@ -53,6 +53,7 @@ class Superblocks:
     keeps_parity: whether what is written from now on has it: not where a die is dead and room is short
     retiring: set of those with a block that failed; what they hold is moved before all else
     damaged: set of those with a page that only parity could give back
+    unsynced: set of those that were erased since the media was last synced
     """
 
     def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
@@ -70,6 +71,7 @@ class Superblocks:
         self.newest = np.zeros(len(self.states), np.int64)
         self.retiring: set[int] = set()
         self.damaged: set[int] = set()
+        self.unsynced: set[int] = set()
 
     def move(self, superblock: int, state: State) -> None:
         old = State(self.states[superblock])
@@ -82,6 +84,7 @@ class Superblocks:
         self.erase_counts[superblock] += 1
         self.retiring.discard(superblock)
         self.damaged.discard(superblock)
+        self.unsynced.add(superblock)
         self.capacity[superblock] = self._data_pages(self.bad_planes[superblock : superblock + 1])[0]
         self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
 
@@ -128,9 +131,9 @@ class Superblocks:
 
     def take_free(self, state: State, most_worn: bool = False) -> int | None:
         """The least worn free superblock (or the most worn, for what will stay), moved to `state`; None when
-        there is none."""
-        free = self.of(State.FREE)
-        if not len(free):
+        there is none whose erase was synced."""
+        free = [superblock for superblock in self.of(State.FREE) if superblock not in self.unsynced]
+        if not free:
             return None
         counts = self.erase_counts[free]
         superblock = int(free[np.argmax(counts) if most_worn else np.argmin(counts)])

@@ -21,7 +21,7 @@ from ftl.errors import CorruptPage, LbaOutOfRange, MediaClosed, OutOfFlash, Read
 from ftl.mapping import PAGE_NONE
 from ftl.media import FlashMedia
 from ftl.metadata_log import MetadataLog
-from ftl.page_writer import INTERNAL_STREAMS, PageWriter
+from ftl.page_writer import GC_STREAM, INTERNAL_STREAMS, PageWriter
 from ftl.provisioning import num_streams
 from ftl.recovery import Recovered, recover
 from ftl.repair import repair_page
@@ -148,10 +148,14 @@ class FlashTranslationLayer:
             state.superblocks.move(superblock, State.LOG if is_log else State.OPEN)
             if not is_log:
                 state.superblocks.move(superblock, State.FULL)
-        # a restart, or a crash of many, must not use up superblocks
-        for superblock, stream in found.last_stream.items():
+        # a restart, or a crash of many, must not use up superblocks: streams go on with those with most room
+        begun = [s for s in found.last_stream if state.superblocks.states[s] == State.FULL]
+        begun.sort(key=lambda superblock: found.fill[superblock])
+        for superblock in begun:
+            self._writer.resume(found.last_stream[superblock], superblock)
+        for superblock in begun:  # collection may find no other
             if state.superblocks.states[superblock] == State.FULL:
-                self._writer.resume(stream, superblock)
+                self._writer.resume(GC_STREAM, superblock)
 
     def close(self) -> None:
         """Flush and end; every later call raises MediaClosed."""
