@@ -8,6 +8,7 @@ from ftl.geometry import Geometry
 from ftl.layout import PAGE_OOB, PageKind
 from ftl.mapping import PAGE_NONE
 from ftl.media_memory import MemoryMedia
+from ftl.page_writer import GC_STREAM
 from ftl.recovery import recover
 from ftl.translation import FlashTranslationLayer
 from tests.crash.pages import make_pages
@@ -162,3 +163,53 @@ def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
     media.erase(elsewhere // media.geometry.pages_per_superblock)
     again = FlashTranslationLayer.open(media)
     assert [read(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
+
+
+class OrderedMedia(MemoryMedia):
+    """Fails where something is programmed before the erase of its superblock was synced."""
+
+    def __init__(self, geometry):
+        super().__init__(geometry)
+        self._erased: set[int] = set()
+        self.num_erases = 0
+
+    def erase(self, superblock):
+        super().erase(superblock)
+        self._erased.add(superblock)
+        self.num_erases += 1
+
+    def sync(self):
+        super().sync()
+        self._erased.clear()
+
+    def program(self, pages, addresses, oob):
+        assert not self._erased & set((pages // self.geometry.pages_per_superblock).tolist())
+        super().program(pages, addresses, oob)
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_an_erase_is_durable_before_anything_is_programmed_there(parity):
+    """A cut could leave the head of an earlier life, by which a checkpoint knows it, beside newer pages."""
+    media = OrderedMedia(Geometry(num_channels=4, pages_per_erase_block=8, num_superblocks=24, parity=parity))
+    ftl = FlashTranslationLayer.format(media, checkpoint_pages=200)
+    random = np.random.default_rng(1)
+    for number in range(400):
+        first = int(random.integers(ftl.num_lbas - 12))
+        write(ftl, range(first, first + 12), number)
+        if number % 9 == 0:
+            ftl.deallocate([[first, 5]])
+            ftl.flush()
+    assert media.num_erases > 100
+
+
+def test_streams_go_on_with_the_superblocks_that_have_most_room():
+    """Collection that got one with a page left, and another begun, found no room after that page."""
+    media, ftl = format_drive(parity=0)
+    per_superblock = media.geometry.pages_per_superblock
+    for count in (per_superblock - 1, 3):
+        write(ftl, range(count), 100)
+        with ftl._state.lock:
+            ftl._writer.close({found.superblock for found in ftl._writer._open.values()})
+    ftl.close()
+    opened = FlashTranslationLayer.open(media)._writer._open
+    assert [opened[stream].num_left for stream in (0, GC_STREAM)] == [per_superblock - 3, 1]
