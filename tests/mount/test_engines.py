@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from kvfsctl.demo_document import MODEL_DIR
 
 
