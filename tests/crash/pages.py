@@ -11,3 +11,16 @@ def make_pages(values: list[int], page_size: int) -> tuple[np.ndarray, np.ndarra
     words = buffer.view("<u8").reshape(len(values), -1)
     words[:] = np.array(values, np.uint64)[:, None]
     return buffer, dma.page_addresses(buffer, page_size)
+
+
+def write_pages(ftl, lbas, first_value: int, stream: int = 0) -> None:
+    """Each LBA gets a page of first_value + LBA."""
+    _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
+    ftl.write(np.array(lbas), addresses, stream)
+
+
+def read_page(ftl, lba: int) -> int:
+    """The value of an LBA's page."""
+    buffer, address = make_pages([0], ftl.page_size)
+    ftl.read(np.array([lba]), address)
+    return int(buffer.view("<u8")[0])

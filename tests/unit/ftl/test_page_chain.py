@@ -9,7 +9,7 @@ from ftl.layout import MAX_DISTANCE, PAGE_OOB, PREVIOUS_PAGE
 from ftl.media_memory import MemoryMedia
 from ftl.page_chain import PageChain
 from ftl.translation import FlashTranslationLayer
-from tests.crash.pages import make_pages
+from tests.crash.pages import read_page, write_pages
 
 GEOMETRY = Geometry(num_channels=2, dies_per_channel=2, pages_per_erase_block=8, num_superblocks=24)
 
@@ -20,19 +20,8 @@ def drive():
     media = MemoryMedia(GEOMETRY)
     ftl = FlashTranslationLayer.format(media)
     for generation in (100, 200):
-        write(ftl, range(10), generation)
+        write_pages(ftl, range(10), generation)
     return media, ftl
-
-
-def write(ftl, lbas, first_value, stream=0):
-    _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
-    ftl.write(np.array(lbas), addresses, stream)
-
-
-def read(ftl, lba):
-    buffer, address = make_pages([0], ftl.page_size)
-    ftl.read(np.array([lba]), address)
-    return int(buffer.view("<u8")[0])
 
 
 def lose(media, pages):
@@ -53,14 +42,14 @@ def test_a_lost_write_is_an_error(drive, lba):
     ftl = FlashTranslationLayer.open(media)
     for other in range(10):
         if other != lba:
-            assert read(ftl, other) == 200 + other
+            assert read_page(ftl, other) == 200 + other
     with pytest.raises(CorruptPage, match=f"LBA {lba} "):
-        read(ftl, lba)
+        read_page(ftl, lba)
     assert [(finding.kind, finding.lba) for finding in ftl.check()] == [("oob lost", lba)]
-    write(ftl, [lba], 300)
+    write_pages(ftl, [lba], 300)
     ftl.close()
     ftl = FlashTranslationLayer.open(media)
-    assert read(ftl, lba) == 300 + lba
+    assert read_page(ftl, lba) == 300 + lba
     assert not ftl.check()
 
 
@@ -74,9 +63,9 @@ def test_a_dead_die_is_an_error_for_each_of_its_pages(drive):
     for lba in range(9):
         if lba in dead:
             with pytest.raises(CorruptPage):
-                read(ftl, lba)
+                read_page(ftl, lba)
         else:
-            assert read(ftl, lba) == 200 + lba
+            assert read_page(ftl, lba) == 200 + lba
     assert dead
 
 
@@ -87,10 +76,10 @@ def test_a_write_in_the_wrong_place_is_found(drive):
     media.oob[page + 20], media.pages[page + 20] = media.oob[page], media.pages[page]
     lose(media, page)
     with pytest.raises(CorruptPage):
-        read(ftl, 4)
+        read_page(ftl, 4)
     ftl.close()
     ftl = FlashTranslationLayer.open(media)
-    assert [read(ftl, lba) for lba in range(10)] == [200 + lba for lba in range(10)]
+    assert [read_page(ftl, lba) for lba in range(10)] == [200 + lba for lba in range(10)]
     assert not ftl.check()
 
 
@@ -98,10 +87,10 @@ def test_what_a_power_cut_took_is_no_damage(drive):
     """Pages that were not durable: the version before is the right one, though the page behind has survived."""
     media, ftl = drive
     ftl.flush()
-    write(ftl, range(10), 300)
+    write_pages(ftl, range(10), 300)
     lose(media, page_of(ftl, 3))
     ftl = FlashTranslationLayer.open(media)
-    assert [read(ftl, lba) for lba in range(5)] == [300, 301, 302, 203, 304]
+    assert [read_page(ftl, lba) for lba in range(5)] == [300, 301, 302, 203, 304]
     assert not ftl.check()
 
 
@@ -113,10 +102,10 @@ def test_a_lost_page_keeps_its_error(drive):
     for _ in range(3):
         ftl = FlashTranslationLayer.open(media)
         for _ in range(12):
-            write(ftl, range(20, 60), 500)
+            write_pages(ftl, range(20, 60), 500)
         ftl.collect()
         with pytest.raises(CorruptPage, match="LBA 4 "):
-            read(ftl, 4)
+            read_page(ftl, 4)
         ftl.close()
 
 
@@ -127,7 +116,7 @@ def test_a_deallocated_page_is_no_loss(drive):
     ftl.deallocate([[4, 1]])
     ftl.close()
     ftl = FlashTranslationLayer.open(media)
-    assert read(ftl, 4) == 0
+    assert read_page(ftl, 4) == 0
     assert not ftl.check()
 
 
@@ -135,14 +124,14 @@ def test_what_is_gone_from_before_a_checkpoint_is_no_newer_than_it():
     """Half an erase: the page behind was programmed after the checkpoint, the one that it names long before."""
     media = MemoryMedia(GEOMETRY)
     ftl = FlashTranslationLayer.format(media)
-    write(ftl, [4], 100)
+    write_pages(ftl, [4], 100)
     gone = page_of(ftl, 4)
-    write(ftl, [4], 200, stream=1)
+    write_pages(ftl, [4], 200, stream=1)
     ftl.flush()
     with ftl._state.lock:
         ftl._log.checkpoint()
-    write(ftl, [30], 300)
-    write(ftl, [31], 300, stream=1)
+    write_pages(ftl, [30], 300)
+    write_pages(ftl, [31], 300, stream=1)
     ftl.flush()
     with ftl._state.lock:
         ftl._log.mark(after_pages=0)
@@ -150,7 +139,7 @@ def test_what_is_gone_from_before_a_checkpoint_is_no_newer_than_it():
     assert page_of(ftl, 30) == gone + 1
     lose(media, gone)
     ftl = FlashTranslationLayer.open(media)
-    assert [read(ftl, lba) for lba in (4, 30, 31)] == [204, 330, 331]
+    assert [read_page(ftl, lba) for lba in (4, 30, 31)] == [204, 330, 331]
 
 
 def test_distance():

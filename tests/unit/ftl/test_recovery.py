@@ -11,7 +11,7 @@ from ftl.media_memory import MemoryMedia
 from ftl.page_writer import GC_STREAM
 from ftl.recovery import recover
 from ftl.translation import FlashTranslationLayer
-from tests.crash.pages import make_pages
+from tests.crash.pages import make_pages, read_page, write_pages
 
 
 def format_drive(parity):
@@ -19,17 +19,6 @@ def format_drive(parity):
         Geometry(num_channels=4, pages_per_erase_block=8, num_superblocks=24, spare_percent=25, parity=parity)
     )
     return media, FlashTranslationLayer.format(media)
-
-
-def write(ftl, lbas, first_value):
-    _buffer, addresses = make_pages([first_value + lba for lba in lbas], ftl.page_size)
-    ftl.write(np.array(lbas), addresses)
-
-
-def read(ftl, lba):
-    buffer, address = make_pages([0], ftl.page_size)
-    ftl.read(np.array([lba]), address)
-    return int(buffer.view("<u8")[0])
 
 
 def begin_log_anew(ftl):
@@ -49,7 +38,7 @@ def pages_of(media, kind):
 def test_a_log_that_only_parity_has():
     """Its superblock would pass for one of data, and what was deallocated be back once it is erased."""
     media, ftl = format_drive(parity=1)
-    write(ftl, range(9), 100)
+    write_pages(ftl, range(9), 100)
     ftl.deallocate([[3, 2]])
     ftl.flush()
     superblock = begin_log_anew(ftl)
@@ -63,7 +52,7 @@ def test_a_log_that_only_parity_has():
 
 def test_a_new_log_has_its_parity_before_the_old_one_goes():
     media, ftl = format_drive(parity=1)
-    write(ftl, range(9), 100)
+    write_pages(ftl, range(9), 100)
     ftl.deallocate([[3, 2]])
     ftl.flush()
     begin_log_anew(ftl)
@@ -75,7 +64,7 @@ def test_a_new_log_has_its_parity_before_the_old_one_goes():
 def test_what_a_checkpoint_appends_to_the_log_has_its_parity():
     """It is called durable with the rest, and so is no more looked after."""
     media, ftl = format_drive(parity=1)
-    write(ftl, range(9), 100)
+    write_pages(ftl, range(9), 100)
     ftl.flush()
     ftl.deallocate([[3, 2]])
     with ftl._state.lock:
@@ -87,7 +76,7 @@ def test_what_a_checkpoint_appends_to_the_log_has_its_parity():
 def test_versions_of_what_only_parity_has_are_not_given_again():
     """The newest version would be that of two LBAs, and an older one of the same LBA as new."""
     media, ftl = format_drive(parity=1)
-    write(ftl, range(12), 100)
+    write_pages(ftl, range(12), 100)
     ftl.flush()
     newest = int(np.argmax(np.where(media.oob["kind"] == PageKind.DATA, media.oob["sequence_number"], 0)))
     wanted = int(media.oob["sequence_number"][newest]) + 1
@@ -99,7 +88,7 @@ def test_versions_of_what_only_parity_has_are_not_given_again():
 def test_an_old_log_is_erased_at_opening():
     """A power cut between a new log and the erase of the old one, again and again, would use up the drive."""
     media, ftl = format_drive(parity=0)
-    write(ftl, range(9), 100)
+    write_pages(ftl, range(9), 100)
     ftl.deallocate([[3, 2]])
     ftl.flush()
     old = ftl._log._log.superblocks[0]
@@ -108,28 +97,28 @@ def test_an_old_log_is_erased_at_opening():
     assert (found.log_superblocks, found.superseded_log) == ([new], [old])
     again = FlashTranslationLayer.open(media)
     assert not len(np.flatnonzero(media.oob["magic"][old * 32 : (old + 1) * 32]))
-    assert [read(again, lba) for lba in (2, 3, 5)] == [102, 0, 105]
+    assert [read_page(again, lba) for lba in (2, 3, 5)] == [102, 0, 105]
 
 
 def test_what_no_page_calls_durable_is_written_anew_at_opening():
     """Its last page would be taken for one that a power cut tore, however long ago that was."""
     media, ftl = format_drive(parity=0)
-    write(ftl, range(4), 100)
+    write_pages(ftl, range(4), 100)
     ftl.flush()
-    write(ftl, range(4), 200)
+    write_pages(ftl, range(4), 200)
     ftl.flush()
     again = FlashTranslationLayer.open(media)  # the power was cut
     again.close()
     media.pages[int(again._state.mapping.resolve(np.array([3]))[0]), 7] ^= 1
     with pytest.raises(CorruptPage, match="LBA 3 "):
-        read(FlashTranslationLayer.open(media), 3)
+        read_page(FlashTranslationLayer.open(media), 3)
 
 
 def test_what_an_earlier_session_made_durable_stays_so():
     """Its mark is erased with the log; without another, damage would pass for a write that was torn."""
     media, ftl = format_drive(parity=0)
     for value in (100, 200):
-        write(ftl, range(4), value)
+        write_pages(ftl, range(4), value)
         ftl.close()
         ftl = FlashTranslationLayer.open(media)
     page = int(ftl.resolve(np.array([3]))[0])
@@ -142,14 +131,14 @@ def test_what_an_earlier_session_made_durable_stays_so():
     ftl.close()
     media.pages[page, 7] ^= 1
     with pytest.raises(CorruptPage, match="LBA 3 "):
-        read(FlashTranslationLayer.open(media), 3)
+        read_page(FlashTranslationLayer.open(media), 3)
 
 
 @pytest.mark.parametrize("life", ["same LBA", "another LBA"])
 def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
     """An erase that was half undone: its old content has a checksum of its own, and that may not count."""
     media, ftl = format_drive(parity=1)
-    write(ftl, range(9), 100)
+    write_pages(ftl, range(9), 100)
     ftl.flush()
     page = int(ftl.resolve(np.array([4]))[0])
     old_lba = 4 if life == "same LBA" else 7
@@ -162,7 +151,7 @@ def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
     media.pages[page], media.oob[page] = media.pages[elsewhere], media.oob[elsewhere]
     media.erase(elsewhere // media.geometry.pages_per_superblock)
     again = FlashTranslationLayer.open(media)
-    assert [read(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
+    assert [read_page(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
 
 
 class OrderedMedia(MemoryMedia):
@@ -195,7 +184,7 @@ def test_an_erase_is_durable_before_anything_is_programmed_there(parity):
     random = np.random.default_rng(1)
     for number in range(400):
         first = int(random.integers(ftl.num_lbas - 12))
-        write(ftl, range(first, first + 12), number)
+        write_pages(ftl, range(first, first + 12), number)
         if number % 9 == 0:
             ftl.deallocate([[first, 5]])
             ftl.flush()
@@ -207,7 +196,7 @@ def test_streams_go_on_with_the_superblocks_that_have_most_room():
     media, ftl = format_drive(parity=0)
     per_superblock = media.geometry.pages_per_superblock
     for count in (per_superblock - 1, 3):
-        write(ftl, range(count), 100)
+        write_pages(ftl, range(count), 100)
         with ftl._state.lock:
             ftl._writer.close({found.superblock for found in ftl._writer._open.values()})
     ftl.close()
