@@ -96,7 +96,9 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         return found
     durable_numbers = _durable_numbers(media, records, pages, found)
     doubtful = _doubtful(records, durable_numbers)
-    begun_groups = pages[doubtful] // geometry.num_dies
+    # rows that may have been cut short: by the power, or by a program that failed
+    has_failed = media.bad_blocks().any(axis=1)[pages // geometry.pages_per_superblock]
+    begun_groups = pages[doubtful | has_failed] // geometry.num_dies
     good = _whole(media, records, pages, doubtful, found)
     records, pages, doubtful = records[good], pages[good], doubtful[good]
     durable = ~_doubtful(gone, durable_numbers)
