@@ -38,10 +38,12 @@ class PageOracle:
         self._outdated = [0] * num_lbas  # values that flushes have taken off so far
         self._doubtful: set[int] = set()
         self._lbas: dict[int, int] = {}  # of every value ever written
+        self.lost: set[int] = set()  # LBAs that were found to be errors, and not written since
 
     def write(self, lba: int, value: int) -> None:
         self.may_hold[lba].append(value)
         self._lbas[value] = lba
+        self.lost.discard(lba)
         self._doubtful.add(lba)
 
     def begin_flush(self) -> dict[int, int]:
@@ -83,6 +85,7 @@ class PageOracle:
             if lba not in found.lost:
                 self.may_hold[lba] = [value]
         self._doubtful.clear()
+        self.lost = set(found.lost)
         found.media.forgotten.clear()
 
 
@@ -279,7 +282,7 @@ class FtlSimulation:
         try:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
-            may_be = {int(record["lba"]) for record in self.media.lost_pages().values()}
+            may_be = {int(record["lba"]) for record in self.media.lost_pages().values()} | self._oracle.lost
             if (
                 self.media.untold_lbas() is None
             ):  # nor is it known what was deallocated, and may be gone with reason

@@ -44,9 +44,20 @@ class FtlTrials:
     def _note(self, text: str) -> None:
         self._simulation.done.append(text)
 
-    def _are_lost(self, pages: np.ndarray) -> np.ndarray:
-        """bool: pages that cannot be read any more, through no fault of the layer's."""
-        return np.isin(pages, list(self._simulation.media.lost_pages()))
+    def _are_lost(self, pages: np.ndarray, lbas: np.ndarray) -> np.ndarray:
+        """bool: pages of these LBAs that cannot be read any more, through no fault of the layer's.
+
+        An erase that was undone in part may also have taken the original of a copy that was lost.
+        """
+        lost = self._simulation.media.lost_pages()
+        lost_lbas = [*self._simulation._oracle.lost, *(int(record["lba"]) for record in lost.values())]
+        mapped = np.maximum(pages, 0)
+        return np.isin(pages, list(lost)) | (np.isin(lbas, lost_lbas) & ~self._are_there(mapped) & (pages >= 0))
+
+    def _are_there(self, pages: np.ndarray) -> np.ndarray:
+        """bool: pages that can be read without the help of parity."""
+        media = self._simulation.media
+        return holds(media.oob[pages]) & ~media._is_dead(pages % media.geometry.num_planes)
 
     def _newest(self, lbas: np.ndarray) -> list[int]:
         return [self._simulation._oracle.may_hold[lba][-1] for lba in lbas.tolist()]
@@ -112,7 +123,7 @@ class FtlTrials:
 
     def _compare(self, lbas: np.ndarray, why: str, ftl: FlashTranslationLayer | None = None) -> None:
         """What LBAs hold is what was written last; ftl: another layer than the one in use."""
-        lbas = lbas[~self._are_lost(self._ftl.resolve(lbas))]
+        lbas = lbas[~self._are_lost(self._ftl.resolve(lbas), lbas)]
         if not len(lbas):
             return
         buffer, addresses = make_pages([0] * len(lbas), self._ftl.page_size)
@@ -153,9 +164,12 @@ class FtlTrials:
         with ftl.read_guard():
             all_pages = ftl.resolve(np.arange(ftl.num_lbas))
             here = all_pages // ftl.geometry.pages_per_superblock == likely
-            lbas = np.flatnonzero(here & ~self._are_lost(all_pages))
+            lbas = np.flatnonzero(here & ~self._are_lost(all_pages, np.arange(ftl.num_lbas)))
             pages, expected = all_pages[lbas], self._newest(lbas)
             ftl.collect(1)
+            still = ~self._are_lost(pages, lbas)  # a die may have died meanwhile
+            lbas, pages = lbas[still], pages[still]
+            expected = [value for value, is_there in zip(expected, still, strict=True) if is_there]
             if not len(lbas):
                 return
             buffer, addresses = make_pages([0] * len(lbas), ftl.page_size)
@@ -193,7 +207,9 @@ class FtlTrials:
         """Map, OOB and superblocks agree, and every superblock is somebody's."""
         ftl = self._ftl
         findings = [
-            found for found in ftl.check() if found.kind != Kind.OOB_LOST or not self._are_lost(found.page)
+            found
+            for found in ftl.check()
+            if found.kind != Kind.OOB_LOST or not self._are_lost(np.array([found.page]), np.array([found.lba]))
         ]
         if findings:
             raise Lost(f"the flash layer finds: {findings[:5]}")
@@ -363,6 +379,7 @@ class FtlTrials:
         ftl, state = self._ftl, self._ftl._state
         entries, valid = state.mapping.entries, state.mapping.valid_pages
         mapped, free = np.flatnonzero(entries), state.superblocks.of(State.FREE)
+        mapped = mapped[self._are_there(entries[mapped].astype(np.int64) - 1)]
         if len(mapped) < 2 or not len(free):
             return
         one, other = self._random.choice(mapped, 2, replace=False).tolist()
@@ -396,6 +413,7 @@ class FtlTrials:
         page = int(state.mapping.resolve(np.array([lba]))[0])
         older = (oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob)
         older &= oob["sequence_number"] < oob["sequence_number"][page]
+        older &= self._are_there(np.arange(len(oob)))
         full = np.repeat(state.superblocks.states == State.FULL, self._ftl.geometry.pages_per_superblock)
         found = np.flatnonzero(older & full)
         return int(found[0]) if len(found) else None

@@ -29,8 +29,9 @@ class SimulatedMedia(NandMedia):
         self.failed: set[tuple[int, int]] = set()
         self.failed_with_data: set[int] = set()
         self.operations_before = 0  # of earlier boots
-        self.gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
-        self.forgotten: list[np.void] = []  # of those, what openings went over, no page telling of it
+        self._gone: dict[int, np.void] = {}  # by page: the OOB of writes that were lost or went elsewhere
+        self._erased: dict[int, np.void] = {}  # of those, what an erase took that a power cut may undo
+        self.forgotten: list[np.void] = []  # what openings went over, no page telling of it
         self.dies_in: int | None = None  # operations after which a die is dead
         self._record: np.ndarray | None = None  # being programmed
 
@@ -47,6 +48,8 @@ class SimulatedMedia(NandMedia):
         self.cut_after = self.operations + num_operations
 
     def reboot(self) -> None:
+        self._gone |= self._erased
+        self._erased.clear()
         self.operations_before += self.operations
         self.failed.clear()
         self.failed_with_data.clear()
@@ -59,7 +62,11 @@ class SimulatedMedia(NandMedia):
         self._operate(b"erase %d" % superblock, lambda: NandMedia.erase(self, superblock))
 
     def sync(self):
-        self._operate(b"sync", lambda: NandMedia.sync(self))
+        self._operate(b"sync", self._sync)
+
+    def _sync(self) -> None:
+        super().sync()
+        self._erased.clear()
 
     def _program(self, pages, addresses, oob):
         self._record = oob
@@ -69,22 +76,28 @@ class SimulatedMedia(NandMedia):
         before = stored.copy()
         targets = super()._stray(pages, stored)
         for position in np.flatnonzero(before & (~stored | (targets != pages))).tolist():
-            self.gone[int(pages[position])] = self._record[position].copy()
-        self._forget(targets[stored].tolist())  # whatever strayed from here, something is here now
+            self._gone[int(pages[position])] = self._record[position].copy()
+        self._go_over({page: self.gone[page] for page in targets[stored].tolist() if page in self.gone})
         return targets
 
     def _erase(self, superblock):
         size = self.geometry.pages_per_superblock
-        self._forget([page for page in self.gone if page // size == superblock])
+        self._go_over({page: lost for page, lost in self.lost_pages().items() if page // size == superblock})
+        here = {page: lost for page, lost in self._gone.items() if page // size == superblock}
+        self._gone = {page: lost for page, lost in self._gone.items() if page not in here}
+        self._erased |= here
         self.failed_with_data.discard(superblock)
         return super()._erase(superblock)
 
-    def _forget(self, pages: list[int]) -> None:
-        """Nothing is gone from there any more."""
-        for page in pages:
-            record = self.gone.pop(page, None)
-            if record is not None and self.on_operation is None and not self._is_told(page, record):
-                self.forgotten.append(record)
+    def _go_over(self, lost: dict[int, np.void]) -> None:
+        """An opening, which cannot know of what no page tells, is about to erase or to program there."""
+        if self.on_operation is None:
+            self.forgotten += [record for page, record in lost.items() if not self._is_told(page, record)]
+
+    @property
+    def gone(self) -> dict[int, np.void]:
+        """By page, the OOB of writes that were lost or went elsewhere, where nothing else is now."""
+        return {page: lost for page, lost in self._gone.items() if not holds(self.oob[page : page + 1])[0]}
 
     # what the faults took: the truth that oracles excuse losses by
 
@@ -151,7 +164,8 @@ class SimulatedMedia(NandMedia):
         before = [array.copy() for array in arrays]
         failed = self.failed.copy(), self.failed_with_data.copy()
         plain = self.on_operation, self.cut_after, self.operations, self.operations_before, list(self._unsynced)
-        gone, forgotten, dead_dies = dict(self.gone), list(self.forgotten), set(self.dead_dies)
+        gone, erased, forgotten = dict(self._gone), dict(self._erased), list(self.forgotten)
+        dead_dies = set(self.dead_dies)
         self.on_operation, after_operation, self.after_operation = None, self.after_operation, None
         try:
             yield
@@ -159,7 +173,7 @@ class SimulatedMedia(NandMedia):
             for array, old in zip(arrays, before, strict=True):
                 array[...] = old
             self.on_operation, self.cut_after, self.operations, self.operations_before, self._unsynced = plain
-            self.gone, self.forgotten, self.dead_dies = gone, forgotten, dead_dies
+            self._gone, self._erased, self.forgotten, self.dead_dies = gone, erased, forgotten, dead_dies
             self.after_operation = after_operation
             self.failed, self.failed_with_data = failed
 
