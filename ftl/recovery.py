@@ -113,7 +113,7 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
         superblocks, indices = np.divmod(places, geometry.pages_per_superblock)
         np.maximum.at(found.fill, superblocks, indices + 1)
         with_log = set(superblocks[_of_log(by_parity)].tolist())
-        found.log_superblocks += sorted(with_log - set(found.log_superblocks))
+        found.log_superblocks += sorted(with_log - {*found.log_superblocks, *found.checkpoint_superblocks})
     else:
         untold = pages[doubtful][np.argsort(records["program_number"][doubtful], kind="stable")]
         found.unprotected_groups = np.unique(untold[:PROTECTED_PAGES] // geometry.num_dies)
@@ -265,11 +265,12 @@ def _scan(
         records = records[holds]
         found.first[superblock] = records["program_number"].min()
         found.newest[superblock] = records["program_number"].max()
-        if _of_log(records).any():
+        if superblock in found.checkpoint_superblocks:
+            pass  # whatever a bad block has kept of an earlier life
+        elif _of_log(records).any():
             found.log_superblocks.append(superblock)
         elif (records["kind"] == PageKind.CHECKPOINT).any():
-            if superblock not in found.checkpoint_superblocks:
-                found.checkpoint_superblocks.append(superblock)
+            found.checkpoint_superblocks.append(superblock)
         elif found.fill[superblock] < per_superblock:
             data = records[records["kind"] == PageKind.DATA]
             if len(data):

@@ -393,8 +393,10 @@ class FtlTrials:
             Kind.NOT_ERASED: (self._simulation.media.oob["magic"], {first_free: OOB_MAGIC}),
         }
         older = self._older_version(one)
-        newest = self._simulation.media.oob["program_number"][int(entries[one]) - 1]
-        if older is not None and newest <= state.durable_program_number:  # others a power cut may take
+        newest = self._simulation.media.oob[int(entries[one]) - 1]
+        # others a power cut may take; and beside a newer one that is torn the check looks no further
+        is_newest = newest["sequence_number"] == self._versions_of(one).max(initial=0)
+        if older is not None and is_newest and newest["program_number"] <= state.durable_program_number:
             changes[Kind.SUPERSEDED] = (entries, {one: older + 1})
         kind = self._random.choice(sorted(changes))
         array, values = changes[Kind(kind)]
@@ -406,6 +408,11 @@ class FtlTrials:
         self._simulation.media.read_oob(int(free[0]))  # by which the medium knows what is programmed
         if Kind(kind) not in found:
             raise Lost(f"the check does not find {kind!r} but {found}")
+
+    def _versions_of(self, lba: int) -> np.ndarray:
+        """uint64: of an LBA, on flash."""
+        oob = self._simulation.media.oob
+        return oob["sequence_number"][(oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob)]
 
     def _older_version(self, lba: int) -> int | None:
         """A durable page on flash that held an LBA before, in a superblock with data."""

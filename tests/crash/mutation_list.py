@@ -1017,7 +1017,8 @@ _FLASH_METADATA = [
         ),
         (
             "log pages that only parity knows not noticed",
-            "        found.log_superblocks += sorted(with_log - set(found.log_superblocks))\n",
+            "        found.log_superblocks += sorted("
+            "with_log - {*found.log_superblocks, *found.checkpoint_superblocks})\n",
             "",
         ),
         (

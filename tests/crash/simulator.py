@@ -25,7 +25,7 @@ from kvfs.errors import KvfsError, NvmeStatusError, OutOfSpace
 from kvfs.files.file_system import FileSystem
 from kvfs.formatting import format_volume
 from kvfs.store import Store
-from spdk_glue.status import NvmeError
+from spdk_glue.status import NvmeError, Status
 
 from .fault_schedule import FaultSchedule
 from .file_oracle import Mismatch
@@ -227,11 +227,13 @@ class Simulation:
     # what faults besides power cuts take
 
     def _is_excused(self, error: Exception) -> bool:
-        """Whether it had to come to this: an error for what is lost, an older version where nothing tells."""
+        """Whether it had to come to this: an error for what is lost, an older version where nothing tells, or a
+        small drive without room beside a dead die."""
         if isinstance(error, Lost):
             untold = self.media.untold_lbas()
             return untold is None or bool(untold)
-        return bool(self.media.lost_pages())
+        is_full = isinstance(error, NvmeStatusError) and error.status == Status.CAPACITY_EXCEEDED
+        return bool(self.media.lost_pages()) or (is_full and bool(self.media.dead_dies))
 
     def _check_what_is_left(self) -> None:
         """After an error that had to come: the store opens or says why not, and what it serves is right. Raises

@@ -202,3 +202,23 @@ def test_streams_go_on_with_the_superblocks_that_have_most_room():
     ftl.close()
     opened = FlashTranslationLayer.open(media)._writer._open
     assert [opened[stream].num_left for stream in (0, GC_STREAM)] == [per_superblock - 3, 1]
+
+
+def test_a_checkpoint_beside_what_a_bad_block_kept_of_a_log():
+    """An erase does not touch a bad block. As one of the log and of the checkpoint, it was erased twice."""
+    media, ftl = format_drive(parity=0)
+    write_pages(ftl, range(40), 100)
+    ftl.deallocate([[3, 2]])
+    ftl.flush()
+    with ftl._state.lock:
+        ftl._log.checkpoint()
+    ftl.close()
+    log_page = pages_of(media, PageKind.DEALLOCATE)[0]
+    head, *others = pages_of(media, PageKind.CHECKPOINT)
+    superblock = int(head) // media.geometry.pages_per_superblock
+    kept = int(head) + len(others) + 1
+    media.oob[kept], media.pages[kept] = media.oob[log_page], media.pages[log_page]
+    media.mark_bad(superblock, np.array([kept % media.geometry.num_planes]))
+    write_pages(FlashTranslationLayer.open(media), range(40), 200)  # so that the superblock is scanned
+    found = recover(media)
+    assert superblock not in found.log_superblocks + found.superseded_log
