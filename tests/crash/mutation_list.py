@@ -573,10 +573,10 @@ _FLASH_WRITES = [
     ),
     *_of(
         "ftl/open_superblock.py",
-        ("bad blocks written", "usable = np.tile(~bad_planes,", "usable = np.tile(bad_planes | True,"),
+        ("bad blocks written", "        usable[:, bad_planes] = False\n", ""),
         (
             "parity's places written with data",
-            "            usable &= ~self.parity.is_parity\n",
+            "            usable &= ~self.parity.is_parity.reshape(usable.shape)\n",
             "",
         ),
         (
