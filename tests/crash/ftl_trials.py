@@ -328,6 +328,8 @@ class FtlTrials:
                 raise Lost(f"nobody knows that page {page} is damaged")
         self._scrub(hit, is_lost)
         if is_lost:
+            if had_room and self._is_likely():  # nor is it moved, and what lies beside it is not erased
+                ftl.renew({page // geometry.pages_per_superblock})
             for other in hit.tolist():
                 self._expect_error(other)
             for damaged in all_pages[hit].tolist():
