@@ -36,6 +36,27 @@ def _note(column, known, first_page, pages, records):
         known[pages[index] - first_page] = True
 
 
+@njit(nogil=True, cache=True)
+def _look_up(columns, known, slots, used, fresh, start, pages, lbas, found, is_known):
+    """How far it comes from `start`: to the first page whose column is not in memory.
+
+    fresh: the slot of one that has just been loaded, and so is not used again.
+    """
+    per_superblock = columns.shape[1]
+    first, slot = -per_superblock, NO_SLOT  # of the page before: neighbours mostly share theirs
+    for index in range(start, len(pages)):
+        if not 0 <= pages[index] - first < per_superblock:
+            superblock = pages[index] // per_superblock
+            first, slot = superblock * per_superblock, slots[superblock]
+            if slot == NO_SLOT:
+                return index
+            used[slot] |= slot != fresh
+        place = pages[index] - first
+        mixed = np.uint64(lbas[index]) * SPREAD >> HALF ^ np.uint64(columns[slot, place])
+        found[index], is_known[index] = np.uint32(mixed), known[slot, place]
+    return len(pages)
+
+
 class ChecksumTable:
     """CRC32C by physical page. Thread-safe, and needs no other lock.
 
@@ -64,18 +85,16 @@ class ChecksumTable:
         """(uint32 [n], bool [n]) of int64 [n] programmed pages: the checksums they have if they are of these
         LBAs; which are known.
         """
-        superblocks = pages // self._per_superblock
-        found = np.empty(len(pages), np.uint32)
-        known = np.empty(len(pages), bool)
-        first = int(superblocks[0])
-        is_one = len(pages) == 1 or bool((superblocks == first).all())
+        found, known = np.empty(len(pages), np.uint32), np.empty(len(pages), bool)
+        done, fresh = 0, NO_SLOT
         with self._lock:
-            for superblock in [first] if is_one else np.unique(superblocks).tolist():
-                here = slice(None) if is_one else superblocks == superblock
-                indices = pages[here] - superblock * self._per_superblock
-                slot = self._slot(superblock)
-                found[here], known[here] = self.columns[slot, indices], self.known[slot, indices]
-        return _mixed(found, lbas), known
+            while True:
+                done = _look_up(
+                    self.columns, self.known, self.slots, self.used, fresh, done, pages, lbas, found, known
+                )
+                if done == len(pages):
+                    return found, known
+                fresh = self._slot(int(pages[done]) // self._per_superblock)
 
     def set(self, pages: np.ndarray, oob: np.ndarray) -> None:
         """Pages of one superblock were programmed with PAGE_OOB [n]."""
