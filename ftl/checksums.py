@@ -23,17 +23,18 @@ SHARE_OF_SUPERBLOCKS = 8  # one in so many has its column in memory
 NO_SLOT = -1
 
 
-def _mixed(crc32c: np.ndarray, lbas: np.ndarray) -> np.ndarray:
-    """uint32 [n]; mixing again gives the checksum back."""
-    return crc32c ^ (lbas.astype(np.uint64) * SPREAD >> HALF).astype(np.uint32)
+@njit(nogil=True, cache=True)
+def _mixed(crc32c, lba):
+    """Mixing again gives the checksum back."""
+    return np.uint32(np.uint64(lba) * SPREAD >> HALF ^ np.uint64(crc32c))
 
 
 @njit(nogil=True, cache=True)
 def _note(column, known, first_page, pages, records):
     for index in range(len(pages)):
-        mixed = records[index].lba * SPREAD >> HALF ^ np.uint64(records[index].payload_crc32c)
-        column[pages[index] - first_page] = np.uint32(mixed)
-        known[pages[index] - first_page] = True
+        place = pages[index] - first_page
+        column[place] = _mixed(records[index].payload_crc32c, records[index].lba)
+        known[place] = True
 
 
 @njit(nogil=True, cache=True)
@@ -52,8 +53,7 @@ def _look_up(columns, known, slots, used, fresh, start, pages, lbas, found, is_k
                 return index
             used[slot] |= slot != fresh
         place = pages[index] - first
-        mixed = np.uint64(lbas[index]) * SPREAD >> HALF ^ np.uint64(columns[slot, place])
-        found[index], is_known[index] = np.uint32(mixed), known[slot, place]
+        found[index], is_known[index] = _mixed(columns[slot, place], lbas[index]), known[slot, place]
     return len(pages)
 
 
@@ -131,9 +131,8 @@ class ChecksumTable:
         # Only data are ever asked for. Where parity says something else than the page, or instead of it, it is
         # to give the payload as well: a power cut may have left a page of an earlier life there.
         is_data = (records["kind"] == PageKind.DATA) & ~by_parity
-        records, indices = records[is_data], pages[is_data] - superblock * self._per_superblock
         column, known = np.zeros(self._per_superblock, np.uint32), np.zeros(self._per_superblock, bool)
-        column[indices], known[indices] = _mixed(records["payload_crc32c"], records["lba"]), True
+        _note(column, known, superblock * self._per_superblock, pages[is_data], records[is_data])
         return self._keep(superblock, column, known)
 
     def _keep(self, superblock: int, column, known) -> int:

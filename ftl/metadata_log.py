@@ -232,10 +232,10 @@ class MetadataLog:
         # programs that began later than one under way may have ended
         if self._synced_program_number < state.next_program_number - 1:
             durable = min(finished, state.first_begun_number() - 1)
-            erased = set(state.superblocks.unsynced)
+            erased = state.superblocks.unsynced.copy()
             with state.unlocked():
                 state.media.sync()
-            state.superblocks.unsynced -= erased
+            state.superblocks.unsynced[erased] = False
             self._synced_program_number = max(finished, self._synced_program_number)
             state.durable_program_number = max(durable, state.durable_program_number)
 

@@ -144,9 +144,9 @@ class PageWriter:
         """
         state = self._state
         superblock = state.superblocks.take_free(becomes, most_worn)
-        if superblock is None and state.superblocks.unsynced:
+        if superblock is None and state.superblocks.unsynced.any():
             state.media.sync()
-            state.superblocks.unsynced.clear()
+            state.superblocks.unsynced[:] = False
             superblock = state.superblocks.take_free(becomes, most_worn)
         if superblock is not None:
             state.checksums.begin(superblock)

@@ -53,7 +53,7 @@ class Superblocks:
     keeps_parity: whether what is written from now on has it: not where a die is dead and room is short
     retiring: set of those with a block that failed; what they hold is moved before all else
     damaged: set of those with a page that only parity could give back
-    unsynced: set of those that were erased since the media was last synced
+    unsynced: bool, erased since the media was last synced
     """
 
     def __init__(self, geometry: Geometry, bad_planes: np.ndarray, erase_counts: np.ndarray):
@@ -69,9 +69,9 @@ class Superblocks:
         self.fill = np.zeros(len(self.states), np.int64)
         self.first = np.zeros(len(self.states), np.int64)
         self.newest = np.zeros(len(self.states), np.int64)
+        self.unsynced = np.zeros(len(self.states), bool)
         self.retiring: set[int] = set()
         self.damaged: set[int] = set()
-        self.unsynced: set[int] = set()
 
     def move(self, superblock: int, state: State) -> None:
         old = State(self.states[superblock])
@@ -84,7 +84,7 @@ class Superblocks:
         self.erase_counts[superblock] += 1
         self.retiring.discard(superblock)
         self.damaged.discard(superblock)
-        self.unsynced.add(superblock)
+        self.unsynced[superblock] = True
         self.capacity[superblock] = self._data_pages(self.bad_planes[superblock : superblock + 1])[0]
         self.move(superblock, State.BAD if self.bad_planes[superblock].all() else State.FREE)
 
@@ -132,8 +132,8 @@ class Superblocks:
     def take_free(self, state: State, most_worn: bool = False) -> int | None:
         """The least worn free superblock (or the most worn, for what will stay), moved to `state`; None when
         there is none whose erase was synced."""
-        free = [superblock for superblock in self.of(State.FREE) if superblock not in self.unsynced]
-        if not free:
+        free = np.flatnonzero((self.states == State.FREE) & ~self.unsynced)
+        if not len(free):
             return None
         counts = self.erase_counts[free]
         superblock = int(free[np.argmax(counts) if most_worn else np.argmin(counts)])
