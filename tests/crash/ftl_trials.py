@@ -49,15 +49,11 @@ class FtlTrials:
 
         An erase that was undone in part may also have taken the original of a copy that was lost.
         """
-        lost = self._simulation.media.lost_pages()
-        lost_lbas = [*self._simulation._oracle.lost, *(int(record["lba"]) for record in lost.values())]
-        mapped = np.maximum(pages, 0)
-        return np.isin(pages, list(lost)) | (np.isin(lbas, lost_lbas) & ~self._are_there(mapped) & (pages >= 0))
-
-    def _are_there(self, pages: np.ndarray) -> np.ndarray:
-        """bool: pages that can be read without the help of parity."""
         media = self._simulation.media
-        return holds(media.oob[pages]) & ~media._is_dead(pages % media.geometry.num_planes)
+        lost = media.lost_pages()
+        lost_lbas = [*self._simulation._oracle.lost, *(int(record["lba"]) for record in lost.values())]
+        is_blank = (pages != PAGE_NONE) & ~media.are_there(np.maximum(pages, 0))
+        return np.isin(pages, list(lost)) | (np.isin(lbas, lost_lbas) & is_blank)
 
     def _newest(self, lbas: np.ndarray) -> list[int]:
         return [self._simulation._oracle.may_hold[lba][-1] for lba in lbas.tolist()]
@@ -240,8 +236,7 @@ class FtlTrials:
     def _check_numbers(self) -> None:
         """No program number is given twice, and a version twice only to copies."""
         media = self._simulation.media
-        alive = ~media._is_dead(np.arange(len(media.oob)) % media.geometry.num_planes)
-        records = media.oob[holds(media.oob) & alive]
+        records = media.oob[media.are_there(np.arange(len(media.oob)))]
         if len(np.unique(records["program_number"])) < len(records):
             raise Lost("two pages have the same program number")
         data = records[records["kind"] == PageKind.DATA]
@@ -381,7 +376,7 @@ class FtlTrials:
         ftl, state = self._ftl, self._ftl._state
         entries, valid = state.mapping.entries, state.mapping.valid_pages
         mapped, free = np.flatnonzero(entries), state.superblocks.of(State.FREE)
-        mapped = mapped[self._are_there(entries[mapped].astype(np.int64) - 1)]
+        mapped = mapped[self._simulation.media.are_there(entries[mapped].astype(np.int64) - 1)]
         if len(mapped) < 2 or not len(free):
             return
         one, other = self._random.choice(mapped, 2, replace=False).tolist()
@@ -395,9 +390,10 @@ class FtlTrials:
             Kind.NOT_ERASED: (self._simulation.media.oob["magic"], {first_free: OOB_MAGIC}),
         }
         older = self._older_version(one)
-        newest = self._simulation.media.oob[int(entries[one]) - 1]
+        oob = self._simulation.media.oob
+        newest = oob[int(entries[one]) - 1]
         # others a power cut may take; and beside a newer one that is torn the check looks no further
-        is_newest = newest["sequence_number"] == self._versions_of(one).max(initial=0)
+        is_newest = newest["sequence_number"] == oob["sequence_number"][self._pages_of(one)].max()
         if older is not None and is_newest and newest["program_number"] <= state.durable_program_number:
             changes[Kind.SUPERSEDED] = (entries, {one: older + 1})
         kind = self._random.choice(sorted(changes))
@@ -411,20 +407,20 @@ class FtlTrials:
         if Kind(kind) not in found:
             raise Lost(f"the check does not find {kind!r} but {found}")
 
-    def _versions_of(self, lba: int) -> np.ndarray:
-        """uint64: of an LBA, on flash."""
+    def _pages_of(self, lba: int) -> np.ndarray:
+        """int64: those on flash that say they are this LBA's."""
         oob = self._simulation.media.oob
-        return oob["sequence_number"][(oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob)]
+        return np.flatnonzero((oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob))
 
     def _older_version(self, lba: int) -> int | None:
         """A durable page on flash that held an LBA before, in a superblock with data."""
         oob, state = self._simulation.media.oob, self._ftl._state
         page = int(state.mapping.resolve(np.array([lba]))[0])
-        older = (oob["kind"] == PageKind.DATA) & (oob["lba"] == lba) & holds(oob)
-        older &= oob["sequence_number"] < oob["sequence_number"][page]
-        older &= self._are_there(np.arange(len(oob)))
-        full = np.repeat(state.superblocks.states == State.FULL, self._ftl.geometry.pages_per_superblock)
-        found = np.flatnonzero(older & full)
+        older = self._pages_of(lba)
+        older = older[oob["sequence_number"][older] < oob["sequence_number"][page]]
+        older = older[self._simulation.media.are_there(older)]
+        states = state.superblocks.states[older // self._ftl.geometry.pages_per_superblock]
+        found = older[states == State.FULL]
         return int(found[0]) if len(found) else None
 
     def _expect_error(self, lba: int, page: int | None = None) -> None:

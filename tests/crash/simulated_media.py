@@ -77,7 +77,8 @@ class SimulatedMedia(NandMedia):
         targets = super()._stray(pages, stored)
         for position in np.flatnonzero(before & (~stored | (targets != pages))).tolist():
             self._gone[int(pages[position])] = self._record[position].copy()
-        self._go_over({page: self.gone[page] for page in targets[stored].tolist() if page in self.gone})
+        gone = self.gone
+        self._go_over({page: gone[page] for page in targets[stored].tolist() if page in gone})
         return targets
 
     def _erase(self, superblock):
@@ -100,6 +101,10 @@ class SimulatedMedia(NandMedia):
         return {page: lost for page, lost in self._gone.items() if not holds(self.oob[page : page + 1])[0]}
 
     # what the faults took: the truth that oracles excuse losses by
+
+    def are_there(self, pages: np.ndarray) -> np.ndarray:
+        """bool: pages that can be read without the help of parity."""
+        return holds(self.oob[pages]) & ~self._is_dead(pages % self.geometry.num_planes)
 
     def lost_pages(self) -> dict[int, np.void]:
         """By page, the OOB of what was programmed and may be an error: it cannot be read, nor, with parity, can
@@ -126,11 +131,10 @@ class SimulatedMedia(NandMedia):
         if lost["kind"] != PageKind.DATA or self._rules.bad[page // size].any():
             return False  # of others no page tells, and here it may have been refused
         behind = np.arange(page + 1, (page // size + 1) * size)
-        behind = behind[holds(self.oob[behind]) & ~self._is_dead(behind % self.geometry.num_planes)]
+        behind = behind[self.are_there(behind)]
         if not len(behind):
             return False
-        alive = holds(self.oob) & ~self._is_dead(np.arange(len(self.oob)) % self.geometry.num_planes)
-        record, oob = self.oob[behind[0]], self.oob[alive]
+        record, oob = self.oob[behind[0]], self.oob[self.are_there(np.arange(len(self.oob)))]
         previous = record.copy().reshape(1).view(PREVIOUS_PAGE)[0]
         durable = oob["durable_program_number"][oob["session"] == record["session"]].max()
         return bool(previous["lba_plus_1"] == lost["lba"] + 1 and lost["program_number"] <= durable)
