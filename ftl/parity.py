@@ -188,7 +188,8 @@ def _without_strangers(records, parity, member, place, bits) -> np.ndarray:
     np.bitwise_or.at(found, place, bits)
     check = np.zeros(len(parity), np.uint32)
     np.bitwise_xor.at(check, place, _identity(records[member]))
-    wrong = (found == records["member_dies"][parity]) & (check != records["members_check"][parity])
+    complete = (found == records["member_dies"][parity]) & (found != 0)  # only a forged one names no members
+    wrong = complete & (check != records["members_check"][parity])
     current = np.ones(len(member), bool)
     for group in np.flatnonzero(wrong):
         own = np.flatnonzero(place == group)

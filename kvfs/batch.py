@@ -13,7 +13,7 @@ from typing import Protocol
 
 import apsw
 
-from kvfs.errors import CatalogueFull
+from kvfs.errors import CatalogueDamaged, CatalogueFull
 from kvfs.tree import FileError
 from spdk_glue.status import NvmeError
 
@@ -122,7 +122,7 @@ class Batch:
         try:
             self.pending.write_pending()
             self._db.execute("COMMIT")
-        except (apsw.Error, NvmeError) as error:
+        except (apsw.Error, NvmeError, CatalogueDamaged) as error:
             self._lose(error)
             self.check()
         self._close()

@@ -58,6 +58,14 @@ class CatalogueFull(OutOfSpace):
         )
 
 
+class CatalogueDamaged(KvfsError):
+    """Names and places that cannot be read, or contradict themselves."""
+
+    def __init__(self, why: str):
+        self.why = why
+        super().__init__(f"the catalogue is damaged: {why}: look with kvfsctl check, mend with --repair")
+
+
 class StoreClosed(KvfsError):
     def __init__(self):
         super().__init__("the store is closed: open it again with kvfs.open")
@@ -165,6 +173,7 @@ ERRNO = {
     DriveExists: errno.EEXIST,
     OutOfSpace: errno.ENOSPC,
     CatalogueFull: errno.ENOSPC,
+    CatalogueDamaged: errno.EIO,
     StoreClosed: errno.EBADF,
     ServerGone: errno.ENOTCONN,
     TooManyClients: errno.EUSERS,

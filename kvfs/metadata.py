@@ -18,7 +18,8 @@ import numpy as np
 
 from kvfs.allocator import Extent
 from kvfs.batch import Batch
-from kvfs.errors import CatalogueFull, NotADrive
+from kvfs.checked_cursor import CheckedCursor
+from kvfs.errors import CatalogueDamaged, CatalogueFull, NotADrive
 from kvfs.files.file_catalogue import FILE_SCHEMA, INSERT_INODE, FileCatalogue
 from kvfs.layout import KvGeometry
 from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
@@ -134,8 +135,8 @@ class Catalogue:
             version = self._open(vfs_name, page_size, create)
         except BaseException as error:
             self.abandon()
-            if isinstance(error, (apsw.CorruptError, apsw.NotADBError)):
-                raise NotADrive(path, f"the catalogue is damaged: {error}") from error
+            if isinstance(error, CatalogueDamaged):
+                raise NotADrive(path, f"the catalogue is damaged: {error.why}") from error
             raise
         if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
             self.abandon()
@@ -154,6 +155,7 @@ class Catalogue:
     def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
         """Connect; the version of the schema."""
         self._db = apsw.Connection(DATABASE_NAME, vfs=vfs_name)
+        self._db.cursor_factory = CheckedCursor
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("PRAGMA temp_store = MEMORY")
         if create:
@@ -203,8 +205,6 @@ class Catalogue:
                 self._db.execute("ROLLBACK")
             if isinstance(error, apsw.FullError):
                 raise CatalogueFull(self._volume.database.capacity) from error
-            if isinstance(error.__cause__, NvmeError):  # what SQLite was told is for SQLite
-                raise error.__cause__ from None
             raise
 
     def _end_batch(self) -> None:
@@ -227,7 +227,8 @@ class Catalogue:
         wal = self._volume.wal
         if self._is_log_own and wal.size <= wal.capacity // 2:
             return
-        with suppress(apsw.IOError):  # a drive that is full says so when the transaction is made durable
+        # a drive that is full says so when the transaction is made durable
+        with suppress(apsw.IOError, NvmeError):
             busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").get
             self._is_log_own = not busy
 

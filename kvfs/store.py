@@ -24,6 +24,7 @@ from kvfs.check import (
 from kvfs.counters import drive_counters
 from kvfs.embedded_drive import Drive, close_drive
 from kvfs.errors import (
+    CatalogueDamaged,
     EmptySequence,
     InvalidArgument,
     ModelMismatch,
@@ -90,8 +91,10 @@ class Store:
             self._files = None  # the file system, where one serves files from this store
             try:
                 self._load_catalogue()
-            except BaseException:
+            except BaseException as error:
                 self._catalogue.abandon()
+                if isinstance(error, CatalogueDamaged):
+                    raise NotADrive(self.path, str(error)) from error
                 raise
             self._placement = PlacementPolicy(self._reclaim_unit_bytes(), PLACEMENT_KV, horizon=1)
             self._stack = stack.pop_all()
@@ -426,7 +429,7 @@ class Store:
             report = Report()
             try:
                 self._check(report)
-            except apsw.Error as error:  # too damaged to be looked into further
+            except (apsw.Error, CatalogueDamaged) as error:  # too damaged to be looked into further
                 report.add("catalogue", f"catalogue: {error}")
             return [problem.text for problem in report.problems if problem.is_damage]
 
