@@ -29,6 +29,7 @@ from spdk_glue.status import NvmeError
 
 SCHEMA_VERSION = 2
 OLDEST_VERSION = 1  # that is brought up to date when it is opened
+LONGEST_LOG_BYTES = 4 << 20  # of what opening after a crash has to read
 SCHEMA = """
 CREATE TABLE model (
     id INTEGER PRIMARY KEY,
@@ -165,9 +166,8 @@ class Catalogue:
         mode = self._db.execute("PRAGMA journal_mode = WAL").get
         assert mode == "wal", mode
         self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
-        # room is left for the transaction that crosses the mark
-        wal_pages = self._volume.wal.capacity // page_size
-        self._db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, wal_pages // 4)}")
+        # a commit that has come through must not fail because the log cannot be emptied: see _renew_log
+        self._db.execute("PRAGMA wal_autocheckpoint = 0")
         # or the log takes what no checkpoint can bring home
         self._db.execute(f"PRAGMA max_page_count = {self._volume.database.capacity // page_size}")
         self._db.execute("PRAGMA cache_size = -16384")
@@ -218,14 +218,13 @@ class Catalogue:
         return not self.is_durable or self.batch.has_changes
 
     def _renew_log(self) -> None:
-        """Begin the log anew, with another salt, before the first transaction and where it might run full.
+        """Begin the log anew, with another salt, before the first transaction and whenever it has grown long.
 
         A power cut may have left frames of lost transactions in it. They hold once more if, under the same
-        salt, the ones before them are written again with the same bytes. And SQLite empties a log after a
-        commit only: without room for one it would stay full.
+        salt, the ones before them are written again with the same bytes.
         """
         wal = self._volume.wal
-        if self._is_log_own and wal.size <= wal.capacity // 2:
+        if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):
             return
         # a drive that is full says so when the transaction is made durable
         with suppress(apsw.IOError, NvmeError):

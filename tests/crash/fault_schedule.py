@@ -82,5 +82,5 @@ class FaultSchedule:
         """The operation of each opening, one after the other, that the power fails in."""
         cuts = []
         while len(cuts) < MAX_DEPTH - 1 and random.random() < 0.7:
-            cuts.append(int(random.integers(0, 3)))
+            cuts.append(int(random.integers(0, [3, 10][random.integers(2)])))
         return cuts

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ftl import collector
+from ftl import collector, translation
 from ftl.errors import CorruptPage, OutOfFlash
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
@@ -173,11 +173,9 @@ class FtlSimulation:
             self.done.append(f"  refused: {error}")
 
     def _operate(self) -> None:
-        count = int(self.random.integers(1, LONGEST_WRITE))
-        first = int(self.random.integers(0, self._ftl.num_lbas - count))
+        first, count = self._draw_lbas()
         choice = self.random.random()
         if choice < 0.65:
-            self.done.append(f"write {count} at {first}: {self._next_value}")
             self._write(first, count)
         elif choice < 0.8:
             self.done.append(f"deallocate {count} at {first}")
@@ -191,6 +189,13 @@ class FtlSimulation:
             for lba, value in enumerate(found, first):
                 if lba not in lost and value != self._oracle.may_hold[lba][-1]:
                     raise Lost(f"LBA {lba} holds {value}, not {self._oracle.may_hold[lba]}")
+
+    def _draw_lbas(self) -> tuple[int, int]:
+        count = int(self.random.integers(1, LONGEST_WRITE))
+        return int(self.random.integers(0, self._ftl.num_lbas - count)), count
+
+    def write_some(self) -> None:
+        self._write(*self._draw_lbas())
 
     def new_values(self, count: int) -> range:
         self._next_value += count
@@ -209,6 +214,7 @@ class FtlSimulation:
 
     def _write(self, first: int, count: int) -> None:
         values = self.new_values(count)
+        self.done.append(f"write {count} at {first}: {values.start}")
         for lba, value in enumerate(values, first):
             self._oracle.write(lba, value)
         self._words()[:count] = np.array(values, np.uint64)[:, None]
@@ -265,12 +271,16 @@ class FtlSimulation:
         for cut in self.schedule.opening_cuts(self.random):
             self.media.cut_in(cut)
             with suppress(PowerCut):
-                ftl = FlashTranslationLayer.open(self.media, **self._options)
+                ftl = self._open()
                 self.media.cut_after = None
                 return ftl
             depth += 1
             self._crashed(depth)
-        return FlashTranslationLayer.open(self.media, **self._options)
+        return self._open()
+
+    def _open(self) -> FlashTranslationLayer:
+        with patch.object(translation, "recover", self._trials.recover):
+            return FlashTranslationLayer.open(self.media, **self._options)
 
     def _read_all(self, ftl: FlashTranslationLayer) -> Found:
         return Found(*self._read(ftl, 0, ftl.num_lbas), self.media)

@@ -16,13 +16,14 @@ from ftl.mapping import PAGE_NONE
 from ftl.nand_model import NandModel
 from ftl.oob import holds
 from ftl.open_superblock import OpenSuperblock
-from ftl.parity import _membership, lost_records
+from ftl.parity import _membership, lost_records, unprotected_groups
 from ftl.scrub import scrub
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
 
 from .oracle import Lost
 from .pages import make_pages
+from .simulated_media import SimulatedMedia
 
 QUIET_STEPS = 15  # before the trials
 MEANWHILE_CHANCE = 0.5  # of another command inside a media operation
@@ -139,15 +140,23 @@ class FtlTrials:
         if choice < 0.5 or self._ftl.free_superblocks <= ROOM:
             self._collect()
             return
-        self._ftl.collect(state.geometry.num_superblocks)  # a checkpoint is taken where there is room only
+        if self._is_likely():  # else what was superseded or deallocated is still there, and might be back
+            self._ftl.collect(state.geometry.num_superblocks)
+        if self._ftl.free_superblocks <= ROOM:
+            return
+        is_checkpoint = choice < 0.8
+        if is_checkpoint:  # of what is not durable yet
+            self._simulation.write_some()
         with state.lock:
-            if choice < 0.85:
+            if is_checkpoint:
                 self._note("checkpoint")
                 self._ftl._log.checkpoint()
             else:
                 self._note("a new log")
                 self._ftl._log._rotate()
             self._ftl._collector.erase_replaced()
+        if is_checkpoint:  # nor does it leave out what was written meanwhile
+            self._check_checkpoint()
 
     def _collect(self) -> None:
         """Collection moves what somebody who resolved it before has yet to read."""
@@ -172,6 +181,32 @@ class FtlTrials:
             ftl.read_physical(pages, lbas, addresses)
         if buffer.view("<u8").reshape(len(lbas), -1)[:, 0].tolist() != expected:
             raise Lost(f"a reader of LBAs {lbas.tolist()} was served something else")
+
+    # openings
+
+    def recover(self, media: SimulatedMedia, progress=None) -> recovery.Recovered:
+        """As recovery does; what it maps and counts on as durable is what the rest of its row gives back."""
+        found = recovery.recover(media, progress)
+        geometry = media.geometry
+        if not geometry.parity or media.dead_dies or self._simulation.schedule.nand != NandModel():
+            return found  # else rows are cut short
+        pages = np.flatnonzero(holds(media.oob))
+        records = media.oob[pages]
+        durable = ~recovery._doubtful(records, self._durable_numbers(records, found))
+        weak = np.isin(pages // geometry.num_dies, unprotected_groups(geometry, records, pages))
+        weak = pages[weak & durable]
+        mapped = found.mapping.resolve(np.arange(len(found.mapping)))
+        if np.isin(weak, mapped).any():
+            raise Lost(f"pages {np.intersect1d(weak, mapped)[:5]} are called durable, and have no parity")
+        return found
+
+    def _durable_numbers(self, records: np.ndarray, found: recovery.Recovered) -> dict[int, int]:
+        """By session, what is known to be durable, by pages or the log."""
+        numbers = dict.fromkeys(records["session"].tolist(), 0) | found.durable_numbers
+        for session in numbers:
+            told = records["durable_program_number"][records["session"] == session].max(initial=0)
+            numbers[session] = max(numbers[session], int(told))
+        return numbers
 
     # trials, with the power on
 
@@ -382,8 +417,10 @@ class FtlTrials:
         one, other = self._random.choice(mapped, 2, replace=False).tolist()
         good = int(np.argmin(state.superblocks.bad_planes[free[0]]))
         first_free = int(free[0]) * ftl.geometry.pages_per_superblock + good
+        log = state.superblocks.of(State.LOG)
+        outside = int(self._random.choice([first_free, *log * ftl.geometry.pages_per_superblock + good]))
         changes = {
-            Kind.OUTSIDE_DATA: (entries, {one: first_free + 1}),
+            Kind.OUTSIDE_DATA: (entries, {one: outside + 1}),
             Kind.WRONG_LBA: (entries, {one: entries[other], other: entries[one]}),
             Kind.MAPPED_TWICE: (entries, {one: entries[other]}),
             Kind.VALID_PAGES: (valid, {0: valid[0] + 1}),

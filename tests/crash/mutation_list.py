@@ -85,13 +85,13 @@ _METADATA = _of(
     ),
     (
         "log full for ever",
-        "if self._is_log_own and wal.size <= wal.capacity // 2:",
+        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
         "if self._is_log_own:",
     ),
     (
         "lost transactions hold once more",
-        "if self._is_log_own and wal.size <= wal.capacity // 2:",
-        "if wal.size <= wal.capacity // 2:",
+        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
+        "if wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
     ),
     (
         "transactions pass for durable",
@@ -1096,9 +1096,9 @@ _FLASH_METADATA = [
     *_of(
         "ftl/check.py",
         (
-            "pages in free superblocks pass",
+            "pages of the log pass for data",
             "HOLDS_DATA = (State.OPEN,",
-            "HOLDS_DATA = (State.FREE, State.OPEN,",
+            "HOLDS_DATA = (State.LOG, State.OPEN,",
         ),
         (
             "pages mapped twice pass",

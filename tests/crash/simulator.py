@@ -40,6 +40,7 @@ from .workload import Workload
 PATH = "simulated"
 FIRST_STEPS = 150  # before the first power cut: they fill the drive, so that collection runs and space is short
 MEND_CHANCE = 0.2  # per round, of damage to a closed drive; as often, what a power cut left is mended
+CROWD_CHANCE = 0.2  # per round, of a catalogue filled to its end
 CHECK_EVERY = 8  # rounds between two runs of `Store.check`, which reads everything once more
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 
@@ -165,6 +166,8 @@ class Simulation:
         is_whole = not (self.media.gone or self.media.dead_dies)  # or it would be the second fault
         if self.random.random() < MEND_CHANCE and is_whole:
             self._trials.mend_damage()
+        if self.random.random() < CROWD_CHANCE:
+            self._trials.crowd_catalogue()
 
     def settle(self) -> None:
         """What is found is the truth from now on."""

@@ -15,11 +15,13 @@ from kvfs import inspection
 from kvfs.errors import OutOfSpace
 from kvfs.inspection import Inspection
 from kvfs.repair import repair
-from spdk_glue.status import NvmeError
+from spdk_glue.command import IoOpcode
+from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
 from .oracle import Lost
 from .simulated_media import PowerCut
 
+CROWD, CROWD_BYTES = 300, 6000  # attributes: more than any catalogue here takes
 PAGES_LOST = 3  # at most, at a time
 # What could be wrong with a catalogue that SQLite finds whole; no sequence may lose anything by mending it.
 WRONG_ROWS = (
@@ -88,6 +90,39 @@ class StoreTrials:
             state.truncate(found)
             state.promise()
         simulation.settle()
+
+    def crowd_catalogue(self) -> None:
+        """The catalogue full to its end, now and then on a drive that refuses to sync for a while: whatever is
+        removed again, all is as before."""
+        store = self._simulation.store
+        sequences = store.sequences()
+        if not sequences:
+            return
+        sequence, catalogue, added = sequences[0], store._catalogue, []
+        self._simulation.workload.done.append("-- the catalogue is filled and emptied")
+        refusal = NvmeStatusError(IoOpcode.FLUSH, Status.CAPACITY_EXCEEDED)
+        chance = [0, 0.5, 1][self._random.integers(3)]
+        flush = store._namespace.flush
+
+        def flush_or_refuse() -> None:
+            if self._random.random() < chance:
+                raise refusal
+            flush()
+
+        with patch.object(store._namespace, "flush", flush_or_refuse):
+            for number in range(CROWD):
+                added.append(f"user.crowd{number}")
+                value = bytes(int(self._random.integers(1, CROWD_BYTES)))
+                try:
+                    catalogue.set_attribute(sequence.id, added[-1], value)
+                except (OutOfSpace, NvmeStatusError):
+                    if self._random.random() < 0.1:
+                        break
+        try:
+            for name in added:
+                catalogue.remove_attribute(sequence.id, name)
+        except OutOfSpace as error:
+            raise Lost(f"nothing can be removed from a full catalogue: {error}") from error
 
     def _end(self, inspected: Inspection) -> None:
         """By closing, or by a power cut: what repair has done is durable."""
