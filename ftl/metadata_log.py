@@ -178,7 +178,8 @@ class MetadataLog:
                     state.session,
                 )
             self._append_pending()  # the map knows these, and must not be the only one
-            if state.geometry.parity:
+            if state.geometry.parity:  # recovery takes what the checkpoint knows for protected
+                self._writer.complete_rows()
                 self._log.complete_row()
             self.sync()
             with state.unlocked():

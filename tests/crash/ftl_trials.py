@@ -67,6 +67,7 @@ class FtlTrials:
         is_dying = bool(media.dead_dies) or media.dies_in is not None  # then any write may need room
         # or it would wait for ever
         is_sole = not self._is_inside and not self._ftl._writer._uncommitted and not is_dying
+        is_sole &= not self._ftl._state.lock.locked()
         if not is_sole or self._random.random() >= MEANWHILE_CHANCE:
             return
         self._is_inside = True

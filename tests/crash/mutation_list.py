@@ -894,8 +894,13 @@ _FLASH_METADATA = [
         ),
         (
             "log row without parity",
-            "                self._writer.complete_rows()\n                self._log.complete_row()\n",
-            "                self._writer.complete_rows()\n",
+            "complete_rows()\n                self._log.complete_row()\n            self.sync()\n            if",
+            "complete_rows()\n            self.sync()\n            if",
+        ),
+        (
+            "checkpoint of rows without parity",
+            "for protected\n                self._writer.complete_rows()\n",
+            "for protected\n",
         ),
         (
             "nothing to sync behind a program under way",

@@ -73,6 +73,19 @@ def test_what_a_checkpoint_appends_to_the_log_has_its_parity():
     assert (media.oob["kind"][row] == PageKind.PARITY).any()
 
 
+def test_what_a_checkpoint_knows_has_its_parity():
+    """Rows that were begun, and that recovery would not complete, since the checkpoint calls them durable."""
+    media, ftl = format_drive(parity=1)
+    write_pages(ftl, [5, 6], 100)
+    with ftl._state.lock:
+        ftl._log.checkpoint()
+    page = int(ftl.resolve(np.array([5]))[0])
+    assert recover(media).checkpoint is not None
+    lose_oob(media, [page])
+    media.pages[page] = 0
+    assert read_page(FlashTranslationLayer.open(media), 5) == 105
+
+
 def test_versions_of_what_only_parity_has_are_not_given_again():
     """The newest version would be that of two LBAs, and an older one of the same LBA as new."""
     media, ftl = format_drive(parity=1)
