@@ -18,7 +18,7 @@ import numpy as np
 
 from kvfs.allocator import Extent
 from kvfs.batch import Batch
-from kvfs.checked_cursor import CheckedCursor
+from kvfs.catalogue_connection import CatalogueConnection
 from kvfs.errors import CatalogueDamaged, CatalogueFull, NotADrive
 from kvfs.files.file_catalogue import FILE_SCHEMA, INSERT_INODE, FileCatalogue
 from kvfs.layout import KvGeometry
@@ -130,7 +130,7 @@ class Catalogue:
         self._is_log_own = False  # whether the log was begun by this process
         vfs_name = f"kvfs-{next(_vfs_numbers)}"
         self._vfs = VolumeVfs(vfs_name, volume)
-        self._db: apsw.Connection | None = None
+        self._db: CatalogueConnection | None = None
         self.batch: Batch | None = None
         try:
             version = self._open(vfs_name, page_size, create)
@@ -155,8 +155,7 @@ class Catalogue:
 
     def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
         """Connect; the version of the schema."""
-        self._db = apsw.Connection(DATABASE_NAME, vfs=vfs_name)
-        self._db.cursor_factory = CheckedCursor
+        self._db = CatalogueConnection(DATABASE_NAME, vfs=vfs_name)
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._db.execute("PRAGMA temp_store = MEMORY")
         if create:
@@ -357,7 +356,7 @@ class Catalogue:
         unused = self._db.execute(
             f"SELECT id, base_lba, num_lbas FROM kv_group WHERE reference_count = 0 AND id IN ({of_sequence})",
             arguments,
-        ).fetchall()
+        )
         self._db.execute("DELETE FROM sequence_group WHERE sequence_id = ? AND position >= ?", arguments)
         self._db.executemany("DELETE FROM kv_group WHERE id = ?", [(group_id,) for group_id, _, _ in unused])
         return [(base_lba, num_lbas) for _, base_lba, num_lbas in unused]

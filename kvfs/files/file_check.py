@@ -228,9 +228,7 @@ class FileRows:
         self._execute(f"INSERT OR REPLACE INTO inode VALUES ({', '.join('?' * len(row))})", row)
 
     def _name_the_lost(self, done: list[str]) -> None:
-        lost = self._execute(
-            f"SELECT id, is_folder FROM counted WHERE names = 0 AND id != {ROOT_INODE}"
-        ).fetchall()
+        lost = self._execute(f"SELECT id, is_folder FROM counted WHERE names = 0 AND id != {ROOT_INODE}")
         if not lost:
             return
         where = (ROOT_INODE, LOST_AND_FOUND)

@@ -894,8 +894,8 @@ _FLASH_METADATA = [
         ),
         (
             "log row without parity",
-            "complete_rows()\n                self._log.complete_row()\n            self.sync()\n            if",
-            "complete_rows()\n            self.sync()\n            if",
+            "_rows()\n                self._log.complete_row()\n            self.sync()\n            if",
+            "_rows()\n            self.sync()\n            if",
         ),
         (
             "checkpoint of rows without parity",

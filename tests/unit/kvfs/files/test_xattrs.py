@@ -78,4 +78,4 @@ def test_they_go_with_their_file(opened):
     store, posix = opened()
     left = posix.stat(b"0").inode
     assert posix.tree.get_xattr(left, b"user.a") == b"2"
-    assert store._catalogue._db.execute("SELECT DISTINCT inode FROM xattr").fetchall() == [(left,)]
+    assert store._catalogue._db.execute("SELECT DISTINCT inode FROM xattr") == [(left,)]

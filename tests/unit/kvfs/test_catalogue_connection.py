@@ -3,7 +3,7 @@
 import apsw
 import pytest
 
-from kvfs.checked_cursor import CheckedCursor
+from kvfs.catalogue_connection import CatalogueConnection
 from kvfs.errors import CatalogueDamaged
 
 ROWS = 2000
@@ -20,8 +20,7 @@ def damaged(tmp_path):
     content = bytearray(path.read_bytes())
     content[4096 * 2 :] = b"\xff" * (len(content) - 4096 * 2)
     path.write_bytes(content)
-    connection = apsw.Connection(str(path))
-    connection.cursor_factory = CheckedCursor
+    connection = CatalogueConnection(str(path))
     yield connection
     connection.close()
 
@@ -29,10 +28,9 @@ def damaged(tmp_path):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda rows: list(rows("SELECT * FROM row")),
-        lambda rows: rows("SELECT * FROM row").fetchall(),
-        lambda rows: rows("SELECT * FROM row WHERE id = ?", (ROWS // 2,)).fetchone(),
-        lambda rows: rows("SELECT max(id) FROM row").get,
+        lambda rows: rows("SELECT * FROM row"),
+        lambda rows: rows("SELECT * FROM row WHERE id = ?", (ROWS // 2,)),
+        lambda rows: rows("SELECT max(id) FROM row"),
     ],
 )
 def test_damage_is_told(damaged, ask):
@@ -48,8 +46,15 @@ def test_damage_is_told_of_changes(damaged):
 
 def test_other_errors_stay():
     """A mistake of ours must not pass for damage."""
-    connection = apsw.Connection("")
-    connection.cursor_factory = CheckedCursor
+    connection = CatalogueConnection("")
     with pytest.raises(apsw.SQLError):
         connection.execute("SELECT nothing FROM nowhere")
-    assert connection.execute("SELECT 1 UNION SELECT 2").get == [1, 2]
+
+
+def test_rows():
+    """One value, one row, or none, however they are asked for."""
+    rows = CatalogueConnection("").execute
+    assert rows("SELECT 1 UNION SELECT 2") == [(1,), (2,)]
+    assert rows("SELECT 7").get == 7
+    assert rows("SELECT 7, 8").get == rows("SELECT 7, 8").fetchone() == (7, 8)
+    assert rows("SELECT 1 WHERE 0").get is None
