@@ -43,12 +43,13 @@ FOUND_IN_FLASH = (
 )
 FLASH_RUNS = (
     ("ftl", 0, 15, 60, ()),
-    ("ftl", 50, 40, 80, ("parity",)),
-    ("ftl", 100, 15, 50, ("weak-blocks",)),
-    ("ftl", 150, 20, 50, ("parity", "weak-blocks")),
-    ("ftl", 200, 15, 50, ("lost-writes",)),
-    ("ftl", 250, 15, 50, ("parity", "lost-writes")),
-    ("ftl", 300, 8, 50, ("parity", "dead-die")),
+    ("ftl", 100, 8, 50, ("weak-blocks",)),
+    ("ftl", 150, 10, 50, ("parity", "weak-blocks")),
+    ("ftl", 200, 8, 50, ("lost-writes",)),
+    ("ftl", 250, 8, 50, ("parity", "lost-writes")),
+    ("ftl", 300, 4, 50, ("parity", "dead-die")),
+    ("ftl", 50, 30, 80, ("parity",)),
+    ("ftl", 400, 10, 60, ("parity", "weak-blocks")),
     ("store", 0, 4, 40, ()),
 )
 # A run that does not end counts as killed: one that waits for ever, or takes so much processor time. Without a
