@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
-from ftl.errors import CorruptPage
+from ftl.errors import CorruptPage, OutOfFlash
 from ftl.geometry import Geometry
-from ftl.layout import PAGE_OOB, PageKind
+from ftl.layout import OOB_MAGIC, PAGE_OOB, PageKind
 from ftl.mapping import PAGE_NONE
 from ftl.media_memory import MemoryMedia
-from ftl.page_writer import GC_STREAM
+from ftl.oob import holds, known_records
+from ftl.page_writer import GC_STREAM, LOG_RESERVE
+from ftl.parity import SUMMED, _identity, lost_records
 from ftl.recovery import recover
+from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
 from tests.crash.pages import make_pages, read_page, write_pages
 
@@ -29,6 +32,23 @@ def begin_log_anew(ftl):
 
 def lose_oob(media, pages):
     media.oob[pages] = np.zeros((), PAGE_OOB)
+
+
+def old_record(lba):
+    """Of a data page that was programmed before anything else."""
+    record = np.zeros(1, PAGE_OOB)
+    record["magic"], record["kind"], record["lba"] = OOB_MAGIC, PageKind.DATA, lba
+    record["sequence_number"] = record["program_number"] = record["session"] = 1
+    return record
+
+
+def put_earlier_life(media, page, record, value):
+    """Where an erase has left it; its checksums hold."""
+    _buffer, addresses = make_pages([value], media.geometry.page_size)
+    elsewhere = int(np.flatnonzero(media.oob["magic"] == 0)[-32])
+    media.program(np.array([elsewhere]), addresses, record)
+    media.pages[page], media.oob[page] = media.pages[elsewhere], media.oob[elsewhere]
+    media.erase(elsewhere // media.geometry.pages_per_superblock)
 
 
 def pages_of(media, kind):
@@ -154,17 +174,56 @@ def test_a_page_of_an_earlier_life_beside_parity_of_this_one(life):
     write_pages(ftl, range(9), 100)
     ftl.flush()
     page = int(ftl.resolve(np.array([4]))[0])
-    old_lba = 4 if life == "same LBA" else 7
-    _buffer, addresses = make_pages([55], ftl.page_size)
-    record = np.zeros(1, PAGE_OOB)
-    record["magic"], record["kind"], record["lba"] = media.oob[page]["magic"], PageKind.DATA, old_lba
-    record["sequence_number"] = record["program_number"] = record["session"] = 1
-    elsewhere = int(np.flatnonzero(media.oob["magic"] == 0)[-32])
-    media.program(np.array([elsewhere]), addresses, record)
-    media.pages[page], media.oob[page] = media.pages[elsewhere], media.oob[elsewhere]
-    media.erase(elsewhere // media.geometry.pages_per_superblock)
+    put_earlier_life(media, page, old_record(4 if life == "same LBA" else 7), 55)
     again = FlashTranslationLayer.open(media)
     assert [read_page(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
+
+
+def test_a_page_of_an_earlier_life_and_a_lost_one_give_back_nothing():
+    """What the parity and they come to is no page that ever was."""
+    media, ftl = format_drive(parity=1)
+    write_pages(ftl, range(9), 100)
+    ftl.flush()
+    first = int(ftl.resolve(np.array([4]))[0]) // 4 * 4
+    strange, lost = [page for page in range(first, first + 4) if media.oob[page]["kind"] == PageKind.DATA][:2]
+    put_earlier_life(media, strange, old_record(7), 55)
+    lose_oob(media, [lost])
+    pages = np.flatnonzero(holds(media.oob))
+    assert not len(lost_records(media.geometry, media.oob[pages], pages)[0])
+
+
+def test_parity_of_an_earlier_life_beside_pages_of_this_one():
+    """On a block that went bad. Collection would take what it speaks of for what lies there."""
+    media, ftl = format_drive(parity=1)
+    write_pages(ftl, range(9), 100)
+    ftl.flush()
+    first = int(ftl.resolve(np.array([4]))[0]) // 4 * 4
+    row = range(first, first + 4)
+    (parity,) = [page for page in row if media.oob[page]["kind"] == PageKind.PARITY]
+    page = next(page for page in row if page != parity)
+    old = old_record(7)
+    record = old_record(0)
+    record["kind"], record["program_number"] = PageKind.PARITY, 2
+    for name, summed in SUMMED.items():
+        record[summed] = old[name]
+    record["member_dies"], record["members_check"] = 1 << page % 4, _identity(old)
+    put_earlier_life(media, parity, record, 55)
+    superblock = page // media.geometry.pages_per_superblock
+    records, pages, is_lost = known_records(media, superblock, media.read_oob(superblock), None)
+    assert records["lba"][pages == page].tolist() == [media.oob[page]["lba"]]
+    assert not is_lost.any()
+
+
+def test_collection_leaves_the_log_a_superblock():
+    """Without one nothing could be erased any more, however much collection had emptied."""
+    _media, ftl = format_drive(parity=0)
+    with ftl._state.lock:
+        while ftl._state.superblocks.count(State.FREE) > LOG_RESERVE:
+            ftl._writer.take_free(State.OPEN)
+        _buffer, addresses = make_pages([1], ftl.page_size)
+        with pytest.raises(OutOfFlash):
+            list(ftl._writer.append(GC_STREAM, np.array([1]), addresses))
+        assert ftl._writer.take_free(State.LOG) is not None
 
 
 class OrderedMedia(MemoryMedia):
