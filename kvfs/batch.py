@@ -13,6 +13,7 @@ from typing import Protocol
 
 import apsw
 
+from kvfs.catalogue_connection import CatalogueConnection
 from kvfs.errors import CatalogueDamaged, CatalogueFull
 from kvfs.tree import FileError
 from spdk_glue.status import NvmeError
@@ -40,7 +41,7 @@ class Batch:
 
     def __init__(
         self,
-        db: apsw.Connection,
+        db: CatalogueConnection,
         page_bytes: int,
         database_pages: int,
         log_pages: int,
@@ -61,6 +62,7 @@ class Batch:
         self._limit(self._max_pages - self._reserved_pages)
 
     def _limit(self, num_pages: int) -> None:
+        """Of the database; or the log takes what no checkpoint can bring home."""
         self._db.pragma("max_page_count", num_pages)
 
     @property

@@ -167,8 +167,6 @@ class Catalogue:
         self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
         # a commit that has come through must not fail because the log cannot be emptied: see _renew_log
         self._db.execute("PRAGMA wal_autocheckpoint = 0")
-        # or the log takes what no checkpoint can bring home
-        self._db.execute(f"PRAGMA max_page_count = {self._volume.database.capacity // page_size}")
         self._db.execute("PRAGMA cache_size = -16384")
         if create:
             with self.transaction():

@@ -127,8 +127,8 @@ _METADATA = _of(
 )
 
 _METADATA += _of(
-    "kvfs/metadata.py",
-    ("database outgrows its area", 'self._db.execute(f"PRAGMA max_page_count', 'str(f"PRAGMA max_page_count'),
+    "kvfs/batch.py",
+    ("database outgrows its area", '        self._db.pragma("max_page_count", num_pages)\n', "        pass\n"),
 )
 
 _SEQUENCE = _of(
