@@ -214,6 +214,21 @@ def test_parity_of_an_earlier_life_beside_pages_of_this_one():
     assert not is_lost.any()
 
 
+def test_a_superblock_without_a_good_block_is_moved():
+    """What it holds can be read, and is somebody's until it has been copied."""
+    media, ftl = format_drive(parity=0)
+    write_pages(ftl, range(9), 100)
+    superblock = int(ftl.resolve(np.array([4]))[0]) // media.geometry.pages_per_superblock
+    ftl.close()
+    media.mark_bad(superblock, np.arange(media.geometry.num_planes))
+    again = FlashTranslationLayer.open(media)
+    assert not again.check()
+    assert [read_page(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
+    again.collect()
+    assert not again.valid_pages()[superblock]
+    assert [read_page(again, lba) for lba in range(9)] == [100 + lba for lba in range(9)]
+
+
 def test_collection_leaves_the_log_a_superblock():
     """Without one nothing could be erased any more, however much collection had emptied."""
     _media, ftl = format_drive(parity=0)
