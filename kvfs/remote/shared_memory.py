@@ -16,6 +16,7 @@ from kvfs.errors import InvalidArgument
 from kvfs.remote.protocol import ARRAY_ALIGNMENT
 
 _POSTED_BYTES = ARRAY_ALIGNMENT
+_KEPT_ARRAYS = 256
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -40,6 +41,8 @@ class SharedMemory:
             raise ValueError("the shared memory is not sealed")
         self.num_bytes = facts.st_size - _POSTED_BYTES
         self._mapping = mmap.mmap(descriptor, facts.st_size)
+        # making one takes longer than all that is done with it
+        self._arrays: dict[tuple, np.ndarray] = {}
         self._posted = memoryview(self._mapping)[self.num_bytes :].cast("Q")
 
     @property
@@ -52,10 +55,18 @@ class SharedMemory:
         self._posted[0] = number
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """A view. Raises InvalidArgument where it is not aligned or not wholly inside."""
+        """A view, the same one for the same place. Raises InvalidArgument where it is not aligned or not wholly
+        inside."""
+        found = self._arrays.get((offset, shape, dtype))
+        return self._new_array(offset, shape, dtype) if found is None else found
+
+    def _new_array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if offset % ARRAY_ALIGNMENT or offset + size > self.num_bytes:
             raise InvalidArgument(
                 f"an array of {size} bytes at {offset} of the {self.num_bytes} bytes of shared memory"
             )
-        return np.ndarray(shape, dtype, self._mapping, offset)
+        if len(self._arrays) >= _KEPT_ARRAYS:
+            self._arrays.clear()
+        self._arrays[offset, shape, dtype] = array = np.ndarray(shape, dtype, self._mapping, offset)
+        return array
