@@ -16,7 +16,7 @@ from kvfs.errors import InvalidArgument
 from kvfs.remote.protocol import ARRAY_ALIGNMENT
 
 _POSTED_BYTES = ARRAY_ALIGNMENT
-_KEPT_ARRAYS = 256
+_KEPT_ARRAYS = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 

@@ -1,8 +1,9 @@
 """The mount beside pyfuse3's bare passthrough of a folder on the same disk, and beside that disk itself.
 
-fio moves the data, a process of its own makes, looks at and removes files. Every target is measured in turn,
-each round anew; medians are compared. Nothing that is read is in a cache before: the pages of the folder are
-dropped, and the drive reads flash past them.
+fio moves the data, a process of its own makes, looks at and removes files. For every figure all targets are
+measured one right after the other, in turn and round after round; the ratio is the median of the rounds' own.
+Nothing that is read is in a cache before: the pages of the folder are dropped, and the drive reads flash past
+them.
 """
 
 import json
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,13 @@ class Scale:
     file_bytes: int
     num_files: int
     random_s: int
-    repeats: int
+    rounds: int
+    file_rounds: int
 
 
-FULL = Scale(file_bytes=1 << 30, num_files=100_000, random_s=10, repeats=3)
-QUICK = Scale(file_bytes=32 << 20, num_files=500, random_s=1, repeats=1)
+FULL = Scale(file_bytes=512 << 20, num_files=100_000, random_s=5, rounds=7, file_rounds=2)
+QUICK = Scale(file_bytes=32 << 20, num_files=500, random_s=1, rounds=1, file_rounds=1)
+Rates = dict[str, dict[str, list[float]]]  # by figure, then by target, of each round
 
 
 @contextmanager
@@ -110,32 +114,43 @@ def metadata_rates(folder: Path, count: int) -> dict[str, float]:
     return dict(zip(("create", "stat", "unlink"), map(float, output.split()), strict=True))
 
 
-def _data_rates(folder: Path, backing: Path, scale: Scale) -> dict[str, float]:
-    """Bytes/s of 1 MiB requests and requests/s of 4 KiB, on one file that is removed in the end."""
-    path, size = folder / "bench.dat", scale.file_bytes
-    rates = {}
-    for kind, direct in (("buffered", 0), ("direct", 1)):
-        path.unlink(missing_ok=True)
-        job = fio(path, size, rw="write", bs="1M", direct=direct, end_fsync=1, fallocate="none")
-        rates[f"write_1m_{kind}"] = job["write"]["bw_bytes"]
-        drop_caches(backing)
-        job = fio(path, size, rw="read", bs="1M", direct=direct)
-        rates[f"read_1m_{kind}"] = job["read"]["bw_bytes"]
-    drop_caches(backing)
-    job = fio(path, size, rw="randread", bs="4k", direct=1, runtime=scale.random_s, time_based=1)
-    rates["read_4k"] = job["read"]["iops"]
-    path.unlink()
-    return rates
+@dataclass(frozen=True)
+class Target:
+    """place: a folder to work in; backing: what lies on the disk for it; keys: a KV file, or its copy."""
 
+    place: Path
+    backing: Path
+    keys: Path
 
-def _kv_rates(keys: Path, backing: Path) -> dict[str, float]:
-    rates = {}
-    for kind, direct in (("buffered", 0), ("direct", 1)):
-        drop_caches(backing)
-        size = keys.stat().st_size >> 20 << 20
-        job = fio(keys, size, rw="read", bs="1M", direct=direct, readonly=None)
-        rates[f"kv_read_1m_{kind}"] = job["read"]["bw_bytes"]
-    return rates
+    @property
+    def _file(self) -> Path:
+        return self.place / "bench.dat"
+
+    def figures(self, scale: Scale) -> dict[str, Callable[[], float]]:
+        """In the order in which they are measured: bytes/s of 1 MiB requests, requests/s of 4 KiB."""
+        found = {}
+        for kind, direct in (("buffered", 0), ("direct", 1)):
+            found[f"write_1m_{kind}"] = partial(self._write, scale, direct)
+            found[f"read_1m_{kind}"] = partial(self._read, self._file, direct)
+        found["read_4k"] = partial(self._read_4k, scale)
+        for kind, direct in (("buffered", 0), ("direct", 1)):
+            found[f"kv_read_1m_{kind}"] = partial(self._read, self.keys, direct)
+        return found
+
+    def _write(self, scale: Scale, direct: int) -> float:
+        self._file.unlink(missing_ok=True)
+        options = {"rw": "write", "bs": "1M", "end_fsync": 1, "fallocate": "none"}
+        return fio(self._file, scale.file_bytes, direct=direct, **options)["write"]["bw_bytes"]
+
+    def _read(self, path: Path, direct: int) -> float:
+        drop_caches(self.backing)
+        size = path.stat().st_size >> 20 << 20
+        return fio(path, size, rw="read", bs="1M", direct=direct, readonly=None)["read"]["bw_bytes"]
+
+    def _read_4k(self, scale: Scale) -> float:
+        drop_caches(self.backing)
+        options = {"rw": "randread", "bs": "4k", "runtime": scale.random_s, "time_based": 1}
+        return fio(self._file, scale.file_bytes, direct=1, readonly=None, **options)["read"]["iops"]
 
 
 def _write_sequence(drive: Path, num_tokens: int) -> None:
@@ -152,7 +167,7 @@ def measure(directory: Path, quick: bool, progress: Callable[[str], None]) -> li
     """All figures. progress: told what begins. Raises RuntimeError where a mount or fio fails."""
     scale = QUICK if quick else FULL
     num_tokens = scale.file_bytes // 8 // 256
-    rates: dict[str, dict[str, list[float]]] = {target: {} for target in (DISK, PASSTHROUGH, MOUNT)}
+    rates: Rates = {}
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-bench-", dir=directory)))
         folder, drive = root / "folder", root / "drive"
@@ -170,20 +185,21 @@ def measure(directory: Path, quick: bool, progress: Callable[[str], None]) -> li
         # the rival reads a copy of the same bytes
         shutil.copyfile(root / "mount" / keys, folder / "keys.npy")
         targets = {
-            DISK: (folder, folder, folder / "keys.npy"),
-            PASSTHROUGH: (root / "passthrough", folder, root / "passthrough" / "keys.npy"),
-            MOUNT: (root / "mount", drive, root / "mount" / keys),
+            DISK: Target(folder, folder, folder / "keys.npy"),
+            PASSTHROUGH: Target(root / "passthrough", folder, root / "passthrough" / "keys.npy"),
+            MOUNT: Target(root / "mount", drive, root / "mount" / keys),
         }
-        for number in range(scale.repeats):
-            for target, (place, backing, keys_path) in targets.items():
-                progress(f"round {number + 1} of {scale.repeats}: {target}")
-                found = {
-                    **_data_rates(place, backing, scale),
-                    **_kv_rates(keys_path, backing),
-                    **metadata_rates(place, scale.num_files),
-                }
-                for name, value in found.items():
-                    rates[target].setdefault(name, []).append(value)
+        figures = {name: target.figures(scale) for name, target in targets.items()}
+        for number in range(scale.rounds):
+            progress(f"round {number + 1} of {scale.rounds}")
+            for name in figures[MOUNT]:
+                for target in _rotated(list(targets), number):
+                    rates.setdefault(name, {}).setdefault(target, []).append(figures[target][name]())
+        for number in range(scale.file_rounds):
+            for target in _rotated(list(targets), number):
+                progress(f"round {number + 1} of {scale.file_rounds}: files in the {target}")
+                for name, value in metadata_rates(targets[target].place, scale.num_files).items():
+                    rates.setdefault(name, {}).setdefault(target, []).append(value)
     progress("a store in another process")
     return [*_figures(rates), *remote.measure(directory, quick)]
 
@@ -191,16 +207,21 @@ def measure(directory: Path, quick: bool, progress: Callable[[str], None]) -> li
 GOALS = {"read_4k": RANDOM_GOAL, "create": METADATA_GOAL, "stat": METADATA_GOAL, "unlink": METADATA_GOAL}
 
 
-def _figures(rates: dict[str, dict[str, list[float]]]) -> Iterator[Figure]:
-    median = {
-        target: {name: statistics.median(values) for name, values in of_target.items()}
-        for target, of_target in rates.items()
-    }
-    for name, value in median[MOUNT].items():
+def _rotated(targets: list[str], number: int) -> list[str]:
+    """Who is first changes from round to round."""
+    start = number % len(targets)
+    return targets[start:] + targets[:start]
+
+
+def _figures(rates: Rates) -> Iterator[Figure]:
+    """A disk's speed changes from minute to minute: what was measured one after the other is compared."""
+    for name, of_targets in rates.items():
         scale, unit = (1e9, "GB/s") if "1m" in name else (1.0, "/s")
-        rival = median[PASSTHROUGH][name]
+        ratio = statistics.median(
+            value / rival for value, rival in zip(of_targets[MOUNT], of_targets[PASSTHROUGH], strict=True)
+        )
+        median = {target: statistics.median(values) / scale for target, values in of_targets.items()}
         yield Figure(
-            f"mount.{name}", value / scale, unit, rival=PASSTHROUGH, rival_value=rival / scale,
-            ratio=value / rival, limit=median[DISK][name] / scale,
-            goal=GOALS.get(name, SEQUENTIAL_GOAL) * rival / scale,
+            f"mount.{name}", median[MOUNT], unit, rival=PASSTHROUGH, rival_value=median[PASSTHROUGH],
+            ratio=ratio, limit=median[DISK], goal=GOALS.get(name, SEQUENTIAL_GOAL) * median[MOUNT] / ratio,
         )  # fmt: skip
