@@ -9,6 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from kvfs.allocator import Extent
 from kvfs.errors import StoreClosed
@@ -17,6 +18,7 @@ from kvfs.files.file_data import FileData
 from kvfs.files.inode import PERMISSIONS, Inode, clamped_time
 from kvfs.files.inode_table import InodeTable
 from kvfs.files.names import MAX_NAME_BYTES, Names
+from kvfs.read_ahead import ReadAhead
 from kvfs.tree import AttributeChanges, Attributes, Caller, FileError, FileSystemUsage, OpenFile
 
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
@@ -29,11 +31,12 @@ BYTES_PER_INODE = 256  # of the catalogue, for statfs
 class _Handle:
     """An open file. keeps_set_id: whether the file keeps its set-id bits when written by whoever opened it."""
 
-    __slots__ = ("inode", "is_readable", "is_writable", "keeps_set_id")
+    __slots__ = ("ahead", "inode", "is_readable", "is_writable", "keeps_set_id")
 
-    def __init__(self, inode: Inode, flags: int, caller: Caller):
+    def __init__(self, inode: Inode, flags: int, caller: Caller, data: FileData):
         access = flags & os.O_ACCMODE
         self.inode = inode
+        self.ahead = ReadAhead(partial(data.read, inode), lambda: inode.size, lambda: inode.writing.version)
         self.is_readable = access != os.O_WRONLY
         self.is_writable = access != os.O_RDONLY
         self.keeps_set_id = caller.uid == 0
@@ -230,7 +233,7 @@ class FileSystem:
         self._check_is_file(inode)
         self._inodes.load_extents(inode)
         inode.num_handles += 1
-        return OpenFile(self._add_handle(_Handle(inode, flags, caller)))
+        return OpenFile(self._add_handle(_Handle(inode, flags, caller, self._data)))
 
     def _truncate_if_asked(self, handle: int, flags: int, caller: Caller) -> None:
         """Without the store's lock: a writer that has the inode's may wait for it."""
@@ -258,9 +261,9 @@ class FileSystem:
         return found
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | bytes:
-        inode = self._file(handle).inode  # the kernel reads through writers' handles too, to fill its pages
-        data = self._data.read(inode, offset, size)
-        self._was_read(inode)
+        file = self._file(handle)  # the kernel reads through writers' handles too, to fill its pages
+        data = file.ahead.read(offset, size)
+        self._was_read(file.inode)
         return data
 
     def read_now(self, handle: int, offset: int, size: int) -> memoryview | None:

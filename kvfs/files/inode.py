@@ -13,6 +13,30 @@ MAX_TIME_NS = (1 << 63) - 1  # the year 2262
 PERMISSIONS = 0o7777
 
 
+class Writing:
+    """Held by whoever changes a file's data; `version` tells readers without it whether somebody has."""
+
+    __slots__ = ("_count", "_lock")
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._count = 0  # of changes begun and ended: odd while one is under way
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._count += 1
+
+    def __exit__(self, *exception) -> None:
+        self._count += 1
+        self._lock.release()
+
+    @property
+    def version(self) -> int | None:
+        """None while the data are being changed."""
+        count = self._count
+        return None if count % 2 else count
+
+
 @dataclass(slots=True, eq=False)
 class Inode:
     """num_links: names, and of a folder also its "." and its subfolders' ".."; 0: without a name, and gone when
@@ -40,7 +64,7 @@ class Inode:
     extents: ExtentMap | None = None  # None: not read yet
     xattrs: dict[bytes, bytes] | None = None
     has_row: bool = True  # whether the catalogue may know it
-    writing: threading.Lock = field(default_factory=threading.Lock)  # held by whoever changes the data
+    writing: Writing = field(default_factory=Writing)
 
     @property
     def is_folder(self) -> bool:

@@ -8,9 +8,9 @@ import numpy as np
 
 from kvfs.head_rows import HeadRows
 from kvfs.kv_tree.attend import AttendContent
+from kvfs.kv_tree.early_content import EarlyContent
 from kvfs.kv_tree.nodes import File, Folder, Mounted, OpenContent, Permissions, file_attributes
 from kvfs.kv_tree.npy_format import HEADER_BYTES, npy_header
-from kvfs.kv_tree.read_ahead import ReadAhead
 from kvfs.kv_tree.safetensors_format import KINDS
 from kvfs.kv_tree.snapshot import Snapshot
 from kvfs.kv_tree.transfer import SafetensorsReader
@@ -90,7 +90,7 @@ class _SnapshotFile(_NamedFile):
     def open(self, flags: int, caller: Caller) -> OpenContent:
         self.check_read_only(flags)
         self._snapshot.check()
-        return ReadAhead(self.content, self._snapshot.check)
+        return EarlyContent(self.content, self._snapshot.check)
 
     @cached_property
     def content(self) -> OpenContent:

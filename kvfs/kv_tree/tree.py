@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 
 from kvfs.errors import KvfsError, NvmeStatusError, errno_of
+from kvfs.kv_tree.early_content import EarlyContent
 from kvfs.kv_tree.files import File, SafetensorsContent
 from kvfs.kv_tree.folders import ControlFolder, KvFolder
 from kvfs.kv_tree.inodes import InodeTable
 from kvfs.kv_tree.nodes import DEFAULT_MODE, Folder, Mounted, Node, OpenContent, Permissions
-from kvfs.kv_tree.read_ahead import ReadAhead
 from kvfs.kv_tree.uploads import COPY_BYTES, Upload
 from kvfs.store import Store
 from kvfs.tree import ROOT_INODE, AttributeChanges, Attributes, Caller, FileError, OpenFile
@@ -247,7 +247,7 @@ class KvTree:
     ) -> int:
         """Copy between open files; how many bytes. A whole sequence.safetensors makes a fork, not a copy."""
         source, target = self._handles[source_handle], self._handles[target_handle]
-        source = source.content if isinstance(source, ReadAhead) else source
+        source = source.content if isinstance(source, EarlyContent) else source
         if isinstance(source, SafetensorsContent) and isinstance(target, Upload):
             taken = target.take_over(source.reader, source_offset, target_offset, length)
             if taken is not None:

@@ -10,6 +10,7 @@ import pytest
 
 from kvfs.errors import OutOfSpace, StoreClosed
 from kvfs.files.file_data import KEEP_SIZE, MAX_SIZE, PUNCH_HOLE, ZERO_RANGE
+from kvfs.read_ahead import MIN_BYTES, NUM_PIECES
 from kvfs.tree import ROOT_INODE, FileError
 from spdk_glue import dma
 from tests.unit.kvfs.files.posix import USER, Posix
@@ -32,6 +33,30 @@ def test_write_and_read(posix, offset, size):
     assert posix.read(b"a") == before[:offset] + data + before[offset + size :]
     assert posix.read(b"a", offset + 1, 7) == posix.read(b"a")[offset + 1 :][:7]
     assert posix.read(b"a", len(before), 1) == b"" == posix.read(b"a", 1 << 60, 1)
+
+
+@pytest.mark.parametrize("change", ["write", "truncate", "punch"])
+def test_what_changes_after_it_was_read_early(posix, change):
+    """Old bytes, served from memory to whoever reads from front to back."""
+    size = MIN_BYTES
+    data = bytearray(content(6 * size))
+    posix.write(b"a", 0, bytes(data))
+    with posix.open(b"a") as handle:
+        for number in range(3):
+            assert bytes(posix.tree.read(handle, number * size, size)) == data[number * size :][:size]
+        early = [future.result() for _, future in posix.tree._file(handle).ahead._ahead.values()]
+        assert len(early) == NUM_PIECES
+        if change == "write":
+            posix.write(b"a", 3 * size + 7, b"new")
+            data[3 * size + 7 : 3 * size + 10] = b"new"
+        elif change == "truncate":
+            posix.set(b"a", size=3 * size + 5)
+            del data[3 * size + 5 :]
+        else:
+            posix.fallocate(b"a", PUNCH_HOLE | KEEP_SIZE, 3 * size, size)
+            data[3 * size : 4 * size] = bytes(size)
+        for number in range(3, 6):
+            assert bytes(posix.tree.read(handle, number * size, size)) == data[number * size :][:size]
 
 
 def test_reading_at_once(store, posix):

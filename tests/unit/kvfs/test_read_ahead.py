@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvfs.kv_tree import read_ahead
+from kvfs import read_ahead
+from kvfs.kv_tree.early_content import EarlyContent
 from kvfs.kv_tree.nodes import OpenContent
-from kvfs.kv_tree.read_ahead import MIN_BYTES, NUM_PIECES, ReadAhead
+from kvfs.read_ahead import MIN_BYTES, NUM_PIECES, ReadAhead
 from kvfs.tree import FileError
 
 PIECE = MIN_BYTES
@@ -43,7 +44,7 @@ def content():
 
 @pytest.fixture
 def ahead(content):
-    return ReadAhead(content, content.check)
+    return EarlyContent(content, content.check)
 
 
 def is_right(data, number):
@@ -93,3 +94,24 @@ def test_what_is_gone(content, ahead):
     for number in (1, 2, 3):
         with pytest.raises(FileError):
             ahead.read(number * PIECE, PIECE)
+
+
+@pytest.mark.parametrize("version", [2, None])
+def test_what_has_changed(content, version):
+    """Bytes from before a change that is under way, or has ended, are not what is there."""
+    versions = [1]
+    ahead = ReadAhead(content.read, lambda: content.size, lambda: versions[-1])
+    assert is_right(ahead.read(0, PIECE), 0)
+    wait_for_threads()
+    versions.append(version)
+    assert is_right(ahead.read(PIECE, PIECE), 1)
+    assert content.reads[PIECE] == 2
+
+
+def test_what_was_being_changed(content):
+    """Nothing is read early, which would be worth nothing even if the change goes on."""
+    ahead = ReadAhead(content.read, lambda: content.size, lambda: None)
+    for number in range(NUM + 1):
+        assert is_right(ahead.read(number * PIECE, PIECE), number)
+    wait_for_threads()
+    assert set(content.reads.values()) == {1}
