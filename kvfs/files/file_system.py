@@ -29,14 +29,17 @@ BYTES_PER_INODE = 256  # of the catalogue, for statfs
 
 
 class _Handle:
-    """An open file. keeps_set_id: whether the file keeps its set-id bits when written by whoever opened it."""
+    """An open file. read: as FileData.read; keeps_set_id: whether the file keeps its set-id bits when written by
+    whoever opened it."""
 
-    __slots__ = ("ahead", "inode", "is_readable", "is_writable", "keeps_set_id")
+    __slots__ = ("inode", "is_readable", "is_writable", "keeps_set_id", "read")
 
     def __init__(self, inode: Inode, flags: int, caller: Caller, data: FileData):
         access = flags & os.O_ACCMODE
         self.inode = inode
-        self.ahead = ReadAhead(partial(data.read, inode), lambda: inode.size, lambda: inode.writing.version)
+        self.read = partial(data.read, inode)
+        if flags & os.O_DIRECT:  # for all others the kernel reads ahead
+            self.read = ReadAhead(self.read, lambda: inode.size, lambda: inode.writing.version).read
         self.is_readable = access != os.O_WRONLY
         self.is_writable = access != os.O_RDONLY
         self.keeps_set_id = caller.uid == 0
@@ -262,7 +265,7 @@ class FileSystem:
 
     def read(self, handle: int, offset: int, size: int) -> memoryview | bytes:
         file = self._file(handle)  # the kernel reads through writers' handles too, to fill its pages
-        data = file.ahead.read(offset, size)
+        data = file.read(offset, size)
         self._was_read(file.inode)
         return data
 
