@@ -29,8 +29,10 @@ BYTES_PER_INODE = 256  # of the catalogue, for statfs
 
 
 class _Handle:
-    """An open file. read: as FileData.read; keeps_set_id: whether the file keeps its set-id bits when written by
-    whoever opened it."""
+    """An open file. read: as FileData.read
+
+    keeps_set_id: whether the file keeps its set-id bits when written by whoever opened it
+    """
 
     __slots__ = ("inode", "is_readable", "is_writable", "keeps_set_id", "read")
 
