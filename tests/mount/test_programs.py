@@ -131,8 +131,8 @@ def test_pip_installs(drive_mount, tmp_path):
 
 @needs("fio")
 @pytest.mark.parametrize("direct", [0, 1])
-def test_fio_verifies(drive_mount, direct):
+def test_fio_verifies(drive_mount, tmp_path, direct):
     """Random writes with a sync now and then, each block with its checksum, read back and compared."""
     options = ["--rw=randwrite", "--size=24m", "--bsrange=4k-64k", "--fsync=16", "--verify=crc32c"]
     options += [f"--direct={direct}", "--do_verify=1", "--verify_fatal=1", "--norandommap", "--ioengine=psync"]
-    run("fio", "--name=blocks", f"--directory={drive_mount.mountpoint}", *options)
+    run("fio", "--name=blocks", f"--directory={drive_mount.mountpoint}", *options, cwd=tmp_path)  # its state
