@@ -11,6 +11,7 @@ from numba import njit
 from ftl.layout import MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
 
 LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
+SPREAD = np.uint64(0x9E37_79B9_7F4A_7C15)  # odd, of even bit mix
 
 
 @njit(nogil=True, cache=True)
@@ -41,6 +42,25 @@ def _key(lba_plus_1: np.ndarray, version: np.ndarray) -> np.ndarray:
     return lba_plus_1 << HALF ^ version.astype(np.uint64) & LOWER_HALF
 
 
+def keys(records: np.ndarray) -> np.ndarray:
+    """uint64 [n]: of data pages, equal for those of one LBA in one version."""
+    return _key(records["lba"] + np.uint64(1), records["sequence_number"])
+
+
+def _are_elsewhere(data: np.ndarray, previous: np.ndarray, missed: np.ndarray) -> np.ndarray:
+    """bool [n]: of pages that are missed where others name them, those that lie in a wrong place.
+
+    What has the same version and another program number is another copy, and may be torn.
+    """
+    named = _key(previous["lba_plus_1"], previous["version"])[missed]
+    is_elsewhere = np.isin(named, keys(data))
+    distance = previous["distance"][missed]
+    number = data["program_number"][missed] - distance
+    is_exact = (distance > 0) & (distance < MAX_DISTANCE)
+    is_same = np.isin(named * SPREAD ^ number, keys(data) * SPREAD ^ data["program_number"])
+    return is_elsewhere & (is_same | ~is_exact)
+
+
 def vanished(records: np.ndarray, holds: np.ndarray, is_bad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(PAGE_OOB [n], int64 [n] indices) of data pages that others name and that are not there.
 
@@ -51,9 +71,8 @@ def vanished(records: np.ndarray, holds: np.ndarray, is_bad: np.ndarray) -> tupl
     own = np.flatnonzero(holds & (records["kind"] == PageKind.DATA))
     data, previous = records[own], records[own].view(PREVIOUS_PAGE)
     named = _key(previous["lba_plus_1"], previous["version"])
-    there = _key(data["lba"] + np.uint64(1), data["sequence_number"])
-    missed = np.flatnonzero((previous["lba_plus_1"] != 0) & (named != np.roll(there, 1)))
-    missed = missed[~np.isin(named[missed], there)]  # a page in the wrong place is not gone
+    missed = np.flatnonzero((previous["lba_plus_1"] != 0) & (named != np.roll(keys(data), 1)))
+    missed = missed[~_are_elsewhere(data, previous, missed)]
     # before the page that names it, behind all others that do not
     last_gone = np.maximum.accumulate(np.where(holds, -1, np.arange(len(records))))
     indices = last_gone[own[missed]]

@@ -293,10 +293,10 @@ class FtlSimulation:
             ftl.read(lbas, self._addresses[:count])
         except CorruptPage:
             may_be = {int(record["lba"]) for record in self.media.lost_pages().values()} | self._oracle.lost
-            if (
-                self.media.untold_lbas() is None
-            ):  # nor is it known what was deallocated, and may be gone with reason
-                may_be = set(range(ftl.num_lbas))
+            # what was copied, and the copy lost, may have been half erased since; where that is known of
+            # none, nor is it known what was deallocated, and may be gone with reason
+            untold = self.media.untold_lbas()
+            may_be |= set(range(ftl.num_lbas)) if untold is None else untold
             for position, lba in enumerate(lbas.tolist()):
                 try:
                     ftl.read(lbas[position : position + 1], self._addresses[position : position + 1])

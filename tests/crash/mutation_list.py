@@ -492,6 +492,11 @@ _FTL = [
     ),
     *_of(
         "ftl/page_chain.py",
+        (
+            "another copy passes for what is gone",
+            "return is_elsewhere & (is_same | ~is_exact)",
+            "return is_elsewhere",
+        ),
         ("refused pages taken for gone", " & was_accepted & (own[missed] > begun)", ""),
         (
             "what is gone passes for newer",
@@ -993,6 +998,11 @@ _FLASH_METADATA = [
         (
             "failed pages believed",
             "    doubtful = doubtful | media.bad_blocks()[superblocks, indices % media.geometry.num_planes]\n",
+            "",
+        ),
+        (
+            "copies do not make up for what is gone",
+            " & ~np.isin(page_chain.keys(gone), page_chain.keys(records))",
             "",
         ),
         (

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from ftl.direct_io.api import crc32c_records
 from ftl.errors import CorruptPage
 from ftl.geometry import Geometry
-from ftl.layout import MAX_DISTANCE, PAGE_OOB, PREVIOUS_PAGE
+from ftl.layout import MAX_DISTANCE, PAGE_OOB, PREVIOUS_PAGE, PageKind
 from ftl.media_memory import MemoryMedia
-from ftl.page_chain import PageChain
+from ftl.page_chain import PageChain, vanished
 from ftl.translation import FlashTranslationLayer
 from tests.crash.pages import read_page, write_pages
 
@@ -150,3 +151,42 @@ def test_distance():
     chain.link(records[:2])
     chain.link(records[2:])
     assert records.view(PREVIOUS_PAGE)["distance"][1:].tolist() == [1, 489, MAX_DISTANCE]
+
+
+@pytest.mark.parametrize(("number", "is_gone"), [(7, True), (10, False)])
+def test_another_copy_is_not_the_one_that_is_gone(number, is_gone):
+    """A power cut may have torn it. The very page that is named, in the wrong place, is not gone."""
+    chain, records = PageChain(), np.zeros(4, PAGE_OOB)
+    records["kind"], records["lba"], records["sequence_number"] = PageKind.DATA, [9, 1, 9, 3], [5, 2, 5, 6]
+    records["program_number"] = [number, 9, 10, 11]
+    chain.link(records[1:])
+    holds = np.array([True, True, False, True])
+    found, indices = vanished(records, holds, np.zeros(4, bool))
+    assert found["lba"].tolist() == [9] * is_gone
+    assert indices.tolist() == [2] * is_gone
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_a_copy_that_is_whole_makes_up_for_one_that_is_gone(drive, is_torn):
+    """Of a page that is gone, what else has its version is as good, unless a power cut tore it."""
+    media, ftl = drive
+    ftl.flush()
+    page = page_of(ftl, 4)
+    with ftl._state.lock:
+        ftl._log.mark(after_pages=0)
+        ftl._log.sync()
+    spare = int(np.flatnonzero(media.oob["magic"] == 0)[-1])
+    media.oob[spare], media.pages[spare] = media.oob[page], media.pages[page]
+    record = media.oob[spare : spare + 1]
+    record["program_number"] -= 15
+    record.view(PREVIOUS_PAGE)["lba_plus_1"] = 0
+    record["oob_crc32c"] = crc32c_records(record)
+    lose(media, page)
+    if is_torn:
+        media.pages[spare] = 0
+    again = FlashTranslationLayer.open(media)
+    if is_torn:
+        with pytest.raises(CorruptPage, match="LBA 4 "):
+            read_page(again, 4)
+    else:
+        assert read_page(again, 4) == 204
