@@ -24,5 +24,5 @@ def test_schema_and_names(tmp_path):
         figure = figures[f"mount.{name}"]
         assert figure["rival"] == mount.PASSTHROUGH and figure["ratio"] > 0 and figure["limit"] > 0
     assert {"remote.attend.4096.overhead", "remote.append.1024_tokens_a_call"} <= set(figures)
-    assert len(steps) == 4  # three targets, and the store in another process
+    assert len(steps) == 5  # requests, files in each of three targets, and the store in another process
     assert list(tmp_path.iterdir()) == []
