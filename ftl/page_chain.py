@@ -11,7 +11,6 @@ from numba import njit
 from ftl.layout import MAX_DISTANCE, OOB_MAGIC, PAGE_OOB, PREVIOUS_PAGE, PageKind
 
 LOWER_HALF, HALF = np.uint64(0xFFFF_FFFF), np.uint64(32)
-SPREAD = np.uint64(0x9E37_79B9_7F4A_7C15)  # odd, of even bit mix
 
 
 @njit(nogil=True, cache=True)
@@ -52,12 +51,11 @@ def _are_elsewhere(data: np.ndarray, previous: np.ndarray, missed: np.ndarray) -
 
     What has the same version and another program number is another copy, and may be torn.
     """
-    named = _key(previous["lba_plus_1"], previous["version"])[missed]
-    is_elsewhere = np.isin(named, keys(data))
+    is_elsewhere = np.isin(_key(previous["lba_plus_1"], previous["version"])[missed], keys(data))
     distance = previous["distance"][missed]
-    number = data["program_number"][missed] - distance
     is_exact = (distance > 0) & (distance < MAX_DISTANCE)
-    is_same = np.isin(named * SPREAD ^ number, keys(data) * SPREAD ^ data["program_number"])
+    # program numbers are given once
+    is_same = np.isin(data["program_number"][missed] - distance, data["program_number"])
     return is_elsewhere & (is_same | ~is_exact)
 
 

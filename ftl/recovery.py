@@ -101,9 +101,11 @@ def recover(media: FlashMedia, progress: Callable[[int, int], None] | None = Non
     begun_groups = pages[doubtful | has_failed] // geometry.num_dies
     good = _whole(media, records, pages, doubtful, found)
     records, pages, doubtful = records[good], pages[good], doubtful[good]
-    # a copy of the same version that is whole makes up for one that is gone
-    is_lost = ~_doubtful(gone, durable_numbers) & ~np.isin(page_chain.keys(gone), page_chain.keys(records))
-    lost, lost_pages = gone[is_lost], gone_pages[is_lost]
+    durable = ~_doubtful(gone, durable_numbers)
+    lost, lost_pages = gone[durable], gone_pages[durable]
+    if len(lost):  # a copy of the same version that is whole makes up for one that is gone
+        is_lost = ~np.isin(page_chain.keys(lost), page_chain.keys(records))
+        lost, lost_pages = lost[is_lost], lost_pages[is_lost]
     if geometry.parity:
         # all others had their parity before anything was called durable: what lacks there is damage
         weak = unprotected_groups(geometry, records, pages)

@@ -1002,7 +1002,7 @@ _FLASH_METADATA = [
         ),
         (
             "copies do not make up for what is gone",
-            " & ~np.isin(page_chain.keys(gone), page_chain.keys(records))",
+            "        lost, lost_pages = lost[is_lost], lost_pages[is_lost]\n",
             "",
         ),
         (
