@@ -44,9 +44,8 @@ class ReadAhead:
                 self._read_ahead(offset, size)
         if early is not None:
             version, future = early
-            found = future.result()
-            if version == self._version():
-                return found
+            if version == self._version():  # nor is the error of an early read told once it may be mended
+                return future.result()
         return self._read(offset, size)
 
     def _read_ahead(self, offset: int, size: int) -> None:

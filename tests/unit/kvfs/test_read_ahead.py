@@ -115,3 +115,17 @@ def test_what_was_being_changed(content):
         assert is_right(ahead.read(number * PIECE, PIECE), number)
     wait_for_threads()
     assert set(content.reads.values()) == {1}
+
+
+def test_an_error_that_is_mended(content):
+    """What could not be read early, and was written anew since, can be read."""
+    versions = [1]
+    ahead = ReadAhead(content.read, lambda: content.size, lambda: versions[-1])
+    content.is_gone = True
+    for number in (0, 1):
+        with pytest.raises(FileError):
+            ahead.read(number * PIECE, PIECE)
+    wait_for_threads()
+    content.is_gone = False
+    versions.append(2)
+    assert is_right(ahead.read(2 * PIECE, PIECE), 2)
