@@ -141,7 +141,7 @@ def _run(tree: Path, arguments: list[str]) -> str | None:
     if process.returncode == 0:
         return None
     said = [line for line in output.splitlines() if line.startswith(("seed ", "FAILED ", "ERROR "))]
-    return said[-1] if said else output.strip().splitlines()[-1]
+    return [f"ended with {process.returncode}", *output.strip().splitlines(), *said][-1]
 
 
 def _cpu_seconds(pid: int) -> float:

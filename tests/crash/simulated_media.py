@@ -141,14 +141,14 @@ class SimulatedMedia(NandMedia):
 
     def _fail_to_program(self, pages):
         superblocks, _, planes = self._places(pages)
-        good = ~np.tile(self._rules.bad[superblocks[0]], self.geometry.pages_per_erase_block)
         self.failed.update(zip(superblocks.tolist(), planes.tolist(), strict=True))
         size = self.geometry.pages_per_superblock
         here = self.oob[superblocks[0] * size :][:size]
-        batch = self._record["program_number"].min()
-        if (
-            good & (here["magic"] != 0) & (here["program_number"] < batch)
-        ).any():  # a bad block keeps what it had
+        # a bad block keeps what it had
+        held = (here["magic"] != 0) & ~np.tile(
+            self._rules.bad[superblocks[0]], self.geometry.pages_per_erase_block
+        )
+        if (held & (here["program_number"] < self._record["program_number"].min())).any():
             self.failed_with_data.add(int(superblocks[0]))
         super()._fail_to_program(pages)
 
