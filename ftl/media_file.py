@@ -1,7 +1,7 @@
 """Flash in a sparse file, through direct I/O (io_uring where it is allowed).
 
-An erase punches a hole, so an erased superblock takes no space and reads as zeros, which is how a page that
-was never programmed looks.
+Closing punches holes where superblocks were erased, so they take no space. An erase does not: a file system
+that is mounted with `discard` tells its disk of every hole, and what is written meanwhile waits for that.
 """
 
 import errno
@@ -24,6 +24,8 @@ ORPHANED_LOCK_SECONDS = 5.0
 
 class FileBacking(DirectFile):
     """See media_stored.Backing. Owns the descriptor."""
+
+    discards_at_once = False
 
     def __init__(self, path, descriptor: int, layout: DriveLayout):
         super().__init__(descriptor, os.fspath(path), layout.geometry.page_size, layout.data_start)

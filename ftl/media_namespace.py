@@ -28,6 +28,8 @@ CLEAR_BYTES = 8 << 20  # zeros written at a time
 class NamespaceBacking:
     """See media_stored.Backing. Owns the namespace."""
 
+    discards_at_once = True
+
     def __init__(self, namespace: BlockNamespace, layout: DriveLayout):
         self.name = name_of(namespace)
         self._namespace = namespace

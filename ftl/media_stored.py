@@ -1,7 +1,8 @@
 """Flash kept in a store of bytes: the format and the NAND rules, whatever holds the bytes.
 
 The store is a file (media_file.py) or an NVMe namespace (media_namespace.py). An erase clears the OOB of the
-superblock, for without it a page does not exist, and gives back the space of its payload.
+superblock, for without it a page does not exist. The space of its payload is given back at once, or, where that
+would slow down what goes on beside it, when the media are closed.
 """
 
 import logging
@@ -29,6 +30,7 @@ class Backing(Protocol):
     """Bytes at offsets, which like lengths are multiples of BLOCK_BYTES. Failures raise MediaIoError."""
 
     name: str
+    discards_at_once: bool  # whether `discard` costs nothing beside itself
 
     def read_pages(self, pages: np.ndarray, addresses: np.ndarray, crc32c: np.ndarray) -> None:
         """Read pages; fills uint32 [n] with the CRC32C of each. Thread-safe, without the GIL."""
@@ -72,7 +74,8 @@ class StoredMedia:
         self.layout = layout
         self._backing = backing
         self._rules = NandRules(self.geometry)
-        self._lock = threading.Lock()  # of the table with its writing, and of the images
+        self._erased: set[int] = set()  # superblocks whose payload may be discarded
+        self._lock = threading.Lock()  # of the table with its writing, the images and what is erased
         self._oob_images: OrderedDict[int, np.ndarray] = OrderedDict()
         self._sync_failure: MediaIoError | None = None
         self._table = self._read_table()
@@ -171,13 +174,16 @@ class StoredMedia:
             return
         self._rules.program(pages)
         superblocks = pages // self.geometry.pages_per_superblock
+        changed = np.unique(superblocks).tolist()
+        with self._lock:
+            self._erased.difference_update(changed)
         try:
-            images = {superblock: self._oob_image(superblock) for superblock in np.unique(superblocks).tolist()}
+            images = {superblock: self._oob_image(superblock) for superblock in changed}
             pieces, extents = self._oob_writes(pages, superblocks, images)
             self._backing.program_pages(pages, addresses, oob, pieces, extents)
         except MediaIoError:
             # the images may hold records of pages that are not there
-            self._forget_images(np.unique(superblocks).tolist())
+            self._forget_images(changed)
             raise
         self.counters.add(pages_programmed=len(pages))
 
@@ -225,11 +231,18 @@ class StoredMedia:
         if good.all():
             self._forget_images([superblock])
             self._backing.clear(self.layout.oob_of(superblock), self.layout.oob_stride)
-            self._backing.discard(self.layout.data_of(superblock), self.geometry.superblock_bytes)
+            if self._backing.discards_at_once:
+                self._discard(superblock)
+            else:
+                with self._lock:
+                    self._erased.add(superblock)
         else:
             self._clear_oob(superblock, good)
         self._rules.erased(superblock, good)
         self.counters.add(blocks_erased=int(np.count_nonzero(good)))
+
+    def _discard(self, superblock: int) -> None:
+        self._backing.discard(self.layout.data_of(superblock), self.geometry.superblock_bytes)
 
     def _clear_oob(self, superblock: int, planes: np.ndarray) -> None:
         """Clear the OOB of some blocks; planes: bool [num_planes]. A bad block between keeps its pages."""
@@ -283,4 +296,9 @@ class StoredMedia:
             raise ReadOnlyMedia(operation)
 
     def close(self) -> None:
-        self._backing.close()
+        try:
+            for superblock in sorted(self._erased):
+                self._discard(superblock)
+            self._erased.clear()
+        finally:
+            self._backing.close()

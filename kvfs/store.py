@@ -319,6 +319,7 @@ class Store:
         if self._files is not None:
             raise InvalidArgument("the store has a file system already: two would not see each other's changes")
         self._files = files
+        self._stack.callback(files.close)
 
     # durability
 

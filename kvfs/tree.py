@@ -143,6 +143,9 @@ class Tree(Protocol):
     def write(self, handle: int, offset: int, data: memoryview | bytes) -> int:
         """All of data is written, or an error is raised. O_APPEND is the kernel's business."""
 
+    def flush_waits(self, handle: int) -> bool:
+        """Whether `flush` is to be called where it may wait. Raises nothing."""
+
     def flush(self, handle: int) -> None:
         """A descriptor was closed; not durability."""
 

@@ -18,6 +18,7 @@ from kvfs.files.extent_map import Piece
 from kvfs.files.file_catalogue import EXTENT_BYTES, INODE_BYTES
 from kvfs.files.inode import Inode
 from kvfs.files.inode_table import InodeTable
+from kvfs.files.write_behind import WriteBehind
 from kvfs.placement import PLACEMENT_FILES
 from kvfs.tree import FileError
 from spdk_glue import dma
@@ -31,9 +32,10 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # of fallocate(2)
 class FileData:
     """The extents of the inodes that are given have been loaded."""
 
-    def __init__(self, store, inodes: InodeTable):
+    def __init__(self, store, inodes: InodeTable, behind: WriteBehind):
         self._store = store
         self._inodes = inodes
+        self._behind = behind
         self._data_lock = inodes.data_lock
         self._namespace = store._namespace
         self._block_bytes = store._namespace.block_bytes
@@ -45,6 +47,7 @@ class FileData:
         """Up to size bytes. Waits for no writer: of a write under way it gives some, all or nothing."""
         block_bytes = self._block_bytes
         while True:
+            self._behind.wait(inode, offset // block_bytes, -(-(offset + size) // block_bytes))
             with self._data_lock:
                 size = min(size, inode.size - offset)
                 if size <= 0 or offset < 0:
@@ -61,7 +64,7 @@ class FileData:
     def read_now(self, inode: Inode, offset: int, size: int) -> memoryview | None:
         """As `read`, from one run of blocks by the drive's short way; None where that is not possible."""
         block_bytes = self._block_bytes
-        if not self._data_lock.acquire(blocking=False):
+        if inode.num_writes_behind or not self._data_lock.acquire(blocking=False):
             return None
         try:
             size = min(size, inode.size - offset)
@@ -111,7 +114,11 @@ class FileData:
     # writing
 
     def write(self, inode: Inode, offset: int, data: memoryview | bytes, keep_set_id: bool) -> int:
-        """All of data, or an error and none of it in the file but what it overwrites."""
+        """All of data, or an error and none of it in the file but what it overwrites.
+
+        data: nobody may change it any more, since it may be written behind; what fails then says the next sync
+        or close.
+        """
         data = np.frombuffer(data, np.uint8)
         end = offset + data.nbytes
         if offset < 0:
@@ -123,6 +130,7 @@ class FileData:
         block_bytes = self._block_bytes
         first, stop = offset // block_bytes, -(-end // block_bytes)
         with inode.writing:
+            self._behind.wait(inode, min(first, inode.size // block_bytes), stop)
             if offset > inode.size:
                 self._zero_behind_end(inode)
             pieces = inode.extents.pieces(first, stop)
@@ -135,7 +143,11 @@ class FileData:
                     self._fill_edges(inode, first, stop, offset, end, buffer)
                     head = offset - first * block_bytes
                     buffer[head : head + data.nbytes] = data
-                self._write_blocks(first, pieces, new, buffer)
+                transfers = self._transfers(first, pieces, new, buffer)
+                if self._behind.takes(buffer.nbytes):
+                    self._behind.start(inode, first, stop, transfers, buffer)
+                else:
+                    self._namespace.write_scattered(transfers, PLACEMENT_FILES)
             except BaseException:
                 self._inodes.not_written([extent for extents in new.values() for extent in extents])
                 raise
@@ -173,16 +185,17 @@ class FileData:
         for block, part in parts.items():
             part[max(0, inode.size - block * block_bytes) :] = 0
 
-    def _write_blocks(
+    def _transfers(
         self, first: int, pieces: list[Piece], new: dict[int, list[Extent]], buffer: np.ndarray
-    ) -> None:
+    ) -> list[tuple[int, np.ndarray]]:
+        """Which part of the buffer goes where."""
         transfers, block_bytes = [], self._block_bytes
         for start, stop, lba in pieces:
             position = (start - first) * block_bytes
             for first_lba, count in new[start] if lba is None else [(lba, stop - start)]:
                 transfers.append((first_lba, buffer[position : position + count * block_bytes]))
                 position += count * block_bytes
-        self._namespace.write_scattered(transfers, PLACEMENT_FILES)
+        return transfers
 
     def _allocate_holes(self, inode: Inode, pieces: list[Piece]) -> dict[int, list[Extent]]:
         """Extents for the holes among some pieces, by first file block. Raises OutOfSpace, with none taken."""
@@ -214,6 +227,7 @@ class FileData:
         if size > MAX_SIZE:
             raise FileError(errno.EFBIG)
         with inode.writing:
+            self._behind.wait(inode)
             if size > inode.size:
                 self._zero_behind_end(inode)
             with self._data_lock:
@@ -234,6 +248,7 @@ class FileData:
         if end > MAX_SIZE:
             raise FileError(errno.EFBIG)
         with inode.writing:
+            self._behind.wait(inode)
             if end > inode.size and not keeps_size:
                 self._zero_behind_end(inode)
             if what == PUNCH_HOLE:

@@ -18,6 +18,8 @@ from kvfs.files.file_data import FileData
 from kvfs.files.inode import PERMISSIONS, Inode, clamped_time
 from kvfs.files.inode_table import InodeTable
 from kvfs.files.names import MAX_NAME_BYTES, Names
+from kvfs.files.write_behind import WriteBehind
+from kvfs.placement import PLACEMENT_FILES
 from kvfs.read_ahead import ReadAhead
 from kvfs.tree import AttributeChanges, Attributes, Caller, FileError, FileSystemUsage, OpenFile
 
@@ -86,12 +88,13 @@ class FileSystem:
         self._lock = _OpenStore(store)
         self._rows = store._catalogue.files
         self._block_bytes = store._namespace.block_bytes
+        self._behind = WriteBehind(store._namespace, PLACEMENT_FILES)
         with self._lock:
             store._use_files(self)
-            self._inodes = InodeTable(store)
+            self._inodes = InodeTable(store, self._behind)
             self._names = Names(store, self._inodes)
         self._data_lock = self._inodes.data_lock
-        self._data = FileData(store, self._inodes)
+        self._data = FileData(store, self._inodes, self._behind)
         self._handles: dict[int, _Handle | _FolderHandle] = {}
         self._handle_numbers = itertools.count(1)
 
@@ -281,10 +284,18 @@ class FileSystem:
         file = self._file(handle)
         if not file.is_writable:
             raise FileError(errno.EBADF)
+        self._behind.raise_error(file.inode)
         return self._data.write(file.inode, offset, data, file.keeps_set_id)
 
+    def flush_waits(self, handle: int) -> bool:
+        found = self._handles.get(handle)
+        return type(found) is _Handle and found.inode.num_writes_behind > 0
+
     def flush(self, handle: int) -> None:
-        self._file(handle)
+        """Raises what a write that was accepted came to, as the drive has it."""
+        inode = self._file(handle).inode
+        self._behind.wait(inode)
+        self._behind.raise_error(inode)
 
     def release(self, handle: int) -> None:
         with self._lock:
@@ -332,7 +343,7 @@ class FileSystem:
     # durability and space
 
     def sync(self, handle: int, data_only: bool) -> None:
-        self._file(handle)
+        self.flush(handle)
         self._sync()
 
     def sync_folder(self, handle: int, data_only: bool) -> None:
@@ -340,12 +351,17 @@ class FileSystem:
         self._sync()
 
     def _sync(self) -> None:
+        self._behind.wait()  # here it holds up nobody
         with self._lock:
             self._store._catalogue.batch.check()
             if self._store._catalogue.has_changes:
                 self._store._sync()
                 return
         self._store._namespace.flush()  # blocks that were written in place
+
+    def close(self) -> None:
+        """Before the drive is closed: nothing may be on its way there."""
+        self._behind.close()
 
     def usage(self) -> FileSystemUsage:
         """For statfs(2)."""

@@ -65,6 +65,8 @@ class Inode:
     xattrs: dict[bytes, bytes] | None = None
     has_row: bool = True  # whether the catalogue may know it
     writing: Writing = field(default_factory=Writing)
+    num_writes_behind: int = 0  # accepted, on their way to the drive
+    write_error: Exception | None = None  # of one that did not get there, and nobody knows yet
 
     @property
     def is_folder(self) -> bool:

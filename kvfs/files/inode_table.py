@@ -12,12 +12,14 @@ from kvfs.allocator import Extent
 from kvfs.files.extent_map import ExtentMap
 from kvfs.files.file_catalogue import row_of
 from kvfs.files.inode import Inode
+from kvfs.files.write_behind import WriteBehind
 from kvfs.tree import ROOT_INODE
 
 
 class InodeTable:
-    def __init__(self, store):
+    def __init__(self, store, behind: WriteBehind):
         self._store = store
+        self._behind = behind
         self._rows = store._catalogue.files
         self._batch = store._catalogue.batch
         self._batch.pending = self
@@ -77,6 +79,7 @@ class InodeTable:
             self._inodes.pop(inode.id, None)
 
     def _remove(self, inode: Inode) -> None:
+        self._behind.wait(inode)  # its blocks may become another's
         if inode.is_file:
             self.load_extents(inode)
         if inode.has_row or inode.xattrs:
@@ -102,7 +105,7 @@ class InodeTable:
         self._inodes[inode.id] = inode  # a batch that ended meanwhile may have let it go
 
     def add_extents(self, inode: Inode, first_block: int, extents: Iterable[Extent]) -> None:
-        """Blocks whose data are on the drive become part of a file."""
+        """Blocks whose data are on the drive, or on their way behind, become part of a file."""
         for lba, count in extents:
             inode.extents.add(first_block, count, lba)
             first_block += count
@@ -147,7 +150,10 @@ class InodeTable:
 
     def write_pending(self) -> None:
         inodes, extents = [], []
+        self._behind.wait()
         with self.data_lock:
+            for inode in self._changed.values():
+                self._behind.wait(inode)  # what has begun since: no row may name what is not written
             changed, self._changed = self._changed, {}
             self._leaving += self._freed
             self._freed = []

@@ -213,6 +213,9 @@ class KvTree:
     def write(self, handle: int, offset: int, data: memoryview | bytes) -> int:
         return self._handles[handle].write(offset, data)
 
+    def flush_waits(self, handle: int) -> bool:
+        return True
+
     @_reported
     def flush(self, handle: int) -> None:
         """What was written becomes what it is to be: importing a sequence may take long."""

@@ -87,7 +87,7 @@ class FileRequests:
     def _take(self, answer: Callable, request, *arguments) -> None:
         if answer == self._answer_write:
             handle, offset, data, size = arguments
-            arguments = handle, offset, ffi.buffer(ffi.gc(data, lib.free, size), size)
+            arguments = handle, offset, ffi.buffer(ffi.gc(data, lib.give_back_buffer, size), size)
         queue = self._seeks if answer == self._answer_seek else self._queue
         queue.put((answer, request, arguments))
 

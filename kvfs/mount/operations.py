@@ -249,15 +249,15 @@ class MountOperations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=handle, direct_io=file.direct, keep_cache=file.keep_cache)
 
     @answered
-    def _flush_file(self, handle: int):
+    def _flush(self, handle: int):
         tree, handle = self._trees.of_handle(handle)
         tree.flush(handle)
 
-    _flush_kv = answered_in_thread(_flush_file.__wrapped__)  # what was written is now taken into the KV cache
+    _flush_in_thread = answered_in_thread(_flush.__wrapped__)
 
     async def flush(self, handle: int):
-        tree, _ = self._trees.of_handle(handle)
-        await (self._flush_kv if tree is self._trees.kv else self._flush_file)(handle)
+        tree, trees_handle = self._trees.of_handle(handle)
+        await (self._flush_in_thread if tree.flush_waits(trees_handle) else self._flush)(handle)
 
     @answered
     def release(self, handle: int):

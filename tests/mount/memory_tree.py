@@ -307,6 +307,9 @@ class MemoryTree:
         self._touch(node)
         return len(data)
 
+    def flush_waits(self, handle: int) -> bool:
+        return False
+
     def flush(self, handle: int) -> None:
         pass
 

@@ -27,7 +27,7 @@ int fuse_reply_buf(fuse_req_t request, const char *data, size_t size);
 int fuse_reply_write(fuse_req_t request, size_t size);
 int fuse_reply_lseek(fuse_req_t request, int64_t offset);
 int syncfs(int descriptor);
-void free(void *memory);
+void give_back_buffer(void *buffer);
 
 extern "Python" {{ {CALLBACKS} }}
 """

@@ -12,11 +12,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "buffers.c"
+
 #undef fuse_session_new
 #define INTERPOSED __attribute__((visibility("default"))) struct fuse_session *
 
-#define BUFFER_ALIGNMENT 4096 /* direct I/O takes such buffers as they are */
-#define MAX_BACKGROUND 64     /* requests of read-ahead and write-back in flight; the kernel's default is 12 */
+#define MAX_BACKGROUND 64 /* requests of read-ahead and write-back in flight; the kernel's default is 12 */
 
 struct libfuse_version;
 
@@ -45,11 +46,13 @@ static void write_file(fuse_req_t request, fuse_ino_t inode, struct fuse_bufvec 
     ssize_t size = -ENOMEM;
 
     Py_BEGIN_ALLOW_THREADS
-    if (posix_memalign(&copy.buf[0].mem, BUFFER_ALIGNMENT, copy.buf[0].size ? copy.buf[0].size : 1) == 0)
+    copy.buf[0].mem = take_buffer(copy.buf[0].size);
+    if (copy.buf[0].mem)
         size = fuse_buf_copy(&copy, data, 0);
     Py_END_ALLOW_THREADS
     if (size < 0) {
-        free(copy.buf[0].mem);
+        if (copy.buf[0].mem)
+            give_back_buffer(copy.buf[0].mem);
         fuse_reply_err(request, (int)-size);
         return;
     }

@@ -209,6 +209,25 @@ def test_without_holes(path, monkeypatch):
     media.close()
 
 
+def test_space_is_given_back(path):
+    """Closing gives back what was erased, and nothing of what was written since."""
+    media = FileMedia.open(path)
+    first = media.geometry.pages_per_superblock
+    program(media, np.arange(6))
+    program(media, first + np.arange(6))
+    media.erase(0)
+    media.erase(1)
+    written = program(media, first + np.arange(6), seed=1)
+    media.sync()
+    before = path.stat().st_blocks
+    media.close()
+    given_back = (before - path.stat().st_blocks) * 512
+    assert 6 * media.geometry.page_size <= given_back < 12 * media.geometry.page_size
+    media = FileMedia.open(path)
+    np.testing.assert_array_equal(read(media, first + np.arange(6)), written)
+    media.close()
+
+
 def test_a_file_that_may_only_be_read(path):
     """Where reading is allowed and asked for, it works and changes nothing."""
     media = FileMedia.open(path)
