@@ -11,7 +11,7 @@ from ftl.scrub import verify
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import DATASET_DEALLOCATE, DATASET_RANGE, DIRECTIVE_DATA_PLACEMENT, IoOpcode
-from spdk_glue.controller import Handler, Request
+from spdk_glue.controller import BatchHandler, Handler, Request
 from spdk_glue.status import CommandFailed, Status
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,31 @@ class BlockCommands:
             IoOpcode.VERIFY: self.verify,
         }
 
+    def batch_handlers(self) -> dict[int, BatchHandler]:
+        return {IoOpcode.READ: self.read_batch}
+
+    def read_batch(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> bool:
+        """As `read`, if all goes well."""
+        if not all(buffer is not None and buffer.flags.c_contiguous for buffer in buffers):
+            return False
+        page_size = self._ftl.page_size
+        first_lbas = entries["cdw10"].astype(np.int64) | entries["cdw11"].astype(np.int64) << 32
+        counts = (entries["cdw12"] & 0xFFFF).astype(np.int64) + 1
+        sizes = np.array([buffer.nbytes for buffer in buffers])
+        addresses = np.array([dma.address_of(buffer) for buffer in buffers], np.uint64)
+        if (
+            (sizes != counts * page_size).any()
+            or (first_lbas < 0).any()
+            or (first_lbas > self._ftl.num_lbas - counts).any()
+            or (addresses % np.uint64(dma.ALIGNMENT)).any()
+        ):
+            return False
+        try:
+            self._ftl.read(*_spread(first_lbas, counts, addresses, page_size))
+        except FlashError:
+            return False  # whose command it is, the long way says
+        return True
+
     def _check(self, request: Request) -> bool:
         """Whether the request's range and length hold; a bad one gets its status."""
         if request.first_lba + request.num_lbas > self._ftl.num_lbas:
@@ -75,12 +100,12 @@ class BlockCommands:
 
     def _scatter(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
         """(lbas int64, addresses uint64) of all pages of some requests."""
-        counts = [request.num_lbas for request in requests]
-        places = np.array([(r.first_lba, dma.address_of(r.data)) for r in requests], np.uint64)
-        firsts, starts = np.repeat(places, counts, axis=0).T
-        behind = np.arange(len(firsts)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its request
-        lbas = firsts.astype(np.int64) + behind
-        return lbas, starts + behind.astype(np.uint64) * np.uint64(self._ftl.page_size)
+        return _spread(
+            np.array([request.first_lba for request in requests], np.int64),
+            np.array([request.num_lbas for request in requests]),
+            np.array([dma.address_of(request.data) for request in requests], np.uint64),
+            self._ftl.page_size,
+        )
 
     def read(self, requests: Sequence[Request]) -> None:
         accepted = [r for r in requests if self._check(r)]
@@ -143,6 +168,13 @@ class BlockCommands:
                     self._ftl.deallocate(pairs.astype(np.int64))
             except CommandFailed as failure:
                 request.fail(failure)
+
+
+def _spread(first_lbas: np.ndarray, counts: np.ndarray, addresses: np.ndarray, page_size: int):
+    """(int64 LBA, uint64 address) of each page, from those of each command's first."""
+    behind = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within its command
+    starts = np.repeat(addresses, counts)
+    return np.repeat(first_lbas, counts) + behind, starts + behind.astype(np.uint64) * np.uint64(page_size)
 
 
 @contextmanager

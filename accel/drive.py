@@ -73,9 +73,11 @@ class Drive:
         self.attention_unit = AttentionUnit(ftl, self.cache, load_worker(config.worker), config.worker_count)
         stack.callback(self.attention_unit.close)
         admin = AdminCommands(ftl, self.attention_unit, self.cache, config.worker)
+        blocks = BlockCommands(ftl)
         controller = Controller(
-            {**BlockCommands(ftl).handlers(), **VendorCommands(self.attention_unit, ftl).handlers()},
+            {**blocks.handlers(), **VendorCommands(self.attention_unit, ftl).handlers()},
             admin.handlers(),
+            blocks.batch_handlers(),
         )
         admin.error_log = controller.error_log
         self.transport = InprocTransport(controller, config.num_command_threads, ftl.read_run)

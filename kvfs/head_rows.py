@@ -6,6 +6,7 @@ run of rows is wanted, flash is read to where the result lies: nothing is copied
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,7 @@ class HeadRows:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """Rows on consecutive pages of one head in one group. image: these pages; None: on flash at `lba`."""
 
     lba: int

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-NUM_THREADS = 2
-NUM_PIECES = 2  # ahead; each as large as the one that was asked for
+NUM_THREADS = 3
+NUM_PIECES = 4  # ahead; each as large as the one that was asked for
 MIN_BYTES = 256 << 10  # of a piece
 
 _threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="read-ahead")

@@ -59,6 +59,7 @@ class Request:
 
 
 Handler = Callable[[Sequence[Request]], None]
+BatchHandler = Callable[[np.ndarray, Sequence[np.ndarray | None]], bool]
 _FIELDS = ["opcode", "nsid", "cdw10", "cdw11", "cdw12", "cdw13"]
 
 
@@ -96,24 +97,35 @@ class Controller:
     """Opcode dispatch of one drive.
 
     io_handlers, admin_handlers: opcode to handler. They may be called from several threads at once.
+    batch_handlers: opcode to what first tries a doorbell's I/O commands, all of this opcode, as arrays: their
+        SUBMISSION_ENTRY records and buffers. False where not all of them are done and right; then each becomes
+        a request.
     """
 
-    def __init__(self, io_handlers: dict[int, Handler], admin_handlers: dict[int, Handler]):
+    def __init__(
+        self,
+        io_handlers: dict[int, Handler],
+        admin_handlers: dict[int, Handler],
+        batch_handlers: dict[int, BatchHandler] | None = None,
+    ):
+        self._batch_handlers = batch_handlers or {}
         self._handlers = {False: dict(admin_handlers), True: dict(io_handlers)}
         self.error_log = ErrorLog()
         self._error_lock = threading.Lock()
 
     def execute(self, queue_id: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
         """Run a batch of SUBMISSION_ENTRY records; COMPLETION_ENTRY [n] in the same order."""
+        completions = np.zeros(len(entries), COMPLETION_ENTRY)
+        completions["cid"] = entries["cid"]
+        completions["sqid"] = queue_id
+        if queue_id != ADMIN_QUEUE and self._is_done_at_once(entries, buffers):
+            return completions
         requests = [
             Request(*values, data) for values, data in zip(entries[_FIELDS].tolist(), buffers, strict=True)
         ]
         handlers = self._handlers[queue_id != ADMIN_QUEUE]
         for opcode, run in groupby(requests, key=lambda request: request.opcode):
             self._dispatch(handlers.get(opcode), [r for r in run if self._accept(queue_id, r)])
-        completions = np.zeros(len(entries), COMPLETION_ENTRY)
-        completions["cid"] = entries["cid"]
-        completions["sqid"] = queue_id
         for position, request in enumerate(requests):
             if request.result:
                 completions["cdw0"][position] = request.result & 0xFFFFFFFF
@@ -124,6 +136,12 @@ class Controller:
                 with self._error_lock:
                     self.error_log.add(queue_id, int(completion["cid"]), request)
         return completions
+
+    def _is_done_at_once(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> bool:
+        handler = self._batch_handlers.get(int(entries["opcode"][0])) if len(entries) > 1 else None
+        if handler is None or (entries["opcode"] != entries["opcode"][0]).any():
+            return False
+        return bool((entries["nsid"] == NSID).all()) and handler(entries, buffers)
 
     @staticmethod
     def _accept(queue_id: int, request: Request) -> bool:

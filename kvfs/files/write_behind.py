@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Write:
-    """first, stop: blocks of the file; buffer: what the pieces are of, which a pool would take back otherwise"""
+    """first, stop: blocks of the file; buffer: what the pieces are of, or a pool would take it back"""
 
     inode: Inode
     first: int
@@ -38,7 +38,8 @@ class _Write:
 class WriteBehind:
     """Writes in the order in which they were accepted. Safe to call from several threads.
 
-    is_in_background: False has all of it done by those who wait, as late as can be.
+    is_in_background: False has all of it done by those who wait, as late as can be
+    min_bytes: of a write that is taken
     """
 
     def __init__(self, namespace: Namespace, placement_id: int):
@@ -51,10 +52,10 @@ class WriteBehind:
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self.is_in_background = True
+        self.min_bytes = MIN_BYTES
 
-    @staticmethod
-    def takes(num_bytes: int) -> bool:
-        return MIN_BYTES <= num_bytes <= MAX_BYTES
+    def takes(self, num_bytes: int) -> bool:
+        return self.min_bytes <= num_bytes <= MAX_BYTES
 
     def start(
         self, inode: Inode, first: int, stop: int, pieces: Sequence[tuple[int, np.ndarray]], buffer: np.ndarray

@@ -1,6 +1,7 @@
 """The files of the KV tree. What a file holds is fixed when it is looked up: a change makes another inode."""
 
 import json
+import os
 from functools import cached_property
 from hashlib import blake2b
 
@@ -90,7 +91,9 @@ class _SnapshotFile(_NamedFile):
     def open(self, flags: int, caller: Caller) -> OpenContent:
         self.check_read_only(flags)
         self._snapshot.check()
-        return EarlyContent(self.content, self._snapshot.check)
+        if flags & os.O_DIRECT:  # for all others the kernel reads ahead
+            return EarlyContent(self.content, self._snapshot.check)
+        return self.content
 
     @cached_property
     def content(self) -> OpenContent:

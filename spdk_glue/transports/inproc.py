@@ -73,14 +73,10 @@ class InprocTransport:
         return True
 
     def _count(self, entries: np.ndarray, buffers: Sequence[Buffer], completions: np.ndarray) -> None:
-        to_drive = from_drive = 0
-        for opcode, field, buffer in zip(
-            entries["opcode"].tolist(), completions["status"].tolist(), buffers, strict=True
-        ):
-            if direction(opcode) == Direction.HOST_TO_DRIVE and buffer is not None:
-                to_drive += buffer.nbytes
-            elif direction(opcode) == Direction.DRIVE_TO_HOST and buffer is not None and field >> 1 == 0:
-                from_drive += buffer.nbytes
+        sizes = np.array([0 if buffer is None else buffer.nbytes for buffer in buffers])
+        directions, succeeded = direction(entries["opcode"]), completions["status"] >> 1 == 0
+        to_drive = int(sizes[directions == Direction.HOST_TO_DRIVE].sum())
+        from_drive = int(sizes[(directions == Direction.DRIVE_TO_HOST) & succeeded].sum())
         with self._lock:
             self.counters.commands += len(entries)
             self.counters.bytes_to_drive += to_drive + len(entries) * SUBMISSION_ENTRY.itemsize

@@ -167,3 +167,16 @@ class Alike(RuleBasedStateMachine):
 
 Alike.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 TestAlike = Alike.TestCase
+
+
+class AlikeBehind(Alike):
+    """Every write is accepted first, and done when somebody waits for it."""
+
+    def open(self):
+        super().open()
+        behind = self.files.tree._behind
+        behind.is_in_background, behind.min_bytes = False, 1
+
+
+AlikeBehind.TestCase.settings = Alike.TestCase.settings
+TestAlikeBehind = AlikeBehind.TestCase

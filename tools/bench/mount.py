@@ -139,6 +139,7 @@ class Target:
 
     def _write(self, scale: Scale, direct: int) -> float:
         self._file.unlink(missing_ok=True)
+        os.sync()  # what removing it takes is not the next one's to pay
         options = {"rw": "write", "bs": "1M", "end_fsync": 1, "fallocate": "none"}
         return fio(self._file, scale.file_bytes, direct=direct, **options)["write"]["bw_bytes"]
 

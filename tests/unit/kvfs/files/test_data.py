@@ -38,8 +38,8 @@ def test_write_and_read(posix, offset, size):
 @pytest.mark.parametrize("change", ["write", "truncate", "punch"])
 def test_what_changes_after_it_was_read_early(posix, change):
     """Old bytes, served from memory to whoever reads from front to back."""
-    size = MIN_BYTES
-    data = bytearray(content(6 * size))
+    size, num_pieces = MIN_BYTES, 4 + NUM_PIECES
+    data = bytearray(content(num_pieces * size))
     posix.write(b"a", 0, bytes(data))
     with posix.open(b"a", os.O_RDWR | os.O_DIRECT) as handle:
         for number in range(3):
@@ -56,7 +56,7 @@ def test_what_changes_after_it_was_read_early(posix, change):
         else:
             posix.fallocate(b"a", PUNCH_HOLE | KEEP_SIZE, 3 * size, size)
             data[3 * size : 4 * size] = bytes(size)
-        for number in range(3, 6):
+        for number in range(3, num_pieces):
             assert bytes(posix.tree.read(handle, number * size, size)) == data[number * size :][:size]
 
 
