@@ -119,11 +119,15 @@ class NandMedia(MemoryMedia):
         for make_doubtful in reversed(self._unsynced):
             make_doubtful()
         self._unsynced.clear()
-        for superblock in range(self.geometry.num_superblocks):
-            self._note_programmed(superblock)
+        self.restart()
         self.faults.power_cuts += 1
         self.cut_after = None
         self.operations = 0
+
+    def restart(self) -> None:
+        """Another process opens the flash, and knows no more than what is there."""
+        for superblock in range(self.geometry.num_superblocks):
+            self._note_programmed(superblock)
 
     def _note_programmed(self, superblock: int) -> None:
         """What counts as programmed is what has OOB, as in a file."""

@@ -103,6 +103,7 @@ class Simulation:
         self._use(self._open())
 
     def _open(self) -> Store:
+        self.media.restart()
         return Store(
             Drive.over(self.media, self._config),
             PATH,
