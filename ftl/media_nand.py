@@ -255,6 +255,7 @@ class NandMedia(MemoryMedia):
                 if len(free):
                     targets[position] = self.random.choice(free)
                 astray[position] = stored[position] = len(free) > 0
+                lost[position] = not len(free)
         self.faults.lost_writes += int(np.count_nonzero(lost))
         self.faults.misdirected_writes += int(np.count_nonzero(astray))
         return targets

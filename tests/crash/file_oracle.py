@@ -28,12 +28,14 @@ class FileState:
         ] = {}  # by block, padded with zeros: what it held since the last sync
         self.note()
 
-    def note(self) -> None:
-        """The content has changed. Behind the end a block may keep what it held, until the end moves up."""
+    def note(self, zeroed: range = range(0)) -> None:
+        """The content has changed. Behind the end a block may keep what it held, but for what was zeroed there,
+        until the end moves up."""
         for block, data in enumerate(_blocks(self.content)):
             held = self._may_hold.setdefault(block, [])
             end = min(BLOCK_BYTES, len(self.content) - block * BLOCK_BYTES)
-            for behind in {data[end:], *(other[end:] for other in held)}:
+            kept = [_zero(other, zeroed, block * BLOCK_BYTES) for other in held] if zeroed else held
+            for behind in {data[end:], *(other[end:] for other in kept)}:
                 if data[:end] + behind not in held:
                     held.append(data[:end] + behind)
 
@@ -56,7 +58,7 @@ class FileState:
     def zero(self, offset: int, length: int) -> None:
         stop = min(offset + length, len(self.content))
         self.content[offset:stop] = bytes(max(0, stop - offset))
-        self.note()
+        self.note(zeroed=range(offset, offset + length))
 
     def check(self, name: str, found: bytes, size: int) -> None:
         """Raises Mismatch unless a file of this size may hold this."""
@@ -145,6 +147,12 @@ class FileOracle:
         for name, state in self.files.items():
             state.content = bytearray(found[name])
         self.promise()
+
+
+def _zero(data: bytes, zeroed: range, start: int) -> bytes:
+    """A block that begins at `start`, without what lies in a range of the file."""
+    first, stop = (min(max(0, offset - start), len(data)) for offset in (zeroed.start, zeroed.stop))
+    return data[:first] + bytes(stop - first) + data[stop:]
 
 
 def _compare(moment: FileMoment, found: dict[str, bytes | None]) -> None:

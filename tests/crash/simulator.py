@@ -78,7 +78,8 @@ class Simulation:
         except (KvfsError, NvmeError, Lost) as error:
             if not self._is_excused(error):
                 self._fail(error)
-            self._check_what_is_left()
+            if self.store is not None:  # else it was never formatted
+                self._check_what_is_left()
         except (Exception, PowerCut) as error:
             self._fail(error)
         finally:
