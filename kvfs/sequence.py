@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvfs import group_image, head_rows
+from kvfs import head_rows, tail_record, token_rows
 from kvfs.arrays import float_array, to_storage, token_id_array
 from kvfs.attention_request import DrivePart
 from kvfs.errors import InvalidArgument
@@ -20,12 +20,10 @@ from kvfs.metadata import GroupRow, SequenceRow
 from kvfs.sequence_attributes import MAX_NAMES_BYTES, check_attribute
 from kvfs.sequence_version import History, Version
 from kvfs.tail import LayerTail, Spill
-from spdk_glue import dma
 from spdk_glue.namespace import QUEUE_DEPTH
 
 PLACEMENT_TAIL = 1
 PLACEMENT_KV = 3  # and up: see placement.py
-READ_BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
 SPILL_BATCH_BYTES = 8 << 20  # written by one: long runs on flash, few hand-overs
 SPILL_BATCH_EXTENTS = QUEUE_DEPTH // 2  # the rest for a group that goes out by head
 
@@ -308,25 +306,13 @@ class Sequence:
         keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
         on_flash = min(stop, tail.num_spilled)
         if start < on_flash:
-            self._read_groups(layer, start, on_flash, keys, values)
+            token_rows.read(
+                self._store._namespace, self._layout, self._groups, layer, start, on_flash, keys, values
+            )
         if on_flash < stop:
             first = max(start, on_flash)
             tail.read(first, stop, keys[first - start :], values[first - start :])
         return keys, values
-
-    def _read_groups(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Copy tokens [start, stop) from flash: an image in the tail may lack rows that were there before."""
-        group_tokens, layout = self._geometry.group_tokens, self._layout
-        groups = self._groups[: -(-stop // group_tokens)]
-        batch = max(1, READ_BATCH_BYTES // layout.image_bytes)
-        for first in range(start // group_tokens, len(groups), batch):
-            bases = [g.base_lba + layer * layout.layer_lbas for g in groups[first : first + batch]]
-            images = dma.allocate(len(bases) * layout.image_bytes).reshape(len(bases), *layout.image_shape)
-            self._store._namespace.read_scattered(list(zip(bases, images, strict=True)))
-            for group, image in enumerate(images, first):
-                low, high = max(start, group * group_tokens), min(stop, (group + 1) * group_tokens)
-                part = slice(low - start, high - start)
-                group_image.unpack(layout, image, low - group * group_tokens, keys[part], values[part])
 
     def _drive_part(self, layer: int) -> DrivePart:
         return DrivePart(self._groups, self._layers[layer].num_spilled)
@@ -402,51 +388,23 @@ class Sequence:
         self._dirty = False
 
     def _write_tail_record(self, start: int, stop: int) -> tuple[int, int]:
-        """Tokens [start, stop) of all layers, packed: [layer][K | V][token][kv_head][head_dim]."""
+        """Tokens [start, stop) of all layers; (first LBA, number of LBAs) of where they are."""
         if start == stop:
             return 0, 0
-        block_bytes = self._store._namespace.block_bytes
-        shape = (
-            self._geometry.num_layers,
-            2,
-            stop - start,
-            self._geometry.num_kv_heads,
-            self._geometry.head_dim,
-        )
-        size = int(np.prod(shape)) * self._geometry.numpy_dtype.itemsize
-        num_lbas = -(-size // block_bytes)
+        buffer = tail_record.new_buffer(self._geometry, stop - start, self._store._namespace.block_bytes)
+        num_lbas = buffer.nbytes // self._store._namespace.block_bytes
         first_lba = self._store._allocate(num_lbas)
-        buffer = dma.allocate(num_lbas * block_bytes)
-        record = buffer[:size].view(self._geometry.numpy_dtype).reshape(shape)
+        record = tail_record.view(self._geometry, buffer, stop - start)
         for layer in range(self._geometry.num_layers):
             record[layer, 0], record[layer, 1] = self._read_layer(layer, start, stop)
         self._store._namespace.write(first_lba, buffer, PLACEMENT_TAIL)
         return first_lba, num_lbas
 
     def _load_tail_record(self) -> None:
-        start, stop = self._row.num_spilled, self._row.num_tokens
-        shape = (
-            self._geometry.num_layers,
-            2,
-            stop - start,
-            self._geometry.num_kv_heads,
-            self._geometry.head_dim,
-        )
-        size = int(np.prod(shape)) * self._geometry.numpy_dtype.itemsize
         buffer = self._store._namespace.read(self._row.tail_lba, self._row.tail_lbas)
-        record = buffer[:size].view(self._geometry.numpy_dtype).reshape(shape)
-        for layer, tail in enumerate(self._layers):
-            self._refill(tail, record[layer, 0], record[layer, 1])
-
-    def _refill(self, tail: LayerTail, keys: np.ndarray, values: np.ndarray) -> None:
-        """Put tokens that were stored before back into a tail, without spilling them."""
-        group_tokens = self._geometry.group_tokens
-        start = 0
-        while start < len(keys):
-            count = min(group_tokens - tail.num_tokens % group_tokens, len(keys) - start)
-            part = slice(start, start + count)
-            tail.pack(np.ascontiguousarray(keys[part]), np.ascontiguousarray(values[part]))
-            start += count
+        num_tokens = self._row.num_tokens - self._row.num_spilled
+        for tail, rows in zip(self._layers, tail_record.view(self._geometry, buffer, num_tokens), strict=True):
+            tail.refill(*rows)
 
     # shortening and sharing
 
@@ -473,7 +431,7 @@ class Sequence:
         if old.num_spilled < whole:
             whole = old.num_spilled - old.num_spilled % self._geometry.group_tokens
         tail = LayerTail(self._layout, self._store._image_pool, whole)
-        self._refill(tail, *self._read_layer(layer, whole, num_tokens))
+        tail.refill(*self._read_layer(layer, whole, num_tokens))
         return tail
 
     def _drop_groups(self, keep: int) -> None:
@@ -519,7 +477,7 @@ class Sequence:
         self._groups_changed_from = 0
         self._layers = self._new_tails(whole)
         for layer, tail in enumerate(self._layers):
-            self._refill(tail, *parent._read_layer(layer, whole, num_tokens))
+            tail.refill(*parent._read_layer(layer, whole, num_tokens))
         self._tokens = parent._tokens.copy()
         self._tokens_changed_from = 0
         self._dirty = True

@@ -57,6 +57,16 @@ class LayerTail:
         group_image.pack(self._layout, image, row, keys, values)
         self.num_tokens += len(keys)
 
+    def refill(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Take in tokens that were stored before, of any number of groups."""
+        group_tokens = self._layout.geometry.group_tokens
+        start = 0
+        while start < len(keys):
+            count = min(group_tokens - self.num_tokens % group_tokens, len(keys) - start)
+            part = slice(start, start + count)
+            self.pack(np.ascontiguousarray(keys[part]), np.ascontiguousarray(values[part]))
+            start += count
+
     def spillable(self, writeback_tokens: int) -> tuple[int, int, int, int] | None:
         """(group position, first page, stop page, stop token) that is due for writing, or None."""
         group_tokens, per_page = self._layout.geometry.group_tokens, self._layout.tokens_per_page

@@ -79,7 +79,6 @@ class InodeTable:
             self._inodes.pop(inode.id, None)
 
     def _remove(self, inode: Inode) -> None:
-        self._behind.wait(inode)  # its blocks may become another's
         if inode.is_file:
             self.load_extents(inode)
         if inode.has_row or inode.xattrs:
@@ -150,10 +149,10 @@ class InodeTable:
 
     def write_pending(self) -> None:
         inodes, extents = [], []
-        self._behind.wait()
+        self._behind.wait()  # no row may name what is not written
         with self.data_lock:
             for inode in self._changed.values():
-                self._behind.wait(inode)  # what has begun since: no row may name what is not written
+                self._behind.wait(inode)  # what has begun since
             changed, self._changed = self._changed, {}
             self._leaving += self._freed
             self._freed = []
@@ -172,6 +171,7 @@ class InodeTable:
                 self._inodes.pop(inode.id, None)
 
     def pending_committed(self) -> None:
+        # nothing is on its way to these any more: what was behind has been waited for
         leaving, self._leaving = self._leaving, []
         for extent in leaving:
             self._store._allocator.hold(*extent)

@@ -24,12 +24,12 @@ from kvfs.remote.protocol import (
     REQUEST,
     Flag,
     Operation,
+    Receiver,
     Request,
     aligned,
     encode_error,
     parse_request,
     plain,
-    receive,
     record,
     send,
 )
@@ -102,11 +102,13 @@ class Session:
 
     def run(self) -> None:
         """Serve until the client goes. Whatever it leaves behind is the store's as it is."""
-        buffer = bytearray(REQUEST.itemsize)
-        while receive(self._connection, buffer):
-            request = parse_request(buffer)
-            body = bytearray(request.body_bytes) if request.body_bytes <= MAX_BODY_BYTES else None
-            if request.magic != MAGIC or body is None or not receive(self._connection, body):
+        receiver = Receiver(self._connection)
+        while (header := receiver.take(REQUEST.itemsize)) is not None:
+            request = parse_request(header)
+            if request.magic != MAGIC or request.body_bytes > MAX_BODY_BYTES:
+                return
+            body = receiver.take(request.body_bytes)
+            if body is None:
                 return
             is_posted = request.flags & Flag.POSTED
             try:
@@ -155,7 +157,7 @@ class Session:
             first = min(self._failures)  # NO_HANDLE's, which no other call would tell
             raise PostFailed(NO_HANDLE, self._failures[first])
 
-    def _serve(self, request: Request, body: bytearray) -> tuple[bytes, dict]:
+    def _serve(self, request: Request, body: bytes) -> tuple[bytes, dict]:
         """(body, fields) of the reply."""
         match request.operation:
             case Operation.APPEND:
@@ -257,7 +259,7 @@ class Session:
         sequence.append(request.layer, keys, values)
         return 0 if request.flags & Flag.POSTED else sequence._tokens_before_spill(request.layer)
 
-    def _attend(self, request: Request, body: bytearray) -> None:
+    def _attend(self, request: Request, body: bytes) -> None:
         if len(body) % _HANDLE.itemsize:
             raise InvalidArgument(f"handles in {len(body)} bytes")
         handles = np.frombuffer(body, _HANDLE).tolist() if body else [request.sequence]
@@ -296,7 +298,7 @@ class Session:
 
     # calls that come seldom
 
-    def _call(self, body: bytearray) -> bytes:
+    def _call(self, body: bytes) -> bytes:
         """JSON, or the bytes that the call returns."""
         try:
             message = json.loads(body)

@@ -189,13 +189,13 @@ _SEQUENCE = _of(
     ),
     (
         "first layer's tail for all",
-        "self._refill(tail, record[layer, 0], record[layer, 1])",
-        "self._refill(tail, record[0, 0], record[0, 1])",
+        "for tail, rows in zip(self._layers, tail",
+        "for tail, rows in zip(self._layers[::-1], tail",
     ),
     (
         "values loaded as keys",
-        "self._refill(tail, record[layer, 0], record[layer, 1])",
-        "self._refill(tail, record[layer, 1], record[layer, 0])",
+        "tail.refill(*rows)",
+        "tail.refill(*rows[::-1])",
     ),
     ("half a tail after a failed load", "self._clear_tails()  # or the next", "pass  # or the next"),
     (
@@ -236,11 +236,6 @@ _SEQUENCE = _of(
         "tail read from its start",
         "            first = max(start, on_flash)\n",
         "            first = on_flash\n",
-    ),
-    (
-        "last group not read",
-        "groups = self._groups[: -(-stop // group_tokens)]",
-        "groups = self._groups[: stop // group_tokens]",
     ),
     (
         "layers written over one another",
@@ -342,6 +337,47 @@ _ALLOCATOR = _of(
     ),
 )
 
+_TOKEN_ROWS = _of(
+    "kvfs/token_rows.py",
+    (
+        "last group not read",
+        "groups = groups[: -(-stop // group_tokens)]",
+        "groups = groups[: stop // group_tokens]",
+    ),
+)
+
+_WRITE_BEHIND = [
+    *_of(
+        "kvfs/files/inode_table.py",
+        (
+            "rows before their data",
+            "        self._behind.wait()  # no row may name what is not written\n"
+            "        with self.data_lock:\n"
+            "            for inode in self._changed.values():\n"
+            "                self._behind.wait(inode)  # what has begun since\n",
+            "        with self.data_lock:\n",
+        ),
+    ),
+    *_of(
+        "kvfs/files/file_data.py",
+        (
+            "read before it is written",
+            "            self._behind.wait(inode, offset // block_bytes, -",
+            "            (-",
+        ),
+        (
+            "hole punched under writes",
+            "            self._behind.wait(inode)\n            if end > inode.size and",
+            "            if end > inode.size and",
+        ),
+        (
+            "edges of what is being written",
+            "            self._behind.wait(inode, min(first, inode.size // block_bytes), stop)\n",
+            "",
+        ),
+    ),
+]
+
 _TAIL = _of(
     "kvfs/tail.py",
     ("part pages spilled", "stop_row -= stop_row % per_page", "pass"),
@@ -407,6 +443,11 @@ _ACCEL = [
             "                except CommandFailed as failure:\n"
             "                    request.fail(failure)\n\n    def _read",
             "                except CommandFailed:\n                    pass\n\n    def _read",
+        ),
+        (
+            "bad pages of a batch served",
+            "            return False  # whose command it is, the long way says",
+            "            return True",
         ),
         ("flush acknowledged, not done", "            self._ftl.flush()", "            pass"),
         (
@@ -1290,6 +1331,8 @@ MUTATIONS = [
     *_STORE,
     *_ATTENTION,
     *_ALLOCATOR,
+    *_TOKEN_ROWS,
+    *_WRITE_BEHIND,
     *_TAIL,
     *_HOST,
     *_SPDK_GLUE,

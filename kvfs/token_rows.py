@@ -1,0 +1,37 @@
+"""Reading whole tokens from flash: rows of all KV heads, from head-major groups to token-major arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvfs import group_image
+from kvfs.layout import GroupLayout
+from kvfs.metadata import GroupRow
+from spdk_glue import dma
+from spdk_glue.namespace import Namespace
+
+BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
+
+
+def read(
+    namespace: Namespace,
+    layout: GroupLayout,
+    groups: Sequence[GroupRow],
+    layer: int,
+    start: int,
+    stop: int,
+    keys: np.ndarray,
+    values: np.ndarray,
+) -> None:
+    """Fill keys and values [num_tokens, num_kv_heads, head_dim] with tokens [start, stop), all on flash."""
+    group_tokens = layout.geometry.group_tokens
+    groups = groups[: -(-stop // group_tokens)]
+    batch = max(1, BATCH_BYTES // layout.image_bytes)
+    for first in range(start // group_tokens, len(groups), batch):
+        bases = [g.base_lba + layer * layout.layer_lbas for g in groups[first : first + batch]]
+        images = dma.allocate(len(bases) * layout.image_bytes).reshape(len(bases), *layout.image_shape)
+        namespace.read_scattered(list(zip(bases, images, strict=True)))
+        for group, image in enumerate(images, first):
+            low, high = max(start, group * group_tokens), min(stop, (group + 1) * group_tokens)
+            part = slice(low - start, high - start)
+            group_image.unpack(layout, image, low - group * group_tokens, keys[part], values[part])
