@@ -4,7 +4,7 @@ import numpy as np
 
 from accel.merge import merge_states
 from kvfs.arrays import to_query
-from kvfs.attention_request import build_descriptor, parse_answer
+from kvfs.attention_request import DrivePart, build_descriptor, parse_answer
 from kvfs.errors import InvalidArgument
 from kvfs.host_attention import attend_tails
 from kvfs.model import Model
@@ -43,7 +43,10 @@ class Attention:
         sees_tail = bool((stops > np.maximum(starts, spilled)).any())
         ticket = None
         if sees_flash or not sees_tail:
-            parts = [sequence._drive_part(layer) for sequence in sequences]
+            parts = [
+                DrivePart(sequence._groups, tail.num_spilled)
+                for sequence, tail in zip(sequences, tails, strict=True)
+            ]
             descriptor = build_descriptor(
                 model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scale
             )

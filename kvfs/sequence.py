@@ -12,12 +12,11 @@ import numpy as np
 
 from kvfs import head_rows, tail_record, token_rows
 from kvfs.arrays import float_array, to_storage, token_id_array
-from kvfs.attention_request import DrivePart
 from kvfs.errors import InvalidArgument
 from kvfs.head_rows import HeadBatch, HeadRows
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow, SequenceRow
-from kvfs.sequence_attributes import MAX_NAMES_BYTES, check_attribute
+from kvfs.sequence_attributes import check_attribute, check_names
 from kvfs.sequence_version import History, Version
 from kvfs.tail import LayerTail, Spill
 from spdk_glue.namespace import QUEUE_DEPTH
@@ -202,20 +201,26 @@ class Sequence:
             self._use()
             self._reserve_groups(self._layers[self._geometry.check_layer(layer)].num_tokens + num_tokens)
 
-    def _tokens_before_spill(self, layer: int) -> int:
-        """How many more tokens a layer takes without new space and without a write."""
-        group_tokens = self._geometry.group_tokens
-        if self._store._writeback_tokens < group_tokens:
-            return 0
-        return group_tokens - 1 - self.layer_tokens(layer) % group_tokens
+    def _reserve_ahead(self, layer: int, num_bytes: int) -> int:
+        """Have groups of up to so many bytes ready, where plenty are free; what nobody needs goes back with the
+        next flush. Returns how many more tokens a layer takes without new space."""
+        num_tokens, group_lbas = self.layer_tokens(layer), self._layout.group_lbas
+        if len(self._groups) <= self._groups_of(num_tokens):
+            num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
+            self._groups.extend(self._store._allocate_groups(num_lbas // group_lbas, group_lbas))
+        part_group = 0 if self._groups_of(1) else self._geometry.group_tokens - 1  # which needs no space yet
+        return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
+
+    def _groups_of(self, num_tokens: int) -> int:
+        """How many `num_tokens` tokens need: a part group waits in the tail, unless it is spilled early."""
+        if self._store._writeback_tokens < self._geometry.group_tokens:
+            return -(-num_tokens // self._geometry.group_tokens)
+        return num_tokens // self._geometry.group_tokens
 
     def _reserve_groups(self, num_tokens: int) -> None:
-        """Allocate the groups that `num_tokens` tokens fill, all or none. A part group waits in the tail."""
-        wanted = num_tokens // self._geometry.group_tokens
-        if self._store._writeback_tokens < self._geometry.group_tokens:
-            wanted = -(-num_tokens // self._geometry.group_tokens)
-        new = self._store._allocate_groups(wanted - len(self._groups), self._layout.group_lbas)
-        self._groups.extend(new)
+        """Allocate the groups that `num_tokens` tokens fill, all or none."""
+        missing = self._groups_of(num_tokens) - len(self._groups)
+        self._groups.extend(self._store._allocate_groups(missing, self._layout.group_lbas))
 
     def _due_extents(self, layer: int, tail: LayerTail) -> list[tuple[int, np.ndarray]]:
         """What of the tail is due for writing, as (LBA, buffer); noted as submitted."""
@@ -306,16 +311,12 @@ class Sequence:
         keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
         on_flash = min(stop, tail.num_spilled)
         if start < on_flash:
-            token_rows.read(
-                self._store._namespace, self._layout, self._groups, layer, start, on_flash, keys, values
-            )
+            drive, layout, groups = self._store._namespace, self._layout, self._groups
+            token_rows.read(drive, layout, groups, layer, start, on_flash, keys, values)
         if on_flash < stop:
             first = max(start, on_flash)
             tail.read(first, stop, keys[first - start :], values[first - start :])
         return keys, values
-
-    def _drive_part(self, layer: int) -> DrivePart:
-        return DrivePart(self._groups, self._layers[layer].num_spilled)
 
     # attributes
 
@@ -330,11 +331,7 @@ class Sequence:
         with self._store._lock:
             self._check_usable()
             check_attribute(name, value)
-            names = {*self._store._catalogue.attributes(self._row.id), name}
-            if sum(len(name.encode()) + 1 for name in names) > MAX_NAMES_BYTES:
-                raise InvalidArgument(
-                    f"the names of a sequence's attributes take at most {MAX_NAMES_BYTES} bytes"
-                )
+            check_names({*self._store._catalogue.attributes(self._row.id), name})
             self._store._catalogue.set_attribute(self._row.id, name, value)
 
     def remove_attribute(self, name: str) -> None:
@@ -385,6 +382,7 @@ class Sequence:
         self._tokens_changed_from = len(self._tokens)
         for extent in freed:
             self._store._allocator.hold(*extent)
+        self._drop_groups(max(self._groups_of(tail.num_tokens) for tail in self._layers))
         self._dirty = False
 
     def _write_tail_record(self, start: int, stop: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ Names are those of extended attributes: `user.kvfs.` ones mean something to kvfs
 ones are the user's. Names without `user.` are kvfs's own and not shown.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvfs.errors import InvalidArgument
 
@@ -66,3 +66,9 @@ def check_attribute(name: str, value: bytes) -> None:
     is_good, wanted = _KNOWN[name]
     if not is_good(value):
         raise InvalidArgument(f"{name} is {wanted}, not {value!r}")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises InvalidArgument for more names than one sequence can have."""
+    if sum(len(name.encode()) + 1 for name in names) > MAX_NAMES_BYTES:
+        raise InvalidArgument(f"the names of a sequence's attributes take at most {MAX_NAMES_BYTES} bytes")

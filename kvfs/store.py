@@ -51,6 +51,7 @@ from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MA
 
 DEFAULT_CACHE_BYTES = 256 << 20
 DEFAULT_TAIL_BYTES = 1 << 30
+PLENTY = 16  # times what is taken in advance
 
 
 class Store:
@@ -277,6 +278,11 @@ class Store:
     @property
     def _may_free(self) -> bool:
         return self._allocator.has_held or self._catalogue.batch.has_changes
+
+    @property
+    def _plenty_of_lbas(self) -> int:
+        """How much may be taken in advance."""
+        return self._allocator.free_lbas // PLENTY
 
     def _allocate_groups(self, count: int, group_lbas: int) -> list[GroupRow]:
         groups: list[GroupRow] = []

@@ -70,7 +70,7 @@ class Operation(IntEnum):
 
 
 # An APPEND makes sure of space for `stop` tokens, its own and those of the same append that follow. Its reply
-# says how many more tokens of the layer can be posted: they fill no group, so need no space and write nothing.
+# says how many more tokens of the layer can be posted: space for them is there.
 
 
 class Flag:

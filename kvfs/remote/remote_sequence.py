@@ -124,8 +124,8 @@ class RemoteSequence:
     def append(self, layer: int, keys, values) -> None:
         """As kvfs.Sequence.append.
 
-        Tokens that fill no group are posted: the owner takes them while this process goes on. Should it fail to
-        (it was deleted by another, say), the sequence's next call raises, whatever it is, and is not done.
+        Tokens that space waits for are posted: the owner takes them while this process goes on. Should it fail
+        to (it was deleted by another, say), the sequence's next call raises, whatever it is, and is not done.
         """
         self._check_usable()
         geometry = self.model.geometry

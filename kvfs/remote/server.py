@@ -26,7 +26,7 @@ from kvfs.tree import Caller
 HANDSHAKE_SECONDS = 5.0
 DEFAULT_MEMORY_BYTES = 64 << 20  # shared with each client; takes memory only as far as it is used
 DEFAULT_MAX_CLIENTS = 32
-SETTLE_SECONDS = 1.0  # at most, for a client that says it has posted what it has not
+SETTLE_SECONDS = 1.0  # at most without progress, for a client that says it has posted what it has not
 SETTLE_STEP_SECONDS = 50e-6
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _REST_SECONDS = 0.1  # until descriptors may be free again
@@ -89,10 +89,12 @@ class RemoteServer:
         waiting = [(session, session.posted) for session in self._sessions if session.is_behind]
         if not waiting:
             return
-        give_up = time.monotonic() + SETTLE_SECONDS
         for session, posted in waiting:
+            served, since = session.served, time.monotonic()
             while session.served < posted and session in self._sessions:
-                if time.monotonic() > give_up:
+                if session.served > served:
+                    served, since = session.served, time.monotonic()
+                elif time.monotonic() > since + SETTLE_SECONDS:
                     session.disbelieve(posted)
                     break
                 time.sleep(SETTLE_STEP_SECONDS)

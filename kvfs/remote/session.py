@@ -43,6 +43,7 @@ from spdk_glue.vendor_command import DTYPE_NAME
 log = logging.getLogger(__name__)
 
 MAX_HANDLES = 1 << 20
+RESERVED_BYTES = 8 << 20  # of space for appends that can then be posted
 _HANDLE, _TOKEN_ID = np.dtype("<u4"), np.dtype("<u4")
 NO_HANDLE = 0
 _FLOAT32, _INT64 = np.dtype("<f4"), np.dtype("<i8")
@@ -257,7 +258,7 @@ class Session:
         if request.stop > request.count:
             sequence._reserve(request.layer, request.stop)
         sequence.append(request.layer, keys, values)
-        return 0 if request.flags & Flag.POSTED else sequence._tokens_before_spill(request.layer)
+        return 0 if request.flags & Flag.POSTED else sequence._reserve_ahead(request.layer, RESERVED_BYTES)
 
     def _attend(self, request: Request, body: bytes) -> None:
         if len(body) % _HANDLE.itemsize:

@@ -11,6 +11,7 @@ import pytest
 
 import kvfs
 from kvfs import errors
+from kvfs.remote.protocol import Operation
 from kvfs.remote.server import SETTLE_SECONDS
 from kvfs.sequence_version import Version
 
@@ -162,6 +163,47 @@ def test_a_failure_that_nobody_asked_for(served, client):
     with pytest.raises(errors.MediaFailure):
         client.flush()
     client.flush()
+
+
+def test_appends_that_fill_groups_are_posted(served, client, sequence, monkeypatch):
+    """Space waits for them; what nobody needed is free again after a flush."""
+    keys, values = random_kv(4000)
+    asked = []
+    ask = client._connection.ask
+
+    def counted(operation, *arguments, **fields):
+        asked.append(operation)
+        return ask(operation, *arguments, **fields)
+
+    monkeypatch.setattr(client._connection, "ask", counted)
+    for layer in range(sequence.model.num_layers):
+        for start in range(0, 4000, 100):
+            sequence.append(layer, keys[start:][:100], values[start:][:100])
+    assert asked.count(Operation.APPEND) < 16  # of 80 appends, which fill 15 groups in each of two layers
+    owners = served.store.sequence("s")
+    assert sequence.num_tokens == 4000 and len(owners._groups) > 4000 // 256
+    free = client.counters()["space"]["free_bytes"]
+    sequence.flush()
+    assert len(owners._groups) == 4000 // 256 and client.counters()["space"]["free_bytes"] > free
+    for layer in range(sequence.model.num_layers):
+        sequence.append(layer, keys, values)
+        np.testing.assert_array_equal(sequence.read(layer)[0], np.concatenate([keys, keys]).astype(np.float16))
+    assert client.check() == []
+
+
+def test_no_space_in_advance_on_a_drive_that_is_nearly_full(served, client, sequence):
+    """Or sequences that grow no more would hold what others need."""
+    keys, values = random_kv(256)
+    owners = served.store.sequence("s")
+    count = 0
+    with contextlib.suppress(errors.OutOfSpace):
+        while True:
+            for layer in range(sequence.model.num_layers):
+                sequence.append(layer, keys, values)
+            count += 1
+    assert len(owners._groups) in (count, count + 1)
+    group_bytes = owners._layout.group_lbas * 4096
+    assert client.counters()["space"]["free_bytes"] < 2 * group_bytes
 
 
 def test_waiting_for_what_was_posted(served, client, sequence):

@@ -425,6 +425,42 @@ def test_posted_requests_that_fail(served):
             assert reply.is_error == is_error and reply.number == number
 
 
+@pytest.mark.parametrize("piece", [1, 7, 100, 1 << 20])
+def test_messages_in_any_pieces(piece):
+    """A stream has no borders: of several messages at once, of one in many pieces, of one longer than is taken
+    at once."""
+    sizes = [
+        0,
+        1,
+        88,
+        88,
+        protocol.RECEIVED_BYTES - 3,
+        5,
+        protocol.RECEIVED_BYTES + 5,
+        88,
+        3 * protocol.RECEIVED_BYTES,
+    ]
+    messages = [random.Random(size).randbytes(size) for size in sizes]
+    if piece == 1:
+        messages = messages[:4]
+    ours, theirs = socket.socketpair()
+
+    def send():
+        stream = b"".join(messages) + b"half of one"
+        for start in range(0, len(stream), piece):
+            theirs.sendall(stream[start : start + piece])
+        theirs.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    receiver = protocol.Receiver(ours)
+    for message in messages:
+        assert receiver.take(len(message)) == message
+    assert receiver.take(12) is None
+    sender.join()
+    ours.close()
+
+
 def test_shared_memory_keeps_its_size():
     """A region that one side makes smaller would kill the other by SIGBUS."""
     descriptor = shared_memory.create(1 << 20)
