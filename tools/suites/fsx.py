@@ -1,7 +1,8 @@
 """Run fsx, the file system exerciser, in a fresh mount: python tools/suites/fsx.py FSX [--operations 100000]
 
 FSX is a binary, or a checkout of xfstests in which ltp/fsx has been built. Every seed runs with buffered I/O
-and memory maps, and with direct I/O (-Z, without maps). Exit code 1 if a run found wrong data.
+and memory maps, and with direct I/O (-Z, without maps). What follows -- are options of fsx itself: its files and
+writes are small, with `-- -l 6000000 -o 1500000` they are large. Exit code 1 if a run found wrong data.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def main() -> None:
     parser.add_argument("--size", default="512MiB", help="of the drive")
     parser.add_argument("--mountpoint", type=Path, help="run in what is mounted there, not in a fresh mount")
     parser.add_argument("--json", action="store_true", dest="json_output")
-    parser.add_argument("extra", nargs="*", help="further options of fsx, after --")
-    arguments = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, extra = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     modes = arguments.modes.split(",")
     if not set(modes) <= set(MODES):
         parser.error(f"modes are {', '.join(MODES)}")
@@ -66,7 +67,7 @@ def main() -> None:
     with mounted_drive(arguments.size, arguments.mountpoint) as mountpoint:
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for mode in modes:
-                run = run_fsx(binary, mountpoint, mode, seed, arguments.operations, arguments.extra)
+                run = run_fsx(binary, mountpoint, mode, seed, arguments.operations, extra)
                 runs.append(run)
                 if not arguments.json_output:
                     verdict = "passed" if run.passed else f"FAILED\n{run.message}"
