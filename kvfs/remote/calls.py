@@ -6,7 +6,7 @@ from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.head_rows import HeadRows
 from kvfs.model import Model
 from kvfs.remote.rights import Client
-from kvfs.sequence_attributes import GID, MODE, UID
+from kvfs.sequence_attributes import GID, IMPORTING, MODE, UID
 from kvfs.sequence_version import Version
 
 BYTES_AS_TEXT = "latin-1"
@@ -46,7 +46,10 @@ def create_sequence(session, model, name, attributes: dict) -> dict:
         _check_attribute_is_users(session, attribute)
     values = {attribute: _bytes(value) for attribute, value in attributes.items()}
     model = session.store.model(model)
-    return session.hold(session.store.create_sequence(model, name, _ownership(session.client) | values))
+    sequence = session.store.create_sequence(model, name, _ownership(session.client) | values)
+    if IMPORTING in values:
+        session.importing.add(sequence)
+    return session.hold(sequence)
 
 
 def _ownership(client: Client) -> dict[str, bytes]:
@@ -131,13 +134,16 @@ def set_attribute(session, handle, name, value) -> None:
 
 def remove_attribute(session, handle, name) -> None:
     _check_attribute_is_users(session, name)
-    session.writable(handle).remove_attribute(name)
+    sequence = session.writable(handle)
+    sequence.remove_attribute(name)
+    if name == IMPORTING:
+        session.importing.discard(sequence)
 
 
 def _check_attribute_is_users(session, name) -> None:
     if not isinstance(name, str):
         raise InvalidArgument(f"an attribute's name is text, not {name!r}")
-    if not name.startswith(USER_PREFIX) and not session.client.is_administrator:
+    if not name.startswith(USER_PREFIX) and name != IMPORTING and not session.client.is_administrator:
         raise NotPermitted(f"attribute {name} is not for user {session.client.uid} to change")
 
 

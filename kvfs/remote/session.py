@@ -97,12 +97,29 @@ class Session:
         self._handle_of: dict[Sequence, Handle] = {}
         self._next_handle = 1
         self._settle = settle
+        self.importing: set[Sequence] = set()  # that this client makes, and has not completed
         self._failures: dict[int, bytes] = {}  # by handle: of posted requests, encoded, until a reply has told
         self.served = 0  # the number of the last request that was
         self._not_believed = 0  # to be posted, up to this number
 
     def run(self) -> None:
-        """Serve until the client goes. Whatever it leaves behind is the store's as it is."""
+        """Serve until the client goes. What it leaves behind is the store's; half an import goes, too."""
+        try:
+            self._run()
+        finally:
+            for sequence in self.importing:
+                self._remove_half(sequence)
+
+    def _remove_half(self, sequence: Sequence) -> None:
+        """What cannot be removed now goes when the drive is opened the next time."""
+        try:
+            if not sequence.is_deleted:
+                log.info("process %d is gone, half-way through importing %s", self.client.pid, sequence.name)
+                self.store.delete_sequence(sequence.name)
+        except (KvfsError, NvmeError) as error:
+            log.warning("half of %s stays until the drive is opened again: %s", sequence.name, error)
+
+    def _run(self) -> None:
         receiver = Receiver(self._connection)
         while (header := receiver.take(REQUEST.itemsize)) is not None:
             request = parse_request(header)

@@ -120,6 +120,16 @@ def test_a_mount_for_all_users(servers, drive, request):
         found = subprocess.run(command, capture_output=True, text=True)
         assert found.stdout == f"{wanted}\n", found.stderr
     assert (mount / "kv" / "m" / "theirs").stat().st_uid == 65534
+    script = """
+        import os, sys, kvfs
+        from kvfs.kv_tree.transfer import import_sequence
+        os.setuid(65534)
+        with kvfs.open(sys.argv[1]) as store, open(sys.argv[2], "rb") as file:
+            import_sequence(store, store.model("m"), "imported", file)
+    """
+    exported = mount / "kv" / "m" / "theirs" / "sequence.safetensors"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), mount, exported], check=True)
+    assert (mount / "kv" / "m" / "imported").stat().st_uid == 65534
     server.stop()
 
 

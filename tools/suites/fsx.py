@@ -1,8 +1,8 @@
 """Run fsx, the file system exerciser, in a fresh mount: python tools/suites/fsx.py FSX [--operations 100000]
 
 FSX is a binary, or a checkout of xfstests in which ltp/fsx has been built. Every seed runs with buffered I/O
-and memory maps, and with direct I/O (-Z, without maps). What follows -- are options of fsx itself: its files and
-writes are small, with `-- -l 6000000 -o 1500000` they are large. Exit code 1 if a run found wrong data.
+and memory maps, and with direct I/O (-Z, without maps). What follows -- are options of fsx itself: its files
+and writes are small, with `-- -l 6000000 -o 1500000` they are large. Exit code 1 if a run found wrong data.
 """
 
 import argparse

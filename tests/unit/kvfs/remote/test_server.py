@@ -267,6 +267,36 @@ def test_a_client_that_is_killed(served, client, sequence):
     assert client.check() == []
 
 
+_IMPORT_HALF = """
+    import sys, numpy as np, kvfs
+    store = kvfs.open(sys.argv[1])
+    model = store.model(sys.argv[2])
+    done = store.create_sequence(model, "done", {"importing": b""})
+    half = store.create_sequence(model, "half", {"importing": b""})
+    rows = np.ones((300, 2, 64), np.float32)
+    for layer in range(2):
+        done.append(layer, rows, rows)
+    done.remove_attribute("importing")
+    half.append(0, rows, rows)
+    print("half", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_import_that_is_killed(served, client, sequence):
+    """kill -9 of kvfsctl import: nothing of the sequence stays, of one that was complete everything."""
+    command = [sys.executable, "-c", textwrap.dedent(_IMPORT_HALF), str(served.invite()), sequence.model.name]
+    killed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert killed.stdout.readline() == "half\n"
+    assert {row.name for row in client.catalogue_rows()} == {"s", "done", "half"}
+    killed.kill()
+    killed.communicate()
+    wait_until(lambda: len(served.server._clients) == 1)
+    assert {row.name for row in client.catalogue_rows()} == {"s", "done"}
+    assert client.sequence("done").num_tokens == 300
+    assert client.check() == []
+
+
 def test_the_owner_is_killed(owner):
     """kill -9 of the mount: a clear error from the call under way and all that follow, never a wait."""
     client = owner.open()
