@@ -25,6 +25,7 @@ from spdk_glue import dma
 
 MAX_SIZE = (1 << 63) - 1
 POOL_BYTES = 32 << 20  # idle transfer memory of each size
+MAX_WAITS = 2  # of a read: the first for what was accepted before it, no more for who writes there on and on
 SET_ID = stat.S_ISUID | stat.S_ISGID
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # of fallocate(2)
 
@@ -44,10 +45,11 @@ class FileData:
     # reading
 
     def read(self, inode: Inode, offset: int, size: int) -> memoryview | bytes:
-        """Up to size bytes. Waits for no writer: of a write under way it gives some, all or nothing."""
+        """Up to size bytes, with every write that was accepted before. Waits for no writer: of a write that is
+        under way it gives some, all or nothing."""
         block_bytes = self._block_bytes
+        num_waits = 0
         while True:
-            self._behind.wait(inode, offset // block_bytes, -(-(offset + size) // block_bytes))
             with self._data_lock:
                 size = min(size, inode.size - offset)
                 if size <= 0 or offset < 0:
@@ -55,6 +57,11 @@ class FileData:
                 first, stop = offset // block_bytes, -(-(offset + size) // block_bytes)
                 pieces = inode.extents.pieces(first, stop)
                 version = inode.extents.version
+                is_behind = self._behind.touches(inode, first, stop)
+            if is_behind and num_waits < MAX_WAITS:
+                self._behind.wait(inode, first, stop)
+                num_waits += 1
+                continue
             buffer = self._pool.take((stop - first) * block_bytes)
             self._read_pieces(pieces, buffer)
             if inode.extents.version == version:
@@ -64,9 +71,11 @@ class FileData:
     def read_now(self, inode: Inode, offset: int, size: int) -> memoryview | None:
         """As `read`, from one run of blocks by the drive's short way; None where that is not possible."""
         block_bytes = self._block_bytes
-        if inode.num_writes_behind or not self._data_lock.acquire(blocking=False):
+        if not self._data_lock.acquire(blocking=False):
             return None
         try:
+            if inode.num_writes_behind:
+                return None
             size = min(size, inode.size - offset)
             if size <= 0 or offset < 0:
                 return None

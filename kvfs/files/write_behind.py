@@ -11,9 +11,11 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from kvfs.files.extent_map import MAX_BLOCK
 from kvfs.files.inode import Inode
 from spdk_glue.namespace import Namespace
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 class _Write:
     """first, stop: blocks of the file; buffer: what the pieces are of, or a pool would take it back"""
 
+    number: int
     inode: Inode
     first: int
     stop: int
@@ -49,6 +52,7 @@ class WriteBehind:
         self._accepted: deque[_Write] = deque()
         self._under_way: list[_Write] = []
         self._num_bytes = 0  # of both
+        self._last_number = 0  # of what was accepted
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self.is_in_background = True
@@ -67,7 +71,8 @@ class WriteBehind:
         with self._changed:
             while self._num_bytes and self._num_bytes + buffer.nbytes > LIMIT_BYTES:
                 self._go_on()
-            self._accepted.append(_Write(inode, first, stop, pieces, buffer))
+            self._last_number += 1
+            self._accepted.append(_Write(self._last_number, inode, first, stop, pieces, buffer))
             self._num_bytes += buffer.nbytes
             inode.num_writes_behind += 1
             if self._thread is None and self.is_in_background:
@@ -75,18 +80,22 @@ class WriteBehind:
                 self._thread.start()
             self._changed.notify_all()
 
-    def wait(self, inode: Inode | None = None, first: int = 0, stop: int | None = None) -> None:
-        """Until nothing is under way to these blocks of a file, or of any. Errors wait for raise_error."""
-
-        def is_meant(write: _Write) -> bool:
-            is_its = inode is None or write.inode is inode
-            return is_its and first < write.stop and (stop is None or write.first < stop)
-
+    def wait(self, inode: Inode | None = None, first: int = 0, stop: int = MAX_BLOCK) -> None:
+        """Until what was accepted for these blocks of a file, or of any, is written; not for what comes later,
+        which may never end. Errors wait for raise_error."""
         if inode is not None and not inode.num_writes_behind:
             return
         with self._changed:
-            while any(map(is_meant, self._under_way)) or any(map(is_meant, self._accepted)):
+            last_number = self._last_number
+            while self._has(inode, first, stop, last_number):
                 self._go_on()
+
+    def touches(self, inode: Inode, first: int, stop: int) -> bool:
+        """Whether anything is on its way to these blocks."""
+        if not inode.num_writes_behind:
+            return False
+        with self._changed:
+            return self._has(inode, first, stop, self._last_number)
 
     @staticmethod
     def raise_error(inode: Inode) -> None:
@@ -105,6 +114,15 @@ class WriteBehind:
             self._thread.join()
 
     # with self._changed held
+
+    def _has(self, inode: Inode | None, first: int, stop: int, last_number: int) -> bool:
+        return any(
+            write.number <= last_number
+            and (inode is None or write.inode is inode)
+            and first < write.stop
+            and write.first < stop
+            for write in chain(self._under_way, self._accepted)
+        )
 
     def _work(self) -> None:
         with self._changed:

@@ -166,6 +166,29 @@ def test_a_sync_of_another_file_takes_it_along(opened):
     assert posix.read(b"a") == data
 
 
+def test_who_waits_is_not_kept_by_who_writes_on(posix, gate):
+    """A program that writes without end, and another's fsync: it waits for what was written before."""
+    posix.write(b"b", 0, content(SIZE))
+    gate.open()
+    stop = threading.Event()
+
+    def write_on():
+        with posix.open(b"a") as handle:
+            while not stop.is_set():
+                for start in range(0, LIMIT_BYTES, SIZE):
+                    posix.tree.write(handle, start, bytes(SIZE))
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        for _ in range(20):
+            posix.sync(b"b")
+            assert len(posix.read(b"b")) == SIZE
+    finally:
+        stop.set()
+        writer.join()
+
+
 def test_closing_the_store_waits(opened):
     store, posix = opened()
     data = content(8 * SIZE)
