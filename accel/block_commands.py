@@ -58,7 +58,7 @@ class BlockCommands:
         return {IoOpcode.READ: self.read_batch}
 
     def read_batch(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> bool:
-        """As `read`, if all goes well."""
+        """As `read`, if all goes well. Raises FlashError."""
         if not all(buffer is not None and buffer.flags.c_contiguous for buffer in buffers):
             return False
         page_size = self._ftl.page_size
@@ -73,10 +73,7 @@ class BlockCommands:
             or (addresses % np.uint64(dma.ALIGNMENT)).any()
         ):
             return False
-        try:
-            self._ftl.read(*_spread(first_lbas, counts, addresses, page_size))
-        except FlashError:
-            return False  # whose command it is, the long way says
+        self._ftl.read(*_spread(first_lbas, counts, addresses, page_size))
         return True
 
     def _check(self, request: Request) -> bool:

@@ -207,7 +207,7 @@ class Sequence:
         num_tokens, group_lbas = self.layer_tokens(layer), self._layout.group_lbas
         if len(self._groups) <= self._groups_of(num_tokens):
             num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
-            self._groups.extend(self._store._allocate_groups(num_lbas // group_lbas, group_lbas))
+            self._groups.extend(self._store._allocate_now(num_lbas // group_lbas, group_lbas))
         part_group = 0 if self._groups_of(1) else self._geometry.group_tokens - 1  # which needs no space yet
         return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
 

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import takewhile
 
 import apsw
 import numpy as np
@@ -283,6 +284,11 @@ class Store:
     def _plenty_of_lbas(self) -> int:
         """How much may be taken in advance."""
         return self._allocator.free_lbas // PLENTY
+
+    def _allocate_now(self, count: int, group_lbas: int) -> list[GroupRow]:
+        """As many groups, up to `count`, as there is room for without freeing any."""
+        bases = (self._allocator.allocate(group_lbas) for _ in range(count))
+        return [GroupRow(None, base, group_lbas) for base in takewhile(lambda base: base is not None, bases)]
 
     def _allocate_groups(self, count: int, group_lbas: int) -> list[GroupRow]:
         groups: list[GroupRow] = []

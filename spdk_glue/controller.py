@@ -98,8 +98,8 @@ class Controller:
 
     io_handlers, admin_handlers: opcode to handler. They may be called from several threads at once.
     batch_handlers: opcode to what first tries a doorbell's I/O commands, all of this opcode, as arrays: their
-        SUBMISSION_ENTRY records and buffers. False where not all of them are done and right; then each becomes
-        a request.
+        SUBMISSION_ENTRY records and buffers. False, or an error, where not all of them are done and right; then
+        each becomes a request.
     """
 
     def __init__(
@@ -141,7 +141,10 @@ class Controller:
         handler = self._batch_handlers.get(int(entries["opcode"][0])) if len(entries) > 1 else None
         if handler is None or (entries["opcode"] != entries["opcode"][0]).any():
             return False
-        return bool((entries["nsid"] == NSID).all()) and handler(entries, buffers)
+        try:
+            return bool((entries["nsid"] == NSID).all()) and handler(entries, buffers)
+        except Exception:
+            return False  # what it is, and whose, is found out command by command
 
     @staticmethod
     def _accept(queue_id: int, request: Request) -> bool:

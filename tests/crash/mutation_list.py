@@ -423,6 +423,11 @@ _SPDK_GLUE = [
     *_of(
         "spdk_glue/controller.py",
         (
+            "bad pages of a batch served",
+            "            return False  # what it is, and whose",
+            "            return True  # what it is, and whose",
+        ),
+        (
             "failures reported as success",
             "if request.status != Status.SUCCESS:\n                completion = completions",
             "if request.status is None:\n                completion = completions",
@@ -443,11 +448,6 @@ _ACCEL = [
             "                except CommandFailed as failure:\n"
             "                    request.fail(failure)\n\n    def _read",
             "                except CommandFailed:\n                    pass\n\n    def _read",
-        ),
-        (
-            "bad pages of a batch served",
-            "            return False  # whose command it is, the long way says",
-            "            return True",
         ),
         ("flush acknowledged, not done", "            self._ftl.flush()", "            pass"),
         (
