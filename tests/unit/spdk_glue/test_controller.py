@@ -75,6 +75,53 @@ def test_runs_of_one_opcode(recorder):
     assert not completions["status"].any()
 
 
+class Batches:
+    """A handler of batches of Reads that notes them and does as it is told, and one of single commands."""
+
+    def __init__(self, outcome):
+        self.batches, self.requests, self.outcome = [], [], outcome
+        handlers = dict.fromkeys((IoOpcode.READ, IoOpcode.WRITE), self.requests.extend)
+        self.controller = Controller(handlers, {IoOpcode.READ: self.requests.extend}, {IoOpcode.READ: self.run})
+
+    def run(self, entries, buffers):
+        self.batches.append((entries["cdw10"].tolist(), len(buffers)))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def execute(self, *entries, queue_id=QUEUE):
+        batch = np.concatenate(entries)
+        batch["cid"] = np.arange(len(batch))
+        completions = self.controller.execute(queue_id, batch, [np.zeros(512, np.uint8) for _ in entries])
+        assert completions["cid"].tolist() == list(range(len(batch))) and not completions["status"].any()
+        assert set(completions["sqid"].tolist()) == {queue_id}
+
+
+def test_a_batch_of_reads_is_one_call():
+    batches = Batches(outcome=True)
+    batches.execute(*(command.read(lba, 1) for lba in (7, 3, 5)))
+    assert batches.batches == [([7, 3, 5], 3)] and not batches.requests
+
+
+@pytest.mark.parametrize("outcome", [False, ValueError("whatever it is")])
+def test_a_batch_that_fails_goes_command_by_command(outcome):
+    batches = Batches(outcome)
+    batches.execute(*(command.read(lba, 1) for lba in (7, 3, 5)))
+    assert len(batches.batches) == 1 and [request.first_lba for request in batches.requests] == [7, 3, 5]
+
+
+def test_what_is_no_batch_of_reads():
+    """Several opcodes, one command, a command for all namespaces, the admin queue."""
+    batches = Batches(outcome=True)
+    batches.execute(command.read(1, 1), command.write(2, 1))
+    batches.execute(command.read(1, 1))
+    for_all = command.read(1, 1)
+    for_all["nsid"] = NSID_ALL
+    batches.execute(for_all, command.read(2, 1))
+    batches.execute(command.read(1, 1), command.read(2, 1), queue_id=ADMIN_QUEUE)
+    assert not batches.batches and len(batches.requests) == 7
+
+
 def test_request_fields(recorder):
     data = np.zeros(65536 * 8, np.uint8)
     recorder.execute(command.write((5 << 32) + 6, 65536, placement_id=2), buffers=[data])
