@@ -204,12 +204,17 @@ class Sequence:
     def _reserve_ahead(self, layer: int, num_bytes: int) -> int:
         """Have groups of up to so many bytes ready, where plenty are free; what nobody needs goes back with the
         next flush. Returns how many more tokens a layer takes without new space."""
-        num_tokens, group_lbas = self.layer_tokens(layer), self._layout.group_lbas
-        if len(self._groups) <= self._groups_of(num_tokens):
-            num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
-            self._groups.extend(self._store._allocate_now(num_lbas // group_lbas, group_lbas))
-        part_group = 0 if self._groups_of(1) else self._geometry.group_tokens - 1  # which needs no space yet
-        return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
+        with self._store._lock:
+            if self._deleted:  # by another since its tokens came
+                return 0
+            num_tokens, group_lbas = self.layer_tokens(layer), self._layout.group_lbas
+            if len(self._groups) <= self._groups_of(num_tokens):
+                num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
+                self._groups.extend(self._store._allocate_now(num_lbas // group_lbas, group_lbas))
+            part_group = (
+                0 if self._groups_of(1) else self._geometry.group_tokens - 1
+            )  # which needs no space yet
+            return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
 
     def _groups_of(self, num_tokens: int) -> int:
         """How many `num_tokens` tokens need: a part group waits in the tail, unless it is spilled early."""
@@ -311,8 +316,8 @@ class Sequence:
         keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
         on_flash = min(stop, tail.num_spilled)
         if start < on_flash:
-            drive, layout, groups = self._store._namespace, self._layout, self._groups
-            token_rows.read(drive, layout, groups, layer, start, on_flash, keys, values)
+            drive = self._store._namespace
+            token_rows.read(drive, self._layout, self._groups, layer, start, on_flash, keys, values)
         if on_flash < stop:
             first = max(start, on_flash)
             tail.read(first, stop, keys[first - start :], values[first - start :])

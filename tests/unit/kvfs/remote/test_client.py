@@ -191,6 +191,25 @@ def test_appends_that_fill_groups_are_posted(served, client, sequence, monkeypat
     assert client.check() == []
 
 
+def test_space_in_advance_is_taken_alone(served, client, sequence, monkeypatch):
+    """Other clients and files allocate, too, and a sequence may be deleted before its reply."""
+    store, keys = served.store, random_kv(256)[0]
+    allocate, is_alone = store._allocator.allocate, []
+
+    def watched(num_lbas):
+        is_alone.append(store._lock._is_owned())
+        return allocate(num_lbas)
+
+    monkeypatch.setattr(store._allocator, "allocate", watched)
+    sequence.append(0, keys, keys)
+    assert len(is_alone) > 1 and all(is_alone)
+    owners = store.sequence("s")
+    client.delete_sequence("s")
+    is_alone.clear()
+    assert owners._reserve_ahead(0, 1 << 20) == 0 and not is_alone
+    assert client.check() == []
+
+
 def test_no_space_in_advance_on_a_drive_that_is_nearly_full(served, client, sequence):
     """Or sequences that grow no more would hold what others need."""
     keys, values = random_kv(256)
