@@ -9,6 +9,7 @@ import json
 import socket
 from collections import namedtuple
 from enum import IntEnum
+from io import BufferedReader
 from struct import Struct
 from struct import error as StructError
 
@@ -126,40 +127,15 @@ def receive(connection: socket.socket, buffer) -> bool:
     return True
 
 
-class Receiver:
-    """Messages of one who sends many: whatever has arrived is taken from the socket at once."""
+def reader(connection: socket.socket) -> BufferedReader:
+    """For messages of one who sends many: whatever has arrived is taken from the socket at once."""
+    return connection.makefile("rb", RECEIVED_BYTES)
 
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
-        self._buffer = memoryview(bytearray(RECEIVED_BYTES))
-        self._start = self._stop = 0  # of what has arrived and is not taken
 
-    def take(self, num_bytes: int) -> bytes | None:
-        """A copy of the next bytes; None at the end of the connection."""
-        if num_bytes > RECEIVED_BYTES:
-            return self._take_long(num_bytes)
-        if self._stop - self._start < num_bytes and not self._fill(num_bytes):
-            return None
-        start, self._start = self._start, self._start + num_bytes
-        return bytes(self._buffer[start : start + num_bytes])
-
-    def _fill(self, num_bytes: int) -> bool:
-        count = self._stop - self._start
-        self._buffer[:count] = self._buffer[self._start : self._stop]
-        self._start, self._stop = 0, count
-        while self._stop < num_bytes:
-            received = self._connection.recv_into(self._buffer[self._stop :])
-            if received == 0:
-                return False
-            self._stop += received
-        return True
-
-    def _take_long(self, num_bytes: int) -> bytes | None:
-        message = bytearray(num_bytes)
-        count = self._stop - self._start
-        message[:count] = self._buffer[self._start : self._stop]
-        self._start = self._stop = 0
-        return bytes(message) if receive(self._connection, memoryview(message)[count:]) else None
+def take(messages: BufferedReader, num_bytes: int) -> bytes | None:
+    """The next bytes; None at the end of the connection."""
+    message = messages.read(num_bytes)
+    return message if len(message) == num_bytes else None
 
 
 def aligned(num_bytes: int) -> int:

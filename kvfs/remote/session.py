@@ -24,14 +24,15 @@ from kvfs.remote.protocol import (
     REQUEST,
     Flag,
     Operation,
-    Receiver,
     Request,
     aligned,
     encode_error,
     parse_request,
     plain,
+    reader,
     record,
     send,
+    take,
 )
 from kvfs.remote.rights import Client
 from kvfs.remote.shared_memory import SharedMemory
@@ -120,26 +121,26 @@ class Session:
             log.warning("half of %s stays until the drive is opened again: %s", sequence.name, error)
 
     def _run(self) -> None:
-        receiver = Receiver(self._connection)
-        while (header := receiver.take(REQUEST.itemsize)) is not None:
-            request = parse_request(header)
-            if request.magic != MAGIC or request.body_bytes > MAX_BODY_BYTES:
-                return
-            body = receiver.take(request.body_bytes)
-            if body is None:
-                return
-            is_posted = request.flags & Flag.POSTED
-            try:
-                if not is_posted:
-                    self._settle()
-                answer, numbers = self._serve(request, body)
-            except Exception as error:
-                answer, numbers = self._failed(request, error), {"is_error": 1}
-            self.served = request.number
-            if is_posted:
-                continue
-            reply = record(REPLY, magic=MAGIC, number=request.number, body_bytes=len(answer), **numbers)
-            send(self._connection, reply, answer)
+        with reader(self._connection) as messages:
+            while (header := take(messages, REQUEST.itemsize)) is not None:
+                request = parse_request(header)
+                if request.magic != MAGIC or request.body_bytes > MAX_BODY_BYTES:
+                    return
+                body = take(messages, request.body_bytes)
+                if body is None:
+                    return
+                is_posted = request.flags & Flag.POSTED
+                try:
+                    if not is_posted:
+                        self._settle()
+                    answer, numbers = self._serve(request, body)
+                except Exception as error:
+                    answer, numbers = self._failed(request, error), {"is_error": 1}
+                self.served = request.number
+                if is_posted:
+                    continue
+                reply = record(REPLY, magic=MAGIC, number=request.number, body_bytes=len(answer), **numbers)
+                send(self._connection, reply, answer)
 
     @property
     def posted(self) -> int:

@@ -483,10 +483,10 @@ def test_messages_in_any_pieces(piece):
 
     sender = threading.Thread(target=send)
     sender.start()
-    receiver = protocol.Receiver(ours)
-    for message in messages:
-        assert receiver.take(len(message)) == message
-    assert receiver.take(12) is None
+    with protocol.reader(ours) as arrived:
+        for message in messages:
+            assert protocol.take(arrived, len(message)) == message
+        assert protocol.take(arrived, 12) is None
     sender.join()
     ours.close()
 
