@@ -124,17 +124,12 @@ class BlockNamespace:
             raise ValueError("no extent to transfer")
         lbas, counts, buffers = [], [], []
         for first_lba, data in extents:
-            num_lbas, rest = divmod(data.nbytes, self.block_bytes)
-            if num_lbas == 0 or rest:
+            if data.nbytes == 0 or data.nbytes % self.block_bytes:
                 raise ValueError(
                     f"{data.nbytes} bytes are not a whole number of {self.block_bytes}-byte blocks"
                 )
             view = data.reshape(-1).view(np.uint8)
-            if num_lbas <= self.max_transfer_lbas:
-                lbas.append(first_lba)
-                counts.append(num_lbas)
-                buffers.append(view)
-                continue
+            num_lbas = view.nbytes // self.block_bytes
             for start in range(0, num_lbas, self.max_transfer_lbas):
                 count = min(self.max_transfer_lbas, num_lbas - start)
                 lbas.append(first_lba + start)

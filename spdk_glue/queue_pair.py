@@ -50,10 +50,7 @@ class QueuePair:
         if len(self._outstanding) + len(entries) > self.depth:
             raise QueueFull(self.depth)
         cids = []
-        if not self._outstanding and not self._completed and self._next_cid + len(entries) <= 1 << 16:
-            cids = list(range(self._next_cid, self._next_cid + len(entries)))
-            self._next_cid = (self._next_cid + len(entries)) & 0xFFFF
-        while len(cids) < len(entries):
+        for _ in range(len(entries)):
             while self._next_cid in self._outstanding or self._next_cid in self._completed:
                 self._next_cid = (self._next_cid + 1) & 0xFFFF
             cids.append(self._next_cid)
