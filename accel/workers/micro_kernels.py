@@ -20,7 +20,8 @@ from accel.workers import vector_ir as v
 from accel.workers.vector_ir import BFLOAT16, I64, ITEM_SIZE
 
 CACHE_LINE = 64
-TILE_HEADS = 4  # a row widened once serves this many heads; the scores of one token leave as one vector of 4
+TILE_HEADS, TILE_HEADS_MANY_REGISTERS = 4, 8  # a row widened once serves this many heads
+MANY_ACCUMULATORS = 24
 
 
 def score_stride(heads: int) -> int:
@@ -60,6 +61,10 @@ class Shape:
     def columns(self) -> int:
         """Vectors of scores per token, at least 1."""
         return max(1, self.stride // self.lanes)
+
+    @property
+    def tile_heads(self) -> int:
+        return TILE_HEADS_MANY_REGISTERS if self.accumulators >= MANY_ACCUMULATORS else TILE_HEADS
 
     @property
     def loads_pairs(self) -> bool:
@@ -153,7 +158,7 @@ def score_block(
 
     def codegen(context, builder, signature, arguments):
         rows_, ahead_, count_, queries_, scores_ = arguments[:5]
-        tiles = near_equal(shape.heads, TILE_HEADS)
+        tiles = near_equal(shape.heads, shape.tile_heads)
         for part, (first_head, num_heads) in enumerate(tiles):
             tokens = tile_tokens(num_heads, shape.accumulators)
 
@@ -206,9 +211,11 @@ def _store_tile(builder, shape: Shape, sums: list[list], target, first_head: int
             v.store(builder, v.sum_each_of_four(builder, flat[place : place + 4]), target, 4 * place)
         return
     for t, token in enumerate(sums):
-        # four lanes are written: a later tile of heads overwrites what lies behind this one's
-        four = v.sum_each_of_four(builder, token + [zero] * (4 - len(token)))
-        v.store(builder, four, target, 4 * (t * shape.stride + first_head))
+        # whole vectors of four are written: a later tile of heads overwrites what lies behind this one's
+        for head in range(0, len(token), 4):
+            part = token[head : head + 4]
+            four = v.sum_each_of_four(builder, part + [zero] * (4 - len(part)))
+            v.store(builder, four, target, 4 * (t * shape.stride + first_head + head))
 
 
 @intrinsic(prefer_literal=True)
@@ -319,7 +326,7 @@ def add_block(
         num_chunks = shape.head_dim // lanes_
         tiles = [
             (range(first_head, first_head + num_heads), range(first_chunk, first_chunk + chunks))
-            for first_head, num_heads in near_equal(shape.heads, TILE_HEADS)
+            for first_head, num_heads in near_equal(shape.heads, shape.tile_heads)
             for first_chunk, chunks in near_equal(num_chunks, max(1, shape.accumulators // max(num_heads, 2)))
         ]
         for part, (tile_heads, tile_chunks) in enumerate(tiles):

@@ -37,10 +37,9 @@ log = logging.getLogger(__name__)
 name = "numba"
 
 _DTYPE = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
-# Bytes of K in a block, and as many of V: both, the next K, queries and sums fit a first-level cache of 32
-# KiB. Few heads do little with a row, and gain from smaller steps between K and V. (tools/bench/kernel.py)
-BLOCK_BYTES, BLOCK_BYTES_FEW_HEADS = 9 << 10, 6 << 10
-FEW_HEADS = 2
+# Bytes of K in a block, and as many of V. Several queries find both in a first-level cache of 32 KiB; one query
+# reads each once, and gains from longer runs. (tools/bench/kernel.py)
+BLOCK_BYTES, BLOCK_BYTES_ONE_QUERY = 12 << 10, 24 << 10
 BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 12, 96
 LANES_MAX = 16
 NO_UNIT = -1
@@ -52,9 +51,9 @@ _EMITTERS = zlib.crc32(
 _compiling = threading.Lock()
 
 
-def block_tokens(dtype: str, head_dim: int, group_size: int) -> int:
-    """Rows per block: a multiple of 12, which AVX2's tiles of 3, 4 and 6 tokens divide."""
-    size = BLOCK_BYTES_FEW_HEADS if group_size <= FEW_HEADS else BLOCK_BYTES
+def block_tokens(dtype: str, head_dim: int, num_queries: int) -> int:
+    """Rows per block: a multiple of 12, which tiles of 3, 4 and 6 tokens divide."""
+    size = BLOCK_BYTES_ONE_QUERY if num_queries == 1 else BLOCK_BYTES
     rows = size // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
     return min(max(rows, BLOCK_TOKENS_MIN), BLOCK_TOKENS_MAX) // 12 * 12
 
@@ -290,7 +289,7 @@ def attend_units(
     check_shape(batch.dtype, batch.head_dim, batch.group_size)
     attend = kernel(batch.dtype, batch.head_dim, batch.group_size, target)
     num_queries = batch.queries.shape[1]
-    block = block_tokens(batch.dtype, batch.head_dim, batch.group_size)
+    block = block_tokens(batch.dtype, batch.head_dim, num_queries)
     stride = score_stride(batch.group_size)
     width = max(stride, LANES_MAX)
     rows = np.empty((3, 3, block + PAD), np.int64)

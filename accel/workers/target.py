@@ -19,7 +19,7 @@ class Target:
     converts_half: bool
 
 
-AVX512 = Target(lanes=16, accumulators=20, converts_half=True)  # 32 registers of 512 bits; with 24 LLVM spills
+AVX512 = Target(lanes=16, accumulators=24, converts_half=True)  # 32 registers of 512 bits
 # 16 registers of 256 bits. 12 sums hide two 4-cycle FMA pipes and need 7 loads per 12 FMA
 AVX2 = Target(lanes=8, accumulators=12, converts_half=True)
 NEON = Target(lanes=4, accumulators=20, converts_half=True)  # 32 registers of 128 bits
