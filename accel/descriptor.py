@@ -18,11 +18,13 @@ from spdk_glue.vendor_command import (
     DTYPE_NAME,
     EXPLICIT_RANGES,
     GROUP_EXTENT,
-    ITEM_SIZE,
+    INT4_CHANNELS,
+    QUANTIZED,
     TOKEN_RANGE,
     KvDtype,
     answer_bytes,
     pages_per_head,
+    row_bytes,
     tokens_per_page,
 )
 
@@ -104,6 +106,7 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(header["dtype"] in DTYPE_NAME, "dtype")
     _demand(header["query_dtype"] in DTYPE_NAME, "query_dtype")
     dtype, query_dtype = KvDtype(header["dtype"]), KvDtype(header["query_dtype"])
+    _demand(query_dtype not in QUANTIZED, "query_dtype")
     num_items, num_extents, num_queries = header["num_items"], header["num_extents"], header["num_queries"]
     num_kv_heads, group_size, head_dim = header["num_kv_heads"], header["group_size"], header["head_dim"]
     num_layers, layer, group_tokens = header["num_layers"], header["layer"], header["group_tokens"]
@@ -112,8 +115,9 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(num_kv_heads >= 1, "num_kv_heads")
     _demand(1 <= group_size <= MAX_GROUP_SIZE, "group_size")
     _demand(HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX and head_dim % HEAD_DIM_STEP == 0, "head_dim")
+    _demand(dtype != KvDtype.INT4 or head_dim % INT4_CHANNELS == 0, "head_dim of int4")
     _demand(layer < num_layers, "layer")
-    _demand(1 <= group_tokens <= MAX_GROUP_TOKENS and group_tokens & (group_tokens - 1) == 0, "group_tokens")
+    _demand(1 <= group_tokens <= MAX_GROUP_TOKENS, "group_tokens")
     _demand(math.isfinite(header["scale"]), "scale")
     _demand(not any(header["reserved"]) and header["reserved0"] == 0, "reserved")
 
@@ -122,7 +126,7 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     tables = num_items * ATTENTION_ITEM.itemsize + num_extents * GROUP_EXTENT.itemsize
     tables += ranges_count * TOKEN_RANGE.itemsize
     query_shape = (num_items, num_queries, num_kv_heads * group_size, head_dim)
-    query_bytes = math.prod(query_shape) * ITEM_SIZE[query_dtype]
+    query_bytes = math.prod(query_shape[:3]) * row_bytes(head_dim, query_dtype)
     start = header["queries_offset"]
     _demand(start % 4 == 0 and offset + tables <= start, "queries_offset")
     _demand(start + query_bytes <= data.nbytes, "shorter than its tables and queries")

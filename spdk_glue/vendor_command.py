@@ -15,7 +15,10 @@ head_dim], `lse` float32 [num_items, num_queries, num_query_heads] (natural log;
 no token). The true length of an answer comes in CDW0.
 
 Pages of a token group lie `[layer][kv_head][K | V][page]` from the group's base LBA; a page holds
-`page_size // (head_dim * itemsize)` rows of one head.
+`tokens_per_page` rows of one head from byte 0 on. A quantized page ends with the scales of its channels, bfloat16
+[head_dim], each finite and above zero: an element is its code times its channel's scale. Codes are float8 e4m3,
+int8 (-127 to 127), or int4 (-7 to 7, stored plus 8): byte i of 16 holds the codes of channels i (low half) and
+16 + i of 32.
 """
 
 from enum import IntEnum
@@ -29,10 +32,23 @@ class KvDtype(IntEnum):
     FLOAT16 = 0
     BFLOAT16 = 1
     FLOAT32 = 2
+    FLOAT8_E4M3 = 3
+    INT8 = 4
+    INT4 = 5
 
 
-ITEM_SIZE = {KvDtype.FLOAT16: 2, KvDtype.BFLOAT16: 2, KvDtype.FLOAT32: 4}
-DTYPE_NAME = {KvDtype.FLOAT16: "float16", KvDtype.BFLOAT16: "bfloat16", KvDtype.FLOAT32: "float32"}
+ITEM_BITS = {
+    KvDtype.FLOAT16: 16,
+    KvDtype.BFLOAT16: 16,
+    KvDtype.FLOAT32: 32,
+    KvDtype.FLOAT8_E4M3: 8,
+    KvDtype.INT8: 8,
+    KvDtype.INT4: 4,
+}
+DTYPE_NAME = {dtype: dtype.name.lower() for dtype in KvDtype}
+QUANTIZED = {KvDtype.FLOAT8_E4M3, KvDtype.INT8, KvDtype.INT4}  # with scales; queries never are
+SCALE_BYTES = 2
+INT4_CHANNELS = 32  # head_dim of int4 is a multiple of it
 DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
 
 ATTENTION_MAGIC = 0x5441564B  # "KVAT"
@@ -112,8 +128,17 @@ SEAL_HEADER = np.dtype(
 assert SEAL_HEADER.itemsize == 32
 
 
+def row_bytes(head_dim: int, dtype: KvDtype) -> int:
+    return head_dim * ITEM_BITS[dtype] // 8
+
+
+def scale_bytes(head_dim: int, dtype: KvDtype) -> int:
+    """Of a page's scales, which are its last bytes."""
+    return head_dim * SCALE_BYTES if dtype in QUANTIZED else 0
+
+
 def tokens_per_page(page_size: int, head_dim: int, dtype: KvDtype) -> int:
-    return page_size // (head_dim * ITEM_SIZE[dtype])
+    return (page_size - scale_bytes(head_dim, dtype)) // row_bytes(head_dim, dtype)
 
 
 def pages_per_head(page_size: int, head_dim: int, dtype: KvDtype, group_tokens: int) -> int:

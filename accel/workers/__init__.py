@@ -5,10 +5,11 @@ A worker is a module with `name` and two operations:
 - `attend_units(batch, units, out, lse)` computes units of a batch, taken from a UnitRange until none is left;
 - `prepare(dtype, head_dim, group_size) -> float` makes it ready (compiles) and returns the seconds that took.
 
-Both raise ValueError for a dtype or size that no kernel takes.
+Both raise ValueError for a dtype or size that no kernel takes; `attend_units` raises BadScales for a quantized page
+whose scales are damaged or missing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import numpy as np
@@ -16,9 +17,19 @@ import numpy as np
 from accel.workers.unit_range import UnitRange as UnitRange
 
 WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}  # modules, loaded on use
-DTYPES = ("float16", "bfloat16", "float32")
+QUANTIZED = ("float8_e4m3", "int8", "int4")  # pages of codes with a scale per channel
+DTYPES = ("float16", "bfloat16", "float32", *QUANTIZED)
+INT4_CHANNELS = 32  # head_dim of int4 is a multiple of it
 HEAD_DIM_MIN, HEAD_DIM_MAX, HEAD_DIM_MULTIPLE = 32, 256, 8
 GROUP_SIZE_MAX = 16
+
+
+class BadScales(Exception):
+    """A quantized page has a scale that is not finite and above zero. page: its place in the batch's pages."""
+
+    def __init__(self, page: int):
+        super().__init__(f"scales of page {page} of the batch")
+        self.page = page
 
 
 def load_worker(name: str):
@@ -36,6 +47,8 @@ def check_shape(dtype: str, head_dim: int, group_size: int) -> None:
         raise ValueError(
             f"head_dim {head_dim} is no multiple of {HEAD_DIM_MULTIPLE} from {HEAD_DIM_MIN} to {HEAD_DIM_MAX}"
         )
+    if dtype == "int4" and head_dim % INT4_CHANNELS:
+        raise ValueError(f"head_dim {head_dim} is no multiple of {INT4_CHANNELS}, as int4 needs it")
     if not 1 <= group_size <= GROUP_SIZE_MAX:
         raise ValueError(f"group size {group_size} is not in 1 to {GROUP_SIZE_MAX}")
 
@@ -48,7 +61,7 @@ class AttentionBatch:
     rows [token, head_dim] of one KV head's keys (or values), packed from byte 0; bytes behind the last
     row are slack and never read.
 
-    dtype: "float16", "bfloat16" or "float32" storage of K and V, little endian
+    dtype: of K and V as they lie in pages, little endian; see spdk_glue.vendor_command for the quantized ones
     head_dim: a multiple of 8, 32 to 256; group_size: query heads per KV head, 1 to 16
     key_pages, value_pages: uint64 [num_pages], addresses, 64-byte aligned
     page_first_token: int64 [num_pages], position in the sequence of the page's row 0
@@ -58,6 +71,10 @@ class AttentionBatch:
         h // group_size
     visible_start, visible_stop: int64 [num_items, num_queries]: a query sees start <= position < stop
     scale: score = scale * q . k
+    softcap: above 0, scores become softcap * tanh(score / softcap)
+    alibi_slopes: float32 [num_query_heads], or empty; score -= slope * (query_position - position)
+    query_position: int64 [num_items, num_queries], where each query stands; of no use without slopes
+    scales_offset: byte of a quantized page at which its scales begin
 
     `attend_units` fills, at the units it takes, out float32 [num_units, num_queries, group_size, head_dim]
     and lse float32 [num_units, num_queries, group_size], natural log, -inf (and out zero) where a query
@@ -83,3 +100,7 @@ class AttentionBatch:
     visible_start: np.ndarray
     visible_stop: np.ndarray
     scale: float
+    softcap: float = 0.0
+    alibi_slopes: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    query_position: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    scales_offset: int = 0

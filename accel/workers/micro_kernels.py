@@ -10,6 +10,7 @@ so LLVM sees straight code.
 belongs to head l % stride. What the lanes of no head hold is never looked at.
 """
 
+import math
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -17,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from accel.workers import vector_ir as v
-from accel.workers.vector_ir import BFLOAT16, I64, ITEM_SIZE
+from accel.workers.vector_ir import BFLOAT16, FLOAT8, FLOAT8_FACTOR, I64, ITEM_BITS, QUANTIZED
 
 CACHE_LINE = 64
 TILE_HEADS, TILE_HEADS_MANY_REGISTERS = 4, 8  # a row widened once serves this many heads
@@ -51,7 +52,7 @@ class Shape:
 
     @property
     def row_bytes(self) -> int:
-        return self.head_dim * ITEM_SIZE[self.dtype]
+        return self.head_dim * ITEM_BITS[self.dtype] // 8
 
     @property
     def stride(self) -> int:
@@ -70,12 +71,27 @@ class Shape:
     def loads_pairs(self) -> bool:
         return load_pairs(self.dtype, self.head_dim, self.lanes)
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in QUANTIZED
+
+    def load_scales(self, builder, scales, chunk: int):
+        """The `chunk`-th vector of a page's scales, such that codes as `load_row` gives them times it are values."""
+        offset = chunk * self.lanes * ITEM_BITS[BFLOAT16] // 8
+        vector = v.load_widened(builder, scales, offset, BFLOAT16, self.lanes, bool(self.converts_half))
+        if self.dtype == FLOAT8:
+            vector = builder.fmul(vector, v.splat_constant(FLOAT8_FACTOR, self.lanes))
+        return vector
+
     def load_row(self, builder, row, chunk: int):
-        """The `chunk`-th vector of a row, widened; see load_pairs for its channels."""
+        """The `chunk`-th vector of a row, widened; see load_pairs for its channels. Of a quantized row: the codes."""
+        if self.is_quantized:
+            first = chunk * self.lanes
+            return v.load_codes(builder, row, first, self.dtype, self.lanes, bool(self.converts_half))
         if self.loads_pairs:
             pairs = v.load(builder, row, chunk // 2 * 4 * self.lanes, v.vector(v.I32, self.lanes))
             return v.widen_half_of_pairs(builder, pairs, high=bool(chunk % 2))
-        offset = chunk * self.lanes * ITEM_SIZE[self.dtype]
+        offset = chunk * self.lanes * ITEM_BITS[self.dtype] // 8
         return v.load_widened(builder, row, offset, self.dtype, self.lanes, bool(self.converts_half))
 
 
@@ -139,6 +155,88 @@ def fill_rows(typingctx, target, first, step, count):
         return context.get_dummy_value()
 
     return types.void(target, first, step, count), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scales_hold(typingctx, scales, dtype, head_dim, heads, lanes, accumulators, converts_half):
+    """Whether the scales of a page are finite and above zero. scales: address of bfloat16 [head_dim]."""
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        zero = v.splat_constant(0.0, shape.lanes)
+        infinite = v.splat_constant(math.inf, shape.lanes)
+        hold = ir.Constant(v.vector(v.I1, shape.lanes), [1] * shape.lanes)
+        for chunk in range(shape.head_dim // shape.lanes):
+            scale = shape.load_scales(builder, arguments[0], chunk)
+            above = builder.fcmp_ordered(">", scale, zero)
+            hold = builder.and_(hold, builder.and_(above, builder.fcmp_ordered("<", scale, infinite)))
+        return v.all_lanes(builder, hold)
+
+    return types.boolean(scales, *sizes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def scale_queries(
+    typingctx, queries, scales, scaled,
+    dtype, head_dim, heads, lanes, accumulators, converts_half,
+):  # fmt: skip
+    """scaled[h] = queries[h] * scales: what scores the codes of a quantized page as queries do its values.
+
+    queries, scaled: addresses of float32 [heads, head_dim]; scales: of bfloat16 [head_dim].
+    """
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        queries_, scales_, scaled_ = arguments[:3]
+        for chunk in range(shape.head_dim // shape.lanes):
+            scale = shape.load_scales(builder, scales_, chunk)
+            for h in range(shape.heads):
+                offset = 4 * (h * shape.head_dim + chunk * shape.lanes)
+                part = v.load_floats(builder, queries_, offset, shape.lanes)
+                v.store(builder, builder.fmul(part, scale), scaled_, offset)
+        return context.get_dummy_value()
+
+    return types.void(queries, scales, scaled, *sizes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def cap_scores(
+    typingctx, scores, count, cap,
+    dtype, head_dim, heads, lanes, accumulators, converts_half,
+):  # fmt: skip
+    """scores = cap * tanh(scores / cap) for scores[:count]; what is far out becomes cap, NaN stays NaN.
+
+    scores: address of float32 [count + lanes, stride]; cap: float32 above zero. Source: the logit soft-capping of
+    arXiv:2408.00118.
+    """
+    sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
+    shape = _shape(sizes)
+    if shape is None:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        scores_, count_, cap_ = arguments[:3]
+        lanes_ = shape.lanes
+        inverse = builder.fdiv(ir.Constant(v.F32, 1.0), cap_)
+        high, low = (v.splat(builder, value, lanes_) for value in (cap_, inverse))
+
+        def bend(index, _):
+            address = _at(builder, scores_, index, 4)
+            score = v.load_floats(builder, address, 0, lanes_)
+            bent = v.tanh(builder, builder.fmul(score, low))
+            v.store(builder, builder.fmul(bent, high), address, 0)
+            return []
+
+        v.counted_loop(builder, builder.mul(count_, ir.Constant(I64, shape.stride)), lanes_, [], bend)
+        return context.get_dummy_value()
+
+    return types.void(scores, count, cap, *sizes), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -307,13 +405,14 @@ class _AheadShare:
 
 @intrinsic(prefer_literal=True)
 def add_block(
-    typingctx, rows, ahead, count, weights, factor, sums,
+    typingctx, rows, ahead, count, weights, factor, sums, scales,
     dtype, head_dim, heads, lanes, accumulators, converts_half,
 ):  # fmt: skip
     """sums[h] = factor[h] * sums[h] + sum over t < count of weights[t, h] * row t.
 
     rows, ahead: addresses of int64 [count]; the rows of `ahead` are prefetched. weights: address of float32
-    [count, stride]; factor: of float32 [heads]; sums: of float32 [heads, head_dim].
+    [count, stride]; factor: of float32 [heads]; sums: of float32 [heads, head_dim]; scales: of the channels of
+    these rows, if they are quantized.
     """
     sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)
     shape = _shape(sizes)
@@ -321,7 +420,7 @@ def add_block(
         return None
 
     def codegen(context, builder, signature, arguments):
-        rows_, ahead_, count_, weights_, factor_, sums_ = arguments[:6]
+        rows_, ahead_, count_, weights_, factor_, sums_, scales_ = arguments[:7]
         lanes_ = shape.lanes
         num_chunks = shape.head_dim // lanes_
         tiles = [
@@ -351,18 +450,28 @@ def add_block(
                     carried = add_row(builder.add(first, ir.Constant(I64, t)), carried)
                 return carried
 
-            carried = [
-                builder.fmul(
+            def rescaled(place):
+                h, offset = place
+                return builder.fmul(
                     v.load_floats(builder, sums_, offset, lanes_), v.load_splat(builder, factor_, 4 * h, lanes_)
                 )
-                for h, offset in places
-            ]
+
+            if shape.is_quantized:  # the block's sums are of codes until their end
+                carried = [v.splat_constant(0.0, lanes_)] * len(places)
+            else:
+                carried = [rescaled(place) for place in places]
             carried = v.counted_loop(builder, ahead_share.num_turns, 1, carried, add_rows)
             done = builder.mul(ahead_share.num_turns, ir.Constant(I64, ahead_share.rows_per_turn))
             if ahead_share.rows_per_turn > 1:
                 carried = v.counted_loop(builder, count_, 1, carried, add_row, first=done)
+            if shape.is_quantized:
+                scale = [shape.load_scales(builder, scales_, chunk) for chunk in tile_chunks]
+                carried = [
+                    v.fma(builder, value, scale[position % len(scale)], rescaled(place))
+                    for position, (value, place) in enumerate(zip(carried, places, strict=True))
+                ]
             for value, (_, offset) in zip(carried, places, strict=True):
                 v.store(builder, value, sums_, offset)
         return context.get_dummy_value()
 
-    return types.void(rows, ahead, count, weights, factor, sums, *sizes), codegen
+    return types.void(rows, ahead, count, weights, factor, sums, scales, *sizes), codegen

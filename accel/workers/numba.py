@@ -19,30 +19,40 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from accel.workers import AttentionBatch, UnitRange, check_shape, micro_kernels, unit_range, vector_ir
+from accel.workers import AttentionBatch, BadScales, UnitRange, check_shape, micro_kernels, unit_range, vector_ir
 from accel.workers.micro_kernels import (
     add_block,
+    cap_scores,
     fill_rows,
     load_pairs,
+    scale_queries,
+    scales_hold,
     score_block,
     score_stride,
     softmax_block,
 )
 from accel.workers.target import Target, host_target
 from accel.workers.unit_range import take_unit
-from accel.workers.vector_ir import BFLOAT16, FLOAT16, FLOAT32, ITEM_SIZE
+from accel.workers.vector_ir import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT4, INT8, ITEM_BITS, QUANTIZED
 
 log = logging.getLogger(__name__)
 
 name = "numba"
 
-_DTYPE = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
+_DTYPE = {
+    "float16": FLOAT16,
+    "bfloat16": BFLOAT16,
+    "float32": FLOAT32,
+    "float8_e4m3": FLOAT8,
+    "int8": INT8,
+    "int4": INT4,
+}
 # Bytes of K in a block, and as many of V. Several queries find both in a first-level cache of 32 KiB; one query
 # reads each once, and gains from longer runs. (tools/bench/kernel.py)
 BLOCK_BYTES, BLOCK_BYTES_ONE_QUERY = 12 << 10, 24 << 10
 BLOCK_TOKENS_MIN, BLOCK_TOKENS_MAX = 12, 96
 LANES_MAX = 16
-NO_UNIT = -1
+NO_UNIT = NO_PAGE = -1
 PAD = 8  # rows and scores behind a block that whole tiles touch
 # numba's cache notices changes of this file only; the emitters' sources enter each function as a constant
 _EMITTERS = zlib.crc32(
@@ -54,24 +64,25 @@ _compiling = threading.Lock()
 def block_tokens(dtype: str, head_dim: int, num_queries: int) -> int:
     """Rows per block: a multiple of 12, which tiles of 3, 4 and 6 tokens divide."""
     size = BLOCK_BYTES_ONE_QUERY if num_queries == 1 else BLOCK_BYTES
-    rows = size // (head_dim * ITEM_SIZE[_DTYPE[dtype]])
+    rows = 8 * size // (head_dim * ITEM_BITS[_DTYPE[dtype]])
     return min(max(rows, BLOCK_TOKENS_MIN), BLOCK_TOKENS_MAX) // 12 * 12
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _take_rows(
     key_pages, value_pages, page_first_token, page_num_tokens,
-    page, row, stop_page, start, stop, row_bytes, limit, lists_at, list_bytes,
+    page, row, stop_page, start, stop, row_bytes, limit, lists_at, list_bytes, of_one_page,
 ):  # fmt: skip
     """Lists the next rows that lie in [start, stop), at most `limit`: addresses of K and V, positions.
 
     lists_at: address of int64 [3, limit + PAD]; what is behind the rows names the last one again.
-    Returns (page, row) behind them, their number, and the range of their positions.
+    Returns (page, row) behind them, their number, the range of their positions, and the last row's page.
     """
     count = 0
+    last_page = page
     lowest, highest = np.int64(np.iinfo(np.int64).max), np.int64(-1)
     key = value = np.int64(0)
-    while page < stop_page and count < limit:
+    while page < stop_page and count < (1 if of_one_page else limit):
         origin = page_first_token[page]
         first = max(np.int64(row), start - origin)
         behind = min(np.int64(page_num_tokens[page]), stop - origin)
@@ -88,6 +99,7 @@ def _take_rows(
             key += (num - 1) * row_bytes
             value += (num - 1) * row_bytes
             count += num
+            last_page = page
         if first + max(num, 0) >= behind:
             page += 1
             row = np.int64(0)
@@ -95,7 +107,7 @@ def _take_rows(
             row = first + num
     fill_rows(lists_at + 8 * count, key, np.int64(0), np.int64(PAD))
     fill_rows(lists_at + list_bytes + 8 * count, value, np.int64(0), np.int64(PAD))
-    return page, row, count, lowest, highest
+    return page, row, count, lowest, highest, last_page
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
@@ -115,8 +127,8 @@ def _select_rows(source, start, stop, count, target):
     kept = 0
     for i in range(count):
         if start <= source[2, i] < stop:
-            target[0, kept] = source[0, i]
-            target[1, kept] = source[1, i]
+            for part in range(3):
+                target[part, kept] = source[part, i]
             kept += 1
     if kept:
         for i in range(kept, target.shape[1]):
@@ -137,10 +149,20 @@ def _channel(column, pair, lanes):
     return column - place + (2 * place if place < lanes else 2 * (place - lanes) + 1)
 
 
+@njit(nogil=True, cache=True, boundscheck=False)
+def _add_distance_bias(scores, positions, count, position, slopes, first_head, heads, stride):
+    """scores[t, head] -= slope of the head * log2 e * distance between the query and token t."""
+    for t in range(count):
+        distance = np.float32(position - positions[t]) * np.float32(1.4426950408889634)
+        for head in range(heads):
+            scores[t * stride + head] -= slopes[first_head + head] * distance
+
+
 @cache
 def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int, converts_half: int):
     """The compiled function for one Shape. The integers it closes over are its key in numba's cache."""
-    row_bytes = head_dim * ITEM_SIZE[dtype]
+    row_bytes = head_dim * ITEM_BITS[dtype] // 8
+    is_quantized = dtype in QUANTIZED
     width = max(score_stride(heads), lanes)
     stride = score_stride(heads)
     state_floats = 3 * width + heads * head_dim
@@ -152,11 +174,13 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
     @njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
     def attend(
         key_pages, value_pages, page_first_token, page_num_tokens, unit_first_page, unit_item, unit_kv_head,
-        queries, visible_start, visible_stop, scale, next_unit, stop_unit, rows, scratch, out, lse,
+        queries, visible_start, visible_stop, scale, softcap, slopes, query_position, scales_offset,
+        next_unit, stop_unit, rows, scratch, out, lse,
     ):  # fmt: skip
         # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
         # scratch: float32; scores of a block, then per query its scaled heads and its state: top, total and
-        # factor [width], sums [heads, head_dim].
+        # factor [width], sums [heads, head_dim]; then a query's heads scaled for a quantized page.
+        # Returns NO_PAGE, or the index of the page whose scales do not hold.
         emitters  # noqa: B018 - makes it part of the key
         num_queries = queries.shape[1]
         list_bytes = 8 * rows.shape[2]
@@ -166,6 +190,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         query_floats = heads * head_dim
         queries_from = (limit + PAD) * stride + 2 * width
         states_from = queries_from + num_queries * query_floats
+        scaled_at = scores_at + 4 * (states_from + num_queries * state_floats)
+        key_scales = value_scales = np.int64(0)
+        taken = np.int64(0)
         page, row, count, lowest, highest = np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0)
         block = np.int64(0)
         start, stop = np.int64(0), np.int64(0)
@@ -192,24 +219,32 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                 next_at = rows_at + 3 * list_bytes * (1 - block)
                 next_count = np.int64(0)
                 if count > 0:
-                    page, row, next_count, next_lowest, next_highest = _take_rows(
+                    page, row, next_count, next_lowest, next_highest, next_taken = _take_rows(
                         key_pages, value_pages, page_first_token, page_num_tokens,
                         page, row, unit_first_page[unit + 1], start, stop, np.int64(row_bytes), limit,
-                        next_at, list_bytes,
+                        next_at, list_bytes, is_quantized,
                     )  # fmt: skip
                 ended = next_count == 0
                 if ended:
                     following = take_unit(next_unit)
                     if following < stop_unit:
                         start, stop = _seen_by_any(visible_start, visible_stop, unit_item[following])
-                        page, row, next_count, next_lowest, next_highest = _take_rows(
+                        page, row, next_count, next_lowest, next_highest, next_taken = _take_rows(
                             key_pages, value_pages, page_first_token, page_num_tokens,
                             unit_first_page[following], np.int64(0), unit_first_page[following + 1],
-                            start, stop, np.int64(row_bytes), limit, next_at, list_bytes,
+                            start, stop, np.int64(row_bytes), limit, next_at, list_bytes, is_quantized,
                         )  # fmt: skip
                 block_at = rows_at + 3 * list_bytes * block
                 values_ahead = block_at + list_bytes
                 keys_ahead = next_at if next_count else block_at
+                if is_quantized and count:
+                    key_scales = np.int64(key_pages[taken]) + scales_offset
+                    value_scales = np.int64(value_pages[taken]) + scales_offset
+                    if not (
+                        scales_hold(key_scales, dtype, head_dim, heads, lanes, accumulators, converts_half)
+                        and scales_hold(value_scales, dtype, head_dim, heads, lanes, accumulators, converts_half)
+                    ):
+                        return taken
                 for query in range(num_queries if count else 0):
                     lists_at = block_at
                     kept = count
@@ -222,23 +257,41 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                             continue
                         lists_at = rows_at + 6 * list_bytes
                     state_at = scores_at + 4 * (states_from + query * state_floats)
+                    query_at = scores_at + 4 * (queries_from + query * query_floats)
+                    if is_quantized:
+                        scale_queries(
+                            query_at, key_scales, scaled_at,
+                            dtype, head_dim, heads, lanes, accumulators, converts_half,
+                        )  # fmt: skip
+                        query_at = scaled_at
                     score_block(
-                        lists_at, values_ahead, kept, scores_at + 4 * (queries_from + query * query_floats),
-                        scores_at, dtype, head_dim, heads, lanes, accumulators, converts_half,
+                        lists_at, values_ahead, kept, query_at, scores_at,
+                        dtype, head_dim, heads, lanes, accumulators, converts_half,
                     )  # fmt: skip
+                    if softcap > 0:
+                        cap_scores(
+                            scores_at, kept, softcap * log2_e,
+                            dtype, head_dim, heads, lanes, accumulators, converts_half,
+                        )  # fmt: skip
+                    if len(slopes):
+                        positions = rows[2, 2] if lists_at != block_at else rows[block, 2]
+                        _add_distance_bias(
+                            scratch, positions, kept, query_position[item, query], slopes, first_head, heads, stride
+                        )
                     softmax_block(
                         scores_at, kept, state_at, state_at + 4 * width, state_at + 8 * width,
                         dtype, head_dim, heads, lanes, accumulators, converts_half,
                     )  # fmt: skip
                     add_block(
                         lists_at + list_bytes, keys_ahead, kept, scores_at, state_at + 8 * width,
-                        state_at + 12 * width, dtype, head_dim, heads, lanes, accumulators, converts_half,
+                        state_at + 12 * width, value_scales,
+                        dtype, head_dim, heads, lanes, accumulators, converts_half,
                     )  # fmt: skip
                     # what is ahead has been asked for: further queries ask for what is there
                     values_ahead = block_at
                     keys_ahead = block_at
                 block = 1 - block
-                count, lowest, highest = next_count, next_lowest, next_highest
+                count, lowest, highest, taken = next_count, next_lowest, next_highest, next_taken
             for query in range(num_queries if unit != NO_UNIT else 0):
                 place = states_from + query * state_floats
                 for head in range(heads):
@@ -257,7 +310,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                                 scratch[sums + column] * inverse
                             )
             if following >= stop_unit:
-                break
+                return NO_PAGE
             unit = following
 
     return attend
@@ -293,9 +346,10 @@ def attend_units(
     stride = score_stride(batch.group_size)
     width = max(stride, LANES_MAX)
     rows = np.empty((3, 3, block + PAD), np.int64)
-    query_floats = 2 * batch.group_size * batch.head_dim + 3 * width
-    scratch = np.zeros((block + PAD) * stride + 2 * width + num_queries * query_floats, np.float32)
-    attend(
+    query_floats = batch.group_size * batch.head_dim
+    state_floats = query_floats + 3 * width
+    num_floats = (block + PAD) * stride + 2 * width + num_queries * (query_floats + state_floats) + query_floats
+    bad_page = attend(
         batch.key_pages,
         batch.value_pages,
         batch.page_first_token,
@@ -307,13 +361,19 @@ def attend_units(
         batch.visible_start,
         batch.visible_stop,
         np.float32(batch.scale),
+        np.float32(batch.softcap),
+        batch.alibi_slopes,
+        batch.query_position,
+        np.int64(batch.scales_offset),
         units.next_unit,
         units.stop_unit,
         rows,
-        scratch,
+        np.zeros(num_floats, np.float32),
         out,
         lse,
     )
+    if bad_page != NO_PAGE:
+        raise BadScales(int(bad_page))
 
 
 def prepare(dtype: str, head_dim: int, group_size: int) -> float:

@@ -5,7 +5,7 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from accel.workers import AttentionBatch, UnitRange, check_shape
+from accel.workers import INT4_CHANNELS, QUANTIZED, AttentionBatch, BadScales, UnitRange, check_shape
 
 name = "reference"
 
@@ -13,25 +13,52 @@ _DTYPES = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype("<f4"),
+    "float8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int8": np.dtype("i1"),
 }
+_HALF = INT4_CHANNELS // 2
 
 
-def _rows(batch: AttentionBatch, addresses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _memory(address: int, num_bytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_char * num_bytes).from_address(address), np.uint8)
+
+
+def _codes(address: int, count: int, head_dim: int, dtype: str) -> np.ndarray:
+    """float64 [count, head_dim]: what a page's rows hold, scales left aside."""
+    if dtype != "int4":
+        raw = _memory(address, count * head_dim * _DTYPES[dtype].itemsize)
+        return raw.view(_DTYPES[dtype]).reshape(count, head_dim).astype(np.float64)
+    raw = _memory(address, count * head_dim // 2).reshape(count, -1, _HALF)
+    return np.concatenate([raw & 15, raw >> 4], axis=2).reshape(count, head_dim) - 8.0
+
+
+def _rows(batch: AttentionBatch, pages: slice, addresses: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """float64 [sum of counts, head_dim]: the rows in use of some pages."""
-    dtype = _DTYPES[batch.dtype]
-    pages = [np.empty((0, batch.head_dim))]
-    for address, count in zip(addresses.tolist(), counts.tolist(), strict=True):
-        raw = (ctypes.c_char * (count * batch.head_dim * dtype.itemsize)).from_address(address)
-        pages.append(np.frombuffer(raw, dtype=dtype).reshape(count, batch.head_dim).astype(np.float64))
-    return np.concatenate(pages)
+    rows = [np.empty((0, batch.head_dim))]
+    for place, (address, count) in enumerate(zip(addresses.tolist(), counts.tolist(), strict=True)):
+        values = _codes(address, count, batch.head_dim, batch.dtype)
+        if batch.dtype in QUANTIZED:
+            raw = _memory(address + batch.scales_offset, batch.head_dim * _DTYPES["bfloat16"].itemsize)
+            scales = raw.view(_DTYPES["bfloat16"]).astype(np.float64)
+            if not ((scales > 0) & np.isfinite(scales)).all():
+                raise BadScales(pages.start + place)
+            values = values * scales
+        rows.append(values)
+    return np.concatenate(rows)
 
 
-def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float):
-    """(out [heads, head_dim], lse [heads]) of queries [heads, head_dim] over all rows of keys and values."""
+def _attend(queries, keys, values, scale, softcap, bias):
+    """(out [heads, head_dim], lse [heads]) of queries [heads, head_dim] over all rows of keys and values.
+
+    bias: [heads, num_rows], or 0
+    """
     if len(keys) == 0:
         return 0, -np.inf
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # infinities and NaN go where they go
         scores = scale * queries @ keys.T
+        if softcap > 0:
+            scores = softcap * np.tanh(scores / softcap)
+        scores = scores + bias
         top = scores.max(axis=1, keepdims=True)
         top[np.isneginf(top)] = 0  # tokens of score -inf weigh nothing, also where there are no others
         weights = np.exp(scores - top)
@@ -41,13 +68,17 @@ def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: fl
 
 
 def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: np.ndarray) -> None:
-    """See AttentionBatch. Source: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867."""
+    """See AttentionBatch.
+
+    Sources: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867; soft caps, arXiv:2408.00118; linear
+    biases (ALiBi), arXiv:2108.12409.
+    """
     check_shape(batch.dtype, batch.head_dim, batch.group_size)
     for unit in units:
-        pages = slice(batch.unit_first_page[unit], batch.unit_first_page[unit + 1])
+        pages = slice(int(batch.unit_first_page[unit]), int(batch.unit_first_page[unit + 1]))
         counts = batch.page_num_tokens[pages]
-        keys = _rows(batch, batch.key_pages[pages], counts)
-        values = _rows(batch, batch.value_pages[pages], counts)
+        keys = _rows(batch, pages, batch.key_pages[pages], counts)
+        values = _rows(batch, pages, batch.value_pages[pages], counts)
         first_rows = np.cumsum(counts) - counts
         positions = np.repeat(batch.page_first_token[pages] - first_rows, counts) + np.arange(len(keys))
         item = batch.unit_item[unit]
@@ -55,8 +86,15 @@ def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: 
         for query in range(batch.queries.shape[1]):
             seen = positions >= batch.visible_start[item, query]
             seen &= positions < batch.visible_stop[item, query]
-            heads = batch.queries[item, query, first_head : first_head + batch.group_size].astype(np.float64)
-            out[unit, query], lse[unit, query] = _attend(heads, keys[seen], values[seen], batch.scale)
+            of_group = slice(first_head, first_head + batch.group_size)
+            heads = batch.queries[item, query, of_group].astype(np.float64)
+            bias = 0
+            if len(batch.alibi_slopes):
+                distance = batch.query_position[item, query] - positions[seen]
+                bias = -batch.alibi_slopes[of_group, None].astype(np.float64) * distance
+            out[unit, query], lse[unit, query] = _attend(
+                heads, keys[seen], values[seen], batch.scale, batch.softcap, bias
+            )
 
 
 def prepare(dtype: str, head_dim: int, group_size: int) -> float:

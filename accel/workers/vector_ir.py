@@ -4,15 +4,19 @@ Numba has no vector values, so the inner steps of the numba worker are intrinsic
 lowers a vector of any number of lanes to what the CPU has. Addresses are int64, offsets constant bytes.
 """
 
+import math
 from collections.abc import Callable
 
 from llvmlite import ir
 from numba.core import cgutils
 
-FLOAT16, BFLOAT16, FLOAT32 = range(3)
-ITEM_SIZE = (2, 2, 4)
+FLOAT16, BFLOAT16, FLOAT32, FLOAT8, INT8, INT4 = range(6)
+ITEM_BITS = (16, 16, 32, 8, 8, 4)
+QUANTIZED = (FLOAT8, INT8, INT4)
+FLOAT8_FACTOR = 2.0**8  # what `load_codes` of float8 is short of
 
 F32 = ir.FloatType()
+I1 = ir.IntType(1)
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
@@ -42,11 +46,16 @@ def load_floats(builder: ir.IRBuilder, address, offset: int, lanes: int):
     return load(builder, address, offset, vector(F32, lanes))
 
 
-def load_splat(builder: ir.IRBuilder, address, offset: int, lanes: int):
-    """One float32 in all lanes."""
+def splat(builder: ir.IRBuilder, value, lanes: int):
+    """A float32 in all lanes."""
     undefined = ir.Constant(vector(F32, lanes), ir.Undefined)
-    single = builder.insert_element(undefined, load(builder, address, offset, F32), ir.Constant(I32, 0))
+    single = builder.insert_element(undefined, value, ir.Constant(I32, 0))
     return shuffle(builder, single, undefined, [0] * lanes)
+
+
+def load_splat(builder: ir.IRBuilder, address, offset: int, lanes: int):
+    """A float32 from memory in all lanes."""
+    return splat(builder, load(builder, address, offset, F32), lanes)
 
 
 def forget(builder: ir.IRBuilder, address):
@@ -55,8 +64,8 @@ def forget(builder: ir.IRBuilder, address):
     return builder.call(assembly, [address])
 
 
-def store(builder: ir.IRBuilder, value, address, offset: int) -> None:
-    builder.store(value, pointer(builder, address, offset, value.type), align=4)
+def store(builder: ir.IRBuilder, value, address, offset: int, align: int = 4) -> None:
+    builder.store(value, pointer(builder, address, offset, value.type), align=align)
 
 
 def load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes: int, converts_half: bool):
@@ -72,6 +81,28 @@ def load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes:
         return _half_bits_to_float(builder, bits)
     shifted = builder.shl(bits, splat_constant(16, lanes, I32))
     return builder.bitcast(shifted, vector(F32, lanes))
+
+
+def load_codes(builder: ir.IRBuilder, address, first: int, dtype: int, lanes: int, converts_half: bool):
+    """The codes of a quantized row's channels [first, first + lanes) as float32, float8 without FLOAT8_FACTOR."""
+    if dtype == INT4:
+        segment, place = divmod(first, 32)
+        raw = load(builder, address, 16 * segment + place % 16, vector(I8, lanes), align=1)
+        four = splat_constant(4, lanes, I8)
+        nibbles = builder.lshr(raw, four) if place >= 16 else builder.and_(raw, splat_constant(15, lanes, I8))
+        codes = builder.sub(builder.zext(nibbles, vector(I32, lanes)), splat_constant(8, lanes, I32))
+        return builder.sitofp(codes, vector(F32, lanes))
+    raw = load(builder, address, first, vector(I8, lanes), align=1)
+    if dtype == INT8:
+        return builder.sitofp(builder.sext(raw, vector(I32, lanes)), vector(F32, lanes))
+    # the bits of e4m3 are those of float16 with a shorter exponent: a factor, which scales take in
+    bits = builder.zext(raw, vector(I16, lanes))
+    sign = builder.shl(builder.and_(bits, splat_constant(0x80, lanes, I16)), splat_constant(8, lanes, I16))
+    rest = builder.shl(builder.and_(bits, splat_constant(0x7F, lanes, I16)), splat_constant(7, lanes, I16))
+    half = builder.or_(sign, rest)
+    if converts_half:
+        return builder.fpext(builder.bitcast(half, vector(ir.HalfType(), lanes)), vector(F32, lanes))
+    return _half_bits_to_float(builder, builder.zext(half, vector(I32, lanes)))
 
 
 def widen_half_of_pairs(builder: ir.IRBuilder, pairs, high: bool):
@@ -110,6 +141,12 @@ def fma(builder: ir.IRBuilder, a, b, c):
     return builder.call(declared, (a, b, c))
 
 
+def absolute(builder: ir.IRBuilder, x):
+    integers = vector(I32, x.type.count)
+    bits = builder.and_(builder.bitcast(x, integers), splat_constant(0x7FFFFFFF, x.type.count, I32))
+    return builder.bitcast(bits, x.type)
+
+
 def maximum(builder: ir.IRBuilder, a, b):
     """The larger lanes; b's where a is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
@@ -142,6 +179,12 @@ def sum_each_of_four(builder: ir.IRBuilder, vectors: list):
     return total
 
 
+def all_lanes(builder: ir.IRBuilder, flags):
+    """Whether all lanes of a vector of I1 are set."""
+    bits = builder.bitcast(flags, ir.IntType(flags.type.count))
+    return builder.icmp_unsigned("==", bits, ir.Constant(bits.type, -1))
+
+
 def fold_lanes(builder: ir.IRBuilder, value, stride: int, combine: Callable):
     """Combine the lanes that are equal modulo stride; every lane ends with its class's result."""
     lanes = value.type.count
@@ -155,7 +198,7 @@ def fold_lanes(builder: ir.IRBuilder, value, stride: int, combine: Callable):
 
 # 2**r for |r| <= 1/2: minimax for the relative error with the first coefficient exact, 1.1e-7 at most
 _EXP2 = (1.0, 0.69314700, 0.24022242, 0.055507336, 0.009671513, 0.0013264727)
-_ROUNDER = 1.5 * 2**23  # adding it rounds to an integer, which then stands in the low bits
+ROUNDER = 1.5 * 2**23  # adding it rounds to an integer, which then stands in the low bits
 _EXP2_MIN = -126.0  # below, the result is zero: no subnormal weights
 
 
@@ -167,14 +210,25 @@ def exp2(builder: ir.IRBuilder, x):
     def constant(value):
         return splat_constant(value, lanes)
 
-    shifted = builder.fadd(x, constant(_ROUNDER))
-    r = builder.fsub(x, builder.fsub(shifted, constant(_ROUNDER)))
+    shifted = builder.fadd(x, constant(ROUNDER))
+    r = builder.fsub(x, builder.fsub(shifted, constant(ROUNDER)))
     power = constant(_EXP2[-1])
     for coefficient in reversed(_EXP2[:-1]):
         power = fma(builder, power, r, constant(coefficient))
     exponent = builder.shl(builder.bitcast(shifted, integers), splat_constant(23, lanes, I32))
     result = builder.bitcast(builder.add(builder.bitcast(power, integers), exponent), x.type)
     return builder.select(builder.fcmp_ordered("<", x, constant(_EXP2_MIN)), constant(0.0), result)
+
+
+def tanh(builder: ir.IRBuilder, x):
+    """Absolute error 2e-7 at most; NaN stays NaN."""
+    lanes = x.type.count
+    one, zero = splat_constant(1.0, lanes), splat_constant(0.0, lanes)
+    negative = builder.fcmp_ordered("<", x, zero)
+    size = builder.select(negative, builder.fneg(x), x)
+    decay = exp2(builder, builder.fmul(size, splat_constant(-2 * math.log2(math.e), lanes)))
+    result = builder.fdiv(builder.fsub(one, decay), builder.fadd(one, decay))
+    return builder.select(negative, builder.fneg(result), result)
 
 
 def prefetch(builder: ir.IRBuilder, address, offset: int) -> None:
