@@ -26,7 +26,7 @@ from accel.merge import merge_units
 from accel.page_cache import PageCache
 from accel.page_plan import plan_pages
 from accel.worker_pool import WorkerPool
-from accel.workers import AttentionBatch, UnitRange
+from accel.workers import AttentionBatch, BadScales, UnitRange
 from ftl.errors import CorruptPage, FlashError
 from spdk_glue import dma
 from spdk_glue.status import CommandFailed, Status
@@ -141,6 +141,10 @@ class AttentionJob:
             visible_start=work.visible_start,
             visible_stop=work.visible_stop,
             scale=work.scale,
+            softcap=work.softcap,
+            alibi_slopes=work.alibi_slopes,
+            query_position=work.query_position,
+            scales_offset=work.scales_offset,
         )
         shape = (plan.num_units, work.num_queries, work.group_size)
         self._unit_out = np.empty((*shape, work.head_dim), np.float32)
@@ -289,6 +293,10 @@ class AttentionJob:
             self._engine.cache.release(span.pages)
         self._room.release()
 
+    def lba_of(self, page: int) -> int:
+        """A page of the batch, by logical address; its values' page lies beside it."""
+        return int(self._plan.key_lbas[page])
+
     # the end
 
     @property
@@ -333,6 +341,9 @@ class _StopOnError:
     def __exit__(self, kind, error, traceback) -> bool:
         if isinstance(error, CommandFailed):
             self._job.failure = error
+        elif isinstance(error, BadScales):
+            lba = self._job.lba_of(error.page)
+            self._job.failure = CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=lba, detail="scales of a page")
         elif isinstance(error, Exception):
             log.error("attention failed while %s", self._doing, exc_info=error)
             self._job.failure = CommandFailed(Status.INTERNAL_ERROR, detail="see the drive's log")

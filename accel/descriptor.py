@@ -19,12 +19,14 @@ from spdk_glue.vendor_command import (
     EXPLICIT_RANGES,
     GROUP_EXTENT,
     INT4_CHANNELS,
+    LINEAR_BIAS,
     QUANTIZED,
     TOKEN_RANGE,
     KvDtype,
     answer_bytes,
     pages_per_head,
     row_bytes,
+    scale_bytes,
     tokens_per_page,
 )
 
@@ -36,6 +38,7 @@ HEAD_DIM_MAX = 256
 HEAD_DIM_STEP = 8
 MAX_GROUP_TOKENS = 1 << 16
 MAX_TRANSFER_BYTES = 256 << 20
+_SLOPE, _POSITION = np.dtype("<f4"), np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class AttentionWork:
     items: ATTENTION_ITEM [num_items]; extents: GROUP_EXTENT [num_extents]
     queries: float32 [num_items, num_queries, num_query_heads, head_dim]
     visible_start, visible_stop: int64 [num_items, num_queries]
+    alibi_slopes: float32 [num_query_heads], query_position: int64 [num_items, num_queries]; empty: no bias
     """
 
     layer: int
@@ -53,16 +57,20 @@ class AttentionWork:
     head_dim: int
     dtype: KvDtype
     scale: float
+    softcap: float
     group_tokens: int
     group_lbas: int
     layer_lbas: int
     tokens_per_page: int
     pages_per_head: int
+    scales_offset: int  # in a quantized page
     items: np.ndarray
     extents: np.ndarray
     queries: np.ndarray
     visible_start: np.ndarray
     visible_stop: np.ndarray
+    alibi_slopes: np.ndarray
+    query_position: np.ndarray
 
     @property
     def num_queries(self) -> int:
@@ -102,7 +110,7 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     header = dict(zip(ATTENTION_HEADER.names, fields, strict=True))
     _demand(header["magic"] == ATTENTION_MAGIC, "magic")
     _demand(header["version"] == ATTENTION_VERSION, "version")
-    _demand(header["flags"] | EXPLICIT_RANGES == EXPLICIT_RANGES, "flags")
+    _demand(not header["flags"] & ~(EXPLICIT_RANGES | LINEAR_BIAS), "flags")
     _demand(header["dtype"] in DTYPE_NAME, "dtype")
     _demand(header["query_dtype"] in DTYPE_NAME, "query_dtype")
     dtype, query_dtype = KvDtype(header["dtype"]), KvDtype(header["query_dtype"])
@@ -119,13 +127,18 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(layer < num_layers, "layer")
     _demand(1 <= group_tokens <= MAX_GROUP_TOKENS, "group_tokens")
     _demand(math.isfinite(header["scale"]), "scale")
+    _demand(math.isfinite(header["softcap"]) and header["softcap"] >= 0, "softcap")
     _demand(not any(header["reserved"]) and header["reserved0"] == 0, "reserved")
 
     offset = ATTENTION_HEADER.itemsize
     ranges_count = num_items * num_queries if header["flags"] & EXPLICIT_RANGES else 0
     tables = num_items * ATTENTION_ITEM.itemsize + num_extents * GROUP_EXTENT.itemsize
     tables += ranges_count * TOKEN_RANGE.itemsize
-    query_shape = (num_items, num_queries, num_kv_heads * group_size, head_dim)
+    num_heads = num_kv_heads * group_size
+    has_bias = bool(header["flags"] & LINEAR_BIAS)
+    num_slopes, num_positions = (num_heads, num_items * num_queries) if has_bias else (0, 0)
+    tables += num_slopes * _SLOPE.itemsize + num_positions * _POSITION.itemsize
+    query_shape = (num_items, num_queries, num_heads, head_dim)
     query_bytes = math.prod(query_shape[:3]) * row_bytes(head_dim, query_dtype)
     start = header["queries_offset"]
     _demand(start % 4 == 0 and offset + tables <= start, "queries_offset")
@@ -142,6 +155,8 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
         table(GROUP_EXTENT, num_extents),
         table(TOKEN_RANGE, ranges_count),
     )
+    slopes, positions = table(_SLOPE, num_slopes), table(_POSITION, num_positions)
+    _demand(bool(np.isfinite(slopes).all()), "slopes")
     per_head = pages_per_head(page_size, head_dim, dtype, group_tokens)
     layer_lbas = num_kv_heads * 2 * per_head
     group_lbas = num_layers * layer_lbas
@@ -159,16 +174,20 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
         head_dim=head_dim,
         dtype=dtype,
         scale=header["scale"],
+        softcap=header["softcap"],
         group_tokens=group_tokens,
         group_lbas=group_lbas,
         layer_lbas=layer_lbas,
         tokens_per_page=tokens_per_page(page_size, head_dim, dtype),
         pages_per_head=per_head,
+        scales_offset=page_size - scale_bytes(head_dim, dtype),
         items=items,
         extents=extents,
         queries=queries,
         visible_start=visible_start,
         visible_stop=visible_stop,
+        alibi_slopes=slopes,
+        query_position=positions.astype(np.int64).reshape(-1, num_queries),
     )
 
 

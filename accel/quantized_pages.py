@@ -1,7 +1,7 @@
 """Quantized pages: rows of float16 to codes with a scale per channel, and back.
 
-A page's scales are chosen from its own rows, so each is coded at once, when all its tokens are there. Scales are
-rounded up, so that no code is out of range. The format is declared in spdk_glue.vendor_command.
+A page's scales are chosen from its own rows, so each is coded at once, when all its tokens are there. Scales
+are rounded up, so that no code is out of range. The format is declared in spdk_glue.vendor_command.
 
 A scale per channel (not one per page) is what keys need, whose channels differ in size by far: KIVI
 (arXiv:2402.02750). It costs a reader nothing per row: keys' scales go into the query, values' into the sums.
@@ -26,7 +26,11 @@ _EMITTERS = zlib.crc32(Path(v.__file__).read_bytes())
 
 
 def _literals(sizes) -> list[int] | None:
-    return [size.literal_value for size in sizes] if all(isinstance(s, types.IntegerLiteral) for s in sizes) else None
+    return (
+        [size.literal_value for size in sizes]
+        if all(isinstance(s, types.IntegerLiteral) for s in sizes)
+        else None
+    )
 
 
 def _scales_up(builder, scale):
@@ -71,7 +75,9 @@ def _encode(typingctx, rows, count, page, scales, dtype, head_dim, lanes, conver
         rows_, count_, page_, scales_ = arguments[:4]
 
         def row_at(index):
-            return v.load(builder, builder.add(rows_, builder.mul(index, ir.Constant(v.I64, 8))), 0, v.I64, align=8)
+            return v.load(
+                builder, builder.add(rows_, builder.mul(index, ir.Constant(v.I64, 8))), 0, v.I64, align=8
+            )
 
         def element(row, first):
             return v.load_widened(builder, row, FLOAT16_BYTES * first, v.FLOAT16, lanes_, bool(converts_half_))
@@ -85,7 +91,9 @@ def _encode(typingctx, rows, count, page, scales, dtype, head_dim, lanes, conver
             (largest,) = v.counted_loop(builder, count_, 1, [v.splat_constant(0.0, lanes_)], larger)
             limit = v.splat_constant(1 / LARGEST_CODE[KvDtype(dtype_)], lanes_)
             scale = _scales_up(builder, builder.fmul(largest, limit))
-            upper = builder.lshr(builder.bitcast(scale, v.vector(v.I32, lanes_)), v.splat_constant(16, lanes_, v.I32))
+            upper = builder.lshr(
+                builder.bitcast(scale, v.vector(v.I32, lanes_)), v.splat_constant(16, lanes_, v.I32)
+            )
             v.store(builder, builder.trunc(upper, v.vector(v.I16, lanes_)), scales_, 2 * first, align=2)
             return builder.fdiv(v.splat_constant(1.0, lanes_), scale)
 
@@ -207,9 +215,15 @@ def _sizes(dtype: KvDtype, head_dim: int) -> tuple[int, int, int, int]:
 
 
 def encode_pages(
-    images: np.ndarray, image_page_rows: int, first_row: int, num_rows: int, dtype: KvDtype, head_dim: int, pages
+    images: np.ndarray,
+    image_page_rows: int,
+    first_row: int,
+    num_rows: int,
+    dtype: KvDtype,
+    head_dim: int,
+    pages,
 ) -> None:
-    """Fill quantized pages with rows [first_row, first_row + num_rows) of each run; their slack is left as it is.
+    """Fill quantized pages with rows [first_row, first_row + num_rows) of each run, and leave slack alone.
 
     images: uint8 [num_runs, num_image_pages, page_size], pages of image_page_rows rows of float16, all finite
     pages: uint8 [num_runs, num_pages, page_size], zeroed, with room for num_rows rows
@@ -218,7 +232,13 @@ def encode_pages(
     encode = _encoder(*_sizes(dtype, head_dim))
     scales_offset = page_size - scale_bytes(head_dim, dtype)
     encode(
-        images, image_page_rows, first_row, num_rows, tokens_per_page(page_size, head_dim, dtype), scales_offset, pages
+        images,
+        image_page_rows,
+        first_row,
+        num_rows,
+        tokens_per_page(page_size, head_dim, dtype),
+        scales_offset,
+        pages,
     )
 
 
@@ -229,5 +249,7 @@ def decode_pages(pages: np.ndarray, dtype: KvDtype, head_dim: int) -> np.ndarray
     rows = np.empty((len(pages), page_rows, head_dim), np.float32)
     decode = _decoder(*_sizes(dtype, head_dim))
     decode(np.ascontiguousarray(pages), page_rows, page_size - scale_bytes(head_dim, dtype), rows)
-    with np.errstate(over="ignore", invalid="ignore"):  # damaged scales: what they make of rows is no error here
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # damaged scales: what they make of rows is no error here
         return rows.astype(np.float16)

@@ -57,6 +57,13 @@ def to_storage(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+def check_finite(array: np.ndarray, name: str, dtype: str) -> None:
+    """array: float16. Raises InvalidArgument for what a quantized dtype cannot hold."""
+    exponent = 0x7C00
+    if ((array.view(np.uint16) & exponent) == exponent).any():
+        raise InvalidArgument(f"{name} hold NaN, infinity or more than 65504, for which {dtype} has no code")
+
+
 def to_query(array: np.ndarray) -> tuple[np.ndarray, str]:
     """Queries for the wire: (C-contiguous array, dtype name); what is neither half type goes as float32."""
     for name in ("float16", "bfloat16"):

@@ -5,6 +5,7 @@ import numpy as np
 from accel.merge import merge_states
 from kvfs.arrays import to_query
 from kvfs.attention_request import DrivePart, build_descriptor, parse_answer
+from kvfs.attention_scores import Scoring
 from kvfs.errors import InvalidArgument
 from kvfs.host_attention import attend_tails
 from kvfs.model import Model
@@ -19,7 +20,7 @@ class Attention:
         self._namespace = namespace
         self._worker = worker
 
-    def run(self, model: Model, layer, queries, sequences, starts, stops, scale):
+    def run(self, model: Model, layer, queries, sequences, starts, stops, scoring: Scoring):
         """(out, lse) of checked arguments, in as many commands as the drive needs; see Store.attend."""
         limit = self._items_per_command(model, queries)
         if len(sequences) > limit:
@@ -27,13 +28,13 @@ class Attention:
                 self.run(
                     model,
                     layer,
-                    queries[i : i + limit],
-                    sequences[i : i + limit],
-                    starts[i : i + limit],
-                    stops[i : i + limit],
-                    scale,
+                    queries[part],
+                    sequences[part],
+                    starts[part],
+                    stops[part],
+                    scoring.of_items(part),
                 )
-                for i in range(0, len(sequences), limit)
+                for part in (slice(i, i + limit) for i in range(0, len(sequences), limit))
             ]
             return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
         wire_queries, query_dtype = to_query(queries)
@@ -48,12 +49,12 @@ class Attention:
                 for sequence, tail in zip(sequences, tails, strict=True)
             ]
             descriptor = build_descriptor(
-                model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scale
+                model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scoring
             )
             ticket = self._namespace.attention_submit(descriptor)
         if sees_tail:  # while the drive works
             host_queries = np.ascontiguousarray(queries, np.float32)
-            out, lse = attend_tails(self._worker, model.layout, tails, host_queries, starts, stops, scale)
+            out, lse = attend_tails(self._worker, model.layout, tails, host_queries, starts, stops, scoring)
         if ticket is None:
             return out, lse
         size = answer_bytes(*queries.shape)
@@ -114,3 +115,18 @@ def visible(num_tokens: list[int], num_queries: int, causal: bool, token_ranges)
     if causal and num_queries > int(limits.min()):
         raise InvalidArgument(f"{num_queries} causal queries over {int(limits.min())} tokens")
     return starts, limits - behind
+
+
+def windows(starts: np.ndarray, stops: np.ndarray, window: int | None, sink_tokens: int):
+    """The visible ranges under a sliding window, as one or two (starts, stops) that do not overlap.
+
+    Raises InvalidArgument.
+    """
+    for name, value, least in (("window", window, 1), ("sink_tokens", sink_tokens, 0)):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
+            raise InvalidArgument(f"{name} is a whole number from {least} on, not {value!r}")
+    if window is None:
+        return [(starts, stops)]
+    recent = np.maximum(starts, stops - int(window)), stops
+    sinks = starts, np.minimum(starts + int(sink_tokens), recent[0])
+    return [recent, sinks] if (sinks[0] < sinks[1]).any() else [recent]

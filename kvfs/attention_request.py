@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvfs.attention_scores import Scoring
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from spdk_glue.vendor_command import (
@@ -15,6 +16,7 @@ from spdk_glue.vendor_command import (
     DTYPE_OF_NAME,
     EXPLICIT_RANGES,
     GROUP_EXTENT,
+    LINEAR_BIAS,
     TOKEN_RANGE,
 )
 
@@ -46,7 +48,7 @@ def build_descriptor(
     parts: list[DrivePart],
     starts: np.ndarray,
     stops: np.ndarray,
-    scale: float,
+    scoring: Scoring,
 ) -> np.ndarray:
     """uint8: the data of ATTENTION_SUBMIT.
 
@@ -78,14 +80,18 @@ def build_descriptor(
     if not same:
         ranges = np.empty(num_items * num_queries, TOKEN_RANGE)
         ranges["start"], ranges["stop"] = starts.reshape(-1), stops.reshape(-1)
-    tables = (np.array(items, ATTENTION_ITEM), np.array(extents, GROUP_EXTENT), ranges)
+    tables = [np.array(items, ATTENTION_ITEM), np.array(extents, GROUP_EXTENT), ranges]
+    flags = 0 if same else EXPLICIT_RANGES
+    if scoring.slopes is not None:
+        flags |= LINEAR_BIAS
+        tables += [scoring.slopes.astype("<f4"), scoring.positions.astype("<u4").reshape(-1)]
     queries_offset = ATTENTION_HEADER.itemsize + sum(table.nbytes for table in tables)
     header = np.zeros(1, ATTENTION_HEADER)
     record = header[0]
     for name, value in {
         "magic": ATTENTION_MAGIC,
         "version": ATTENTION_VERSION,
-        "flags": 0 if same else EXPLICIT_RANGES,
+        "flags": flags,
         "num_items": num_items,
         "num_extents": len(extents),
         "queries_offset": queries_offset,
@@ -98,10 +104,11 @@ def build_descriptor(
         "num_queries": num_queries,
         "dtype": DTYPE_OF_NAME[geometry.dtype],
         "query_dtype": DTYPE_OF_NAME[query_dtype],
-        "scale": scale,
+        "scale": scoring.scale,
+        "softcap": scoring.softcap,
     }.items():
         record[name] = value
-    # alignment of the parts inside: every record is a multiple of 8 bytes long
+    # alignment of the parts inside: every record is a multiple of 4 bytes long
     descriptor = np.empty(queries_offset + queries.nbytes, np.uint8)
     offset = 0
     for part in (header, *tables, queries.reshape(-1)):

@@ -1,4 +1,4 @@
-"""Reading single heads of a sequence: rows as stored, in one batch, without waiting for anyone.
+"""Reading single heads of a sequence in one batch, without waiting for anyone: rows as stored, or dequantized.
 
 A head's pages in a group are consecutive, so a read is one extent per group. Where no page has slack and one
 run of rows is wanted, flash is read to where the result lies: nothing is copied.
@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from accel.quantized_pages import decode_pages
 from kvfs.errors import InvalidArgument
 from kvfs.files.buffer_pool import BufferPool
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from kvfs.tail import LayerTail
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 KEYS, VALUES = 0, 1
 KEPT_BYTES = 16 << 20  # of idle buffers of each size
@@ -73,7 +75,7 @@ class HeadBatch:
 
     def _runs_of(self, piece: HeadRows, groups: list[GroupRow], tail: LayerTail):
         layout = self._layout
-        group_tokens, per_page = layout.geometry.group_tokens, layout.tokens_per_page
+        group_tokens = layout.geometry.group_tokens
         head_pages = piece.layer * layout.layer_lbas + (2 * piece.head + piece.kind) * layout.pages_per_head
         token = piece.start
         while token < piece.stop:
@@ -81,6 +83,7 @@ class HeadBatch:
             is_on_flash = token < tail.num_spilled
             limit = min(piece.stop, tail.num_spilled) if is_on_flash else piece.stop
             num_rows = min(group_tokens - row, limit - token)
+            per_page = (layout if is_on_flash else layout.in_memory).tokens_per_page
             page, first_row = divmod(row, per_page)
             num_pages = -(-(first_row + num_rows) // per_page)
             if is_on_flash:
@@ -99,13 +102,23 @@ class HeadBatch:
         rows = np.empty((self._num_rows, row_bytes), np.uint8)
         page = row = 0
         for run in self._runs:
-            used = self._pages[page : page + run.num_pages, : self._layout.tokens_per_page * row_bytes]
-            rows[row : row + run.num_rows] = used.reshape(-1, row_bytes)[run.first_row :][: run.num_rows]
+            there = self._page_rows(self._pages[page : page + run.num_pages], is_on_flash=run.image is None)
+            rows[row : row + run.num_rows] = there[run.first_row :][: run.num_rows]
             page, row = page + run.num_pages, row + run.num_rows
         return memoryview(rows.reshape(-1))
 
+    def _page_rows(self, pages: np.ndarray, is_on_flash: bool) -> np.ndarray:
+        """uint8 [num_rows, row_bytes]: all rows of some pages."""
+        geometry, row_bytes = self._layout.geometry, self._layout.row_bytes
+        if is_on_flash and geometry.is_quantized:
+            rows = decode_pages(pages, DTYPE_OF_NAME[geometry.dtype], geometry.head_dim)
+            return rows.view(np.uint8).reshape(-1, row_bytes)
+        return pages[:, : self._layout.in_memory.tokens_per_page * row_bytes].reshape(-1, row_bytes)
+
 
 def _has_no_slack(layout: GroupLayout) -> bool:
+    if layout.geometry.is_quantized:
+        return False
     return layout.pages_per_head * layout.page_size == layout.geometry.group_tokens * layout.row_bytes
 
 

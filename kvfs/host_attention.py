@@ -5,10 +5,17 @@ import numpy as np
 from accel.merge import merge_units
 from accel.page_plan import plan_units
 from accel.workers import AttentionBatch, UnitRange
+from kvfs.attention_scores import Scoring
 from kvfs.layout import GroupLayout
 from kvfs.tail import LayerTail
 
 MAX_UNIT_PAGES = 1 << 20  # memory, unlike a cache, has no room to share: units are as long as they are
+
+
+def _bias(scoring: Scoring) -> dict[str, np.ndarray]:
+    if scoring.slopes is None:
+        return {}
+    return {"alibi_slopes": scoring.slopes, "query_position": scoring.positions}
 
 
 def attend_tails(
@@ -18,13 +25,14 @@ def attend_tails(
     queries: np.ndarray,
     starts: np.ndarray,
     stops: np.ndarray,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) over the tokens that are not on flash, one tail per item.
 
     queries: float32 [num_items, num_queries, num_query_heads, head_dim]; starts, stops: int64
     [num_items, num_queries]. lse is -inf where a query sees nothing of the tail.
     """
+    layout = layout.in_memory
     geometry, page_size = layout.geometry, layout.page_size
     num_items, num_queries = starts.shape
     spilled = np.array([tail.num_spilled for tail in tails], np.int64)
@@ -64,7 +72,9 @@ def attend_tails(
         # rows of a page that lie before the tail are the drive's: the ranges leave them out
         visible_start=np.maximum(starts, spilled[:, None]),
         visible_stop=stops,
-        scale=scale,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        **_bias(scoring),
     )
     group_size = geometry.gqa_group_size
     out = np.empty((plan.num_units, num_queries, group_size, geometry.head_dim), np.float32)

@@ -2,10 +2,12 @@
 
 A token group of `group_tokens` tokens is one allocation of `group_lbas` consecutive blocks, ordered
 `[layer][kv_head][K | V][page]`. A page holds `tokens_per_page` rows `[head_dim]` of one head from byte 0;
-the rest is slack. One layer's share of a group is `layer_lbas` consecutive blocks: the unit of spilling.
+the rest is slack, or scales if rows are quantized. Tokens that are not on flash yet wait in pages of the same
+order, of rows as users gave them. One layer's share of a group is `layer_lbas` consecutive blocks: the unit of
+spilling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import ml_dtypes
@@ -13,9 +15,13 @@ import numpy as np
 
 from kvfs.errors import InvalidArgument
 from spdk_glue import vendor_command
-from spdk_glue.vendor_command import DTYPE_OF_NAME, ITEM_SIZE
+from spdk_glue.vendor_command import DTYPE_OF_NAME, INT4_CHANNELS, QUANTIZED, KvDtype
 
 DEFAULT_GROUP_TOKENS = 256
+QUANTIZED_RUN_BYTES = (
+    64 << 10
+)  # of one head's K (or V) in a group: what 256 tokens have in float16 at head_dim 128
+QUANTIZED_ROW_DTYPE = "float16"  # finer than any code, and half of float32
 MAX_GROUP_SIZE = 16
 NUMPY_DTYPE = {
     "float16": np.dtype(np.float16),
@@ -54,8 +60,10 @@ class KvGeometry:
             raise InvalidArgument(f"head_dim is a multiple of 8 from 32 to 256, not {self.head_dim}")
         if self.dtype not in DTYPE_OF_NAME:
             raise InvalidArgument(f"dtype is one of {', '.join(DTYPE_OF_NAME)}, not {self.dtype!r}")
-        if self.group_tokens & (self.group_tokens - 1) or self.group_tokens > 1 << 16:
-            raise InvalidArgument(f"group_tokens is a power of two up to 65536, not {self.group_tokens}")
+        if self.dtype == KvDtype.INT4.name.lower() and self.head_dim % INT4_CHANNELS:
+            raise InvalidArgument(f"head_dim of int4 is a multiple of {INT4_CHANNELS}, not {self.head_dim}")
+        if self.group_tokens > 1 << 16:
+            raise InvalidArgument(f"group_tokens is at most 65536, not {self.group_tokens}")
 
     def check_layer(self, layer: int) -> int:
         """The layer as an int. Raises InvalidArgument for one that the model does not have."""
@@ -68,12 +76,22 @@ class KvGeometry:
         return self.num_query_heads // self.num_kv_heads
 
     @property
+    def is_quantized(self) -> bool:
+        return DTYPE_OF_NAME[self.dtype] in QUANTIZED
+
+    @property
+    def row_dtype(self) -> str:
+        """Of rows in memory: taken in, read back, not on flash yet."""
+        return QUANTIZED_ROW_DTYPE if self.is_quantized else self.dtype
+
+    @property
     def numpy_dtype(self) -> np.dtype:
-        return NUMPY_DTYPE[self.dtype]
+        """Of rows in memory."""
+        return NUMPY_DTYPE[self.row_dtype]
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token in all layers, without slack."""
+        """K and V of one token in all layers, as rows in memory."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.numpy_dtype.itemsize
 
 
@@ -114,4 +132,20 @@ class GroupLayout:
 
     @cached_property
     def row_bytes(self) -> int:
-        return self.geometry.head_dim * ITEM_SIZE[DTYPE_OF_NAME[self.geometry.dtype]]
+        """Of a row in memory."""
+        return self.geometry.head_dim * self.geometry.numpy_dtype.itemsize
+
+    @cached_property
+    def in_memory(self) -> "GroupLayout":
+        """The layout of groups that are not on flash yet."""
+        if not self.geometry.is_quantized:
+            return self
+        return GroupLayout(replace(self.geometry, dtype=self.geometry.row_dtype), self.page_size)
+
+
+def default_group_tokens(dtype: str, head_dim: int, page_size: int) -> int:
+    """Tokens per group unless the user says otherwise: whole pages, and runs that are worth a request."""
+    if DTYPE_OF_NAME.get(dtype) not in QUANTIZED:
+        return DEFAULT_GROUP_TOKENS
+    per_page = vendor_command.tokens_per_page(page_size, head_dim, DTYPE_OF_NAME[dtype])
+    return per_page * max(1, QUANTIZED_RUN_BYTES // page_size)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvfs import head_rows, tail_record, token_rows
-from kvfs.arrays import float_array, to_storage, token_id_array
+from kvfs.arrays import check_finite, float_array, to_storage, token_id_array
 from kvfs.errors import InvalidArgument
 from kvfs.head_rows import HeadBatch, HeadRows
 from kvfs.layout import GroupLayout
@@ -169,10 +169,14 @@ class Sequence:
             meaning = "[num_tokens, num_kv_heads, head_dim]"
             keys = float_array(keys, "keys", shape, meaning)
             values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
+            dtype = self._geometry.numpy_dtype
+            if self._geometry.is_quantized:
+                keys, values = to_storage(keys, dtype), to_storage(values, dtype)
+                check_finite(keys, "keys", self._geometry.dtype)
+                check_finite(values, "values", self._geometry.dtype)
             tail = self._layers[layer]
             self._reserve_groups(tail.num_tokens + len(keys))
             self._changed()
-            dtype = self._geometry.numpy_dtype
             group_tokens = self._geometry.group_tokens
             start = 0
             due: list[tuple[int, np.ndarray]] = []
@@ -216,9 +220,14 @@ class Sequence:
             )  # which needs no space yet
             return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
 
+    @property
+    def _writeback_tokens(self) -> int:
+        """Tokens of a layer that are worth a spill: by default a whole group."""
+        return self._store._writeback_tokens or self._geometry.group_tokens
+
     def _groups_of(self, num_tokens: int) -> int:
         """How many `num_tokens` tokens need: a part group waits in the tail, unless it is spilled early."""
-        if self._store._writeback_tokens < self._geometry.group_tokens:
+        if self._writeback_tokens < self._geometry.group_tokens:
             return -(-num_tokens // self._geometry.group_tokens)
         return num_tokens // self._geometry.group_tokens
 
@@ -229,7 +238,7 @@ class Sequence:
 
     def _due_extents(self, layer: int, tail: LayerTail) -> list[tuple[int, np.ndarray]]:
         """What of the tail is due for writing, as (LBA, buffer); noted as submitted."""
-        due = tail.spillable(self._store._writeback_tokens)
+        due = tail.spillable(self._writeback_tokens)
         if due is None:
             return []
         position, first_page, stop_page, tail.num_submitted = due

@@ -9,10 +9,12 @@ from itertools import takewhile
 import apsw
 import numpy as np
 
+from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array
-from kvfs.attention import Attention, common_model, visible
+from kvfs.attention import Attention, common_model, visible, windows
+from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
     Report,
@@ -37,7 +39,7 @@ from kvfs.errors import (
     StoreClosed,
 )
 from kvfs.group_image import ImagePool
-from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
+from kvfs.layout import GroupLayout, KvGeometry, default_group_tokens
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
 from kvfs.metadata_vfs import Volume
 from kvfs.model import Model, check_name
@@ -78,12 +80,12 @@ class Store:
         self._spills = SpillQueue()
         self._attended: list[Sequence] = []  # sequences of the attend call under way: their tails must stay
         self._image_pool = ImagePool(SPILLING_BYTES)
-        self._writeback_tokens = DEFAULT_GROUP_TOKENS if writeback_tokens is None else writeback_tokens
+        self._writeback_tokens = writeback_tokens
         self._tail_bytes = tail_bytes
         with ExitStack() as stack:
             self._drive = drive
             stack.callback(close_drive, drive, self.path)
-            if self._writeback_tokens < 1:
+            if writeback_tokens is not None and writeback_tokens < 1:
                 raise InvalidArgument(f"writeback_tokens is at least 1, not {writeback_tokens}")
             self._namespace = Namespace(self._drive.transport)
             self._attention = Attention(self._namespace, load_worker(worker))
@@ -148,15 +150,21 @@ class Store:
         num_kv_heads: int,
         head_dim: int,
         dtype: str = "float16",
-        group_tokens: int = DEFAULT_GROUP_TOKENS,
+        group_tokens: int | None = None,
     ) -> Model:
         """The model of this name, added if it is new.
+
+        dtype: "float16", "bfloat16", "float32", or quantized with a scale per channel of each page:
+            "float8_e4m3", "int8", "int4" (head_dim a multiple of 32)
+        group_tokens: tokens laid out together; by default 256, or as many as make 64 KiB of a quantized head
 
         Raises InvalidArgument for an impossible shape, ModelMismatch if the name has another one.
         """
         with self._lock:
             self._check_open()
             check_name(name, "model")
+            if group_tokens is None:
+                group_tokens = default_group_tokens(dtype, head_dim, self._namespace.block_bytes)
             geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
             known = self._models.get(name)
             if known is None:
@@ -373,7 +381,22 @@ class Store:
 
     # attention
 
-    def attend(self, layer: int, queries, sequences, *, causal=True, token_ranges=None, scale=None):
+    def attend(
+        self,
+        layer: int,
+        queries,
+        sequences,
+        *,
+        causal=True,
+        token_ranges=None,
+        window=None,
+        sink_tokens=0,
+        scale=None,
+        softcap=None,
+        alibi_slopes=None,
+        query_positions=None,
+        sinks=None,
+    ):
         """Attention of each sequence's queries over its stored tokens of one layer.
 
         queries: [num_sequences, num_queries, num_query_heads, head_dim], NumPy or torch; float16 and
@@ -382,7 +405,15 @@ class Store:
             before; False: each sees all tokens
         token_ranges: int64 [num_sequences, num_queries, 2], the visible positions [start, stop) of each
             query instead: sliding windows, left padding, only the past
+        window: a query sees the last so many of these at most; and the first `sink_tokens` of them all the
+            same, as streaming models want it (arXiv:2309.17453)
         scale: of scores, head_dim ** -0.5 by default
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118)
+        alibi_slopes: [num_query_heads]; a score is lessened by slope * distance to the query (arXiv:2108.12409)
+        query_positions: int64 [num_sequences, num_queries], where distances count from; by default the last
+            token that the query may see
+        sinks: [num_query_heads], the learnt score of a token without a value, which takes its share of the
+            weights and of lse (gpt-oss)
 
         Returns (out float32 of queries' shape, lse float32 [num_sequences, num_queries,
         num_query_heads]); lse is the natural log of the sum of exponentials, -inf (and out zero) where a
@@ -408,11 +439,15 @@ class Store:
                     raise EmptySequence(sequence.name, layer)
                 sequence._complete_spills(layer)
             num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
-            starts, stops = visible(num_tokens, queries.shape[1], causal, token_ranges)
-            scale = geometry.head_dim**-0.5 if scale is None else float(scale)
-            if not np.isfinite(scale):
-                raise InvalidArgument(f"scale is a finite number, not {scale}")
-            return self._attention.run(model, layer, queries, sequences, starts, stops, scale)
+            ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
+            scoring = scoring_of(geometry, scale, softcap, alibi_slopes, query_positions, ranges[1])
+            work = (model, layer, queries, sequences)
+            answers = [
+                self._attention.run(*work, starts, stops, scoring)
+                for starts, stops in windows(*ranges, window, sink_tokens)
+            ]
+            out, lse = answers[0] if len(answers) == 1 else merge_states(*answers[0], *answers[1])
+            return (out, lse) if sinks is None else with_sinks(out, lse, head_array(sinks, "sinks", geometry))
 
     # what can be seen
 

@@ -1,24 +1,27 @@
 """Delayed writeback: the newest tokens of one sequence and layer, in host memory.
 
 Tokens collect in group images. Once `writeback_tokens` of them make whole pages (or the group is full)
-those pages are spilled: written to the group's blocks as they lie in the image. A spill runs in the
-background; until it has completed, its tokens count as tail. The host attends over the tail, the drive
-over what has been spilled. Source: INF2, arXiv:2502.09921.
+those pages are spilled: written to the group's blocks as they lie in the image, or quantized. A spill runs in
+the background; until it has completed, its tokens count as tail. The host attends over the tail, the drive over
+what has been spilled. Source: INF2, arXiv:2502.09921.
 
 States of a token of one layer, by position: [0, num_spilled) on flash, [num_spilled, num_submitted) on its
 way there, [num_submitted, num_tokens) only here.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
+from accel.quantized_pages import encode_pages
 from kvfs import group_image
 from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
 from spdk_glue import dma
 from spdk_glue.namespace import Pending
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 
 @dataclass
@@ -34,6 +37,7 @@ class LayerTail:
 
     def __init__(self, layout: GroupLayout, pool: ImagePool, num_tokens: int = 0):
         self._layout = layout
+        self._image_layout = layout.in_memory
         self._pool = pool
         self.num_tokens = num_tokens
         self.num_submitted = num_tokens
@@ -44,7 +48,7 @@ class LayerTail:
     def clear(self) -> None:
         """Give the images back; the tail is of no use afterwards."""
         while self.images:
-            self._pool.give_back(self._layout, self.images.popitem()[1])
+            self._pool.give_back(self._image_layout, self.images.popitem()[1])
 
     def pack(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Take in tokens [num_tokens, num_kv_heads, head_dim] that fit in the current group."""
@@ -53,8 +57,8 @@ class LayerTail:
         assert row + len(keys) <= group_tokens
         image = self.images.get(position)
         if image is None:
-            image = self.images[position] = self._pool.take(self._layout)
-        group_image.pack(self._layout, image, row, keys, values)
+            image = self.images[position] = self._pool.take(self._image_layout)
+        group_image.pack(self._image_layout, image, row, keys, values)
         self.num_tokens += len(keys)
 
     def refill(self, keys: np.ndarray, values: np.ndarray) -> None:
@@ -83,19 +87,37 @@ class LayerTail:
 
     def extents(self, base_lba: int, position: int, first_page: int, stop_page: int):
         """(LBA, buffer) pairs of some pages of every head; base_lba: of this layer in the group."""
-        image = self.images[position]
         per_head = self._layout.pages_per_head
+        if self._layout.geometry.is_quantized:
+            pages = self._quantized(position, first_page, stop_page)
+        else:
+            pages = self.images[position][:, :, first_page:stop_page]
         if first_page == 0 and stop_page == per_head:
-            return [(base_lba, image.reshape(-1))]
-        num_heads = self._layout.geometry.num_kv_heads
+            return [(base_lba, pages.reshape(-1))]
         return [
-            (
-                base_lba + (2 * head + kind) * per_head + first_page,
-                image[head, kind, first_page:stop_page].reshape(-1),
-            )
-            for head in range(num_heads)
+            (base_lba + (2 * head + kind) * per_head + first_page, pages[head, kind].reshape(-1))
+            for head in range(self._layout.geometry.num_kv_heads)
             for kind in (0, 1)
         ]
+
+    def _quantized(self, position: int, first_page: int, stop_page: int) -> np.ndarray:
+        """uint8 [num_kv_heads, 2, num_pages, page_size]: those pages of a group as they are to lie on flash."""
+        layout, image_layout = self._layout, self._image_layout
+        geometry, per_page = layout.geometry, layout.tokens_per_page
+        first_row = first_page * per_page
+        num_rows = min(stop_page * per_page, geometry.group_tokens) - first_row
+        shape = (geometry.num_kv_heads, 2, stop_page - first_page, layout.page_size)
+        pages = dma.allocate(math.prod(shape)).reshape(shape)
+        encode_pages(
+            self.images[position].reshape(-1, image_layout.pages_per_head, layout.page_size),
+            image_layout.tokens_per_page,
+            first_row,
+            num_rows,
+            DTYPE_OF_NAME[geometry.dtype],
+            geometry.head_dim,
+            pages.reshape(-1, *shape[2:]),
+        )
+        return pages
 
     def image_addresses(self) -> tuple[int, list[int]]:
         """(group position, address of its image and of those behind it) of the first token not on flash."""
@@ -109,7 +131,7 @@ class LayerTail:
         self.num_spilled = spill.stop
         whole = self.num_spilled // self._layout.geometry.group_tokens
         for position in [p for p in self.images if p < whole]:
-            self._pool.give_back(self._layout, self.images.pop(position))
+            self._pool.give_back(self._image_layout, self.images.pop(position))
 
     def read(self, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Copy tokens [start, stop), all at or past num_spilled, into [stop - start, heads, head_dim]."""
@@ -119,5 +141,5 @@ class LayerTail:
             group, row = divmod(position, group_tokens)
             count = min(group_tokens - row, stop - position)
             part = slice(position - start, position - start + count)
-            group_image.unpack(self._layout, self.images[group], row, keys[part], values[part])
+            group_image.unpack(self._image_layout, self.images[group], row, keys[part], values[part])
             position += count

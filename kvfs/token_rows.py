@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from accel.quantized_pages import decode_pages
 from kvfs import group_image
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from spdk_glue import dma
 from spdk_glue.namespace import Namespace
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
 
@@ -34,4 +36,20 @@ def read(
         for group, image in enumerate(images, first):
             low, high = max(start, group * group_tokens), min(stop, (group + 1) * group_tokens)
             part = slice(low - start, high - start)
-            group_image.unpack(layout, image, low - group * group_tokens, keys[part], values[part])
+            first_row = low - group * group_tokens
+            if layout.geometry.is_quantized:
+                _decode(layout, image, first_row, keys[part], values[part])
+            else:
+                group_image.unpack(layout, image, first_row, keys[part], values[part])
+
+
+def _decode(
+    layout: GroupLayout, image: np.ndarray, first_row: int, keys: np.ndarray, values: np.ndarray
+) -> None:
+    geometry = layout.geometry
+    pages = image.reshape(-1, layout.page_size)
+    rows = decode_pages(pages, DTYPE_OF_NAME[geometry.dtype], geometry.head_dim)
+    of_heads = rows.reshape(geometry.num_kv_heads, 2, -1, geometry.head_dim)[
+        :, :, first_row : first_row + len(keys)
+    ]
+    keys[:], values[:] = of_heads[:, 0].swapaxes(0, 1), of_heads[:, 1].swapaxes(0, 1)

@@ -7,6 +7,8 @@ data is, in order and without gaps:
     ATTENTION_ITEM   [num_items]
     GROUP_EXTENT     [num_extents]
     TOKEN_RANGE      [num_items, num_queries]        when flags has EXPLICIT_RANGES
+    float32          [num_query_heads]               slopes, when flags has LINEAR_BIAS
+    uint32           [num_items, num_queries]        positions of the queries, when flags has LINEAR_BIAS
     zero bytes up to header.queries_offset (a multiple of 4)
     queries          query_dtype [num_items, num_queries, num_query_heads, head_dim]
 
@@ -15,10 +17,10 @@ head_dim], `lse` float32 [num_items, num_queries, num_query_heads] (natural log;
 no token). The true length of an answer comes in CDW0.
 
 Pages of a token group lie `[layer][kv_head][K | V][page]` from the group's base LBA; a page holds
-`tokens_per_page` rows of one head from byte 0 on. A quantized page ends with the scales of its channels, bfloat16
-[head_dim], each finite and above zero: an element is its code times its channel's scale. Codes are float8 e4m3,
-int8 (-127 to 127), or int4 (-7 to 7, stored plus 8): byte i of 16 holds the codes of channels i (low half) and
-16 + i of 32.
+`tokens_per_page` rows of one head from byte 0 on. A quantized page ends with the scales of its channels,
+bfloat16 [head_dim], each finite and above zero: an element is its code times its channel's scale. Codes are
+float8 e4m3, int8 (-127 to 127), or int4 (-7 to 7, stored plus 8): byte i of 16 holds the codes of channels i
+(low half) and 16 + i of 32.
 """
 
 from enum import IntEnum
@@ -54,6 +56,7 @@ DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
 ATTENTION_MAGIC = 0x5441564B  # "KVAT"
 ATTENTION_VERSION = 1
 EXPLICIT_RANGES = 1  # header flag: a TOKEN_RANGE per item and query follows the extents
+LINEAR_BIAS = 2  # header flag: score -= slope of the head * (position of the query - position of the token)
 
 ATTENTION_HEADER = np.dtype(
     [
@@ -74,7 +77,8 @@ ATTENTION_HEADER = np.dtype(
         ("query_dtype", "u1"),  # KvDtype of queries
         ("reserved0", "<u2"),
         ("scale", "<f4"),  # score = scale * q . k
-        ("reserved", "V20"),  # sparse parameters; zero: dense
+        ("softcap", "<f4"),  # above zero: score = softcap * tanh(score / softcap), before any bias
+        ("reserved", "V16"),  # sparse parameters; zero: dense
     ]
 )
 assert ATTENTION_HEADER.itemsize == 64

@@ -5,8 +5,8 @@ A worker is a module with `name` and two operations:
 - `attend_units(batch, units, out, lse)` computes units of a batch, taken from a UnitRange until none is left;
 - `prepare(dtype, head_dim, group_size) -> float` makes it ready (compiles) and returns the seconds that took.
 
-Both raise ValueError for a dtype or size that no kernel takes; `attend_units` raises BadScales for a quantized page
-whose scales are damaged or missing.
+Both raise ValueError for a dtype or size that no kernel takes; `attend_units` raises BadScales for a quantized
+page whose scales are damaged or missing.
 """
 
 from dataclasses import dataclass, field

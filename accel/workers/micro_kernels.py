@@ -76,7 +76,7 @@ class Shape:
         return self.dtype in QUANTIZED
 
     def load_scales(self, builder, scales, chunk: int):
-        """The `chunk`-th vector of a page's scales, such that codes as `load_row` gives them times it are values."""
+        """The `chunk`-th vector of a page's scales: times it, codes as `load_row` gives them are values."""
         offset = chunk * self.lanes * ITEM_BITS[BFLOAT16] // 8
         vector = v.load_widened(builder, scales, offset, BFLOAT16, self.lanes, bool(self.converts_half))
         if self.dtype == FLOAT8:
@@ -84,7 +84,7 @@ class Shape:
         return vector
 
     def load_row(self, builder, row, chunk: int):
-        """The `chunk`-th vector of a row, widened; see load_pairs for its channels. Of a quantized row: the codes."""
+        """The `chunk`-th vector of a row, widened, or its codes; see load_pairs for its channels."""
         if self.is_quantized:
             first = chunk * self.lanes
             return v.load_codes(builder, row, first, self.dtype, self.lanes, bool(self.converts_half))
@@ -212,7 +212,7 @@ def cap_scores(
 ):  # fmt: skip
     """scores = cap * tanh(scores / cap) for scores[:count]; what is far out becomes cap, NaN stays NaN.
 
-    scores: address of float32 [count + lanes, stride]; cap: float32 above zero. Source: the logit soft-capping of
+    scores: address of float32 [count + lanes, stride]; cap: float32 above zero. Source: soft-capped logits,
     arXiv:2408.00118.
     """
     sizes = (dtype, head_dim, heads, lanes, accumulators, converts_half)

@@ -19,7 +19,15 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from accel.workers import AttentionBatch, BadScales, UnitRange, check_shape, micro_kernels, unit_range, vector_ir
+from accel.workers import (
+    AttentionBatch,
+    BadScales,
+    UnitRange,
+    check_shape,
+    micro_kernels,
+    unit_range,
+    vector_ir,
+)
 from accel.workers.micro_kernels import (
     add_block,
     cap_scores,
@@ -242,7 +250,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                     value_scales = np.int64(value_pages[taken]) + scales_offset
                     if not (
                         scales_hold(key_scales, dtype, head_dim, heads, lanes, accumulators, converts_half)
-                        and scales_hold(value_scales, dtype, head_dim, heads, lanes, accumulators, converts_half)
+                        and scales_hold(
+                            value_scales, dtype, head_dim, heads, lanes, accumulators, converts_half
+                        )
                     ):
                         return taken
                 for query in range(num_queries if count else 0):
@@ -276,7 +286,14 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                     if len(slopes):
                         positions = rows[2, 2] if lists_at != block_at else rows[block, 2]
                         _add_distance_bias(
-                            scratch, positions, kept, query_position[item, query], slopes, first_head, heads, stride
+                            scratch,
+                            positions,
+                            kept,
+                            query_position[item, query],
+                            slopes,
+                            first_head,
+                            heads,
+                            stride,
                         )
                     softmax_block(
                         scores_at, kept, state_at, state_at + 4 * width, state_at + 8 * width,

@@ -70,8 +70,8 @@ def _attend(queries, keys, values, scale, softcap, bias):
 def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: np.ndarray) -> None:
     """See AttentionBatch.
 
-    Sources: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867; soft caps, arXiv:2408.00118; linear
-    biases (ALiBi), arXiv:2108.12409.
+    Sources: softmax attention, arXiv:1706.03762; lse as in arXiv:1805.02867; soft caps, arXiv:2408.00118;
+    linear biases (ALiBi), arXiv:2108.12409.
     """
     check_shape(batch.dtype, batch.head_dim, batch.group_size)
     for unit in units:

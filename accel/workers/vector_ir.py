@@ -84,7 +84,7 @@ def load_widened(builder: ir.IRBuilder, address, offset: int, dtype: int, lanes:
 
 
 def load_codes(builder: ir.IRBuilder, address, first: int, dtype: int, lanes: int, converts_half: bool):
-    """The codes of a quantized row's channels [first, first + lanes) as float32, float8 without FLOAT8_FACTOR."""
+    """Codes of a quantized row's channels [first, first + lanes), float32; float8 without FLOAT8_FACTOR."""
     if dtype == INT4:
         segment, place = divmod(first, 32)
         raw = load(builder, address, 16 * segment + place % 16, vector(I8, lanes), align=1)

@@ -21,6 +21,7 @@ from kvfs.engines.fresh_tokens import FreshTokens, stand_ins
 from kvfs.engines.host_arrays import host_array
 from kvfs.engines.model_identity import TORCH_DTYPES, geometry_of, model_name, storage_dtype
 from kvfs.engines.visibility import RangesMemo
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 
 class KvfsCache(Cache):
@@ -29,8 +30,8 @@ class KvfsCache(Cache):
     store: an open kvfs store; it must stay open as long as the cache is used
     name:  of the sequence; a stored one is continued (`generate` with all ids then prefills only the new ones).
            A batch of several rows uses `name.0`, `name.1`, ...
-    dtype: "float16", "bfloat16" or "float32", in which K/V are stored; default: that of a stored sequence, else
-           the model's K/V dtype (float32 for dtypes that the store does not know)
+    dtype: "float16", "bfloat16", "float32", "float8_e4m3", "int8" or "int4", in which K/V are stored; default:
+           that of a stored sequence, else the model's K/V dtype (float32 for what the store does not know)
     model: name of the model in the store; default: its type and a fingerprint of its weights, so that a
            sequence is never continued by another model. A name of one's own takes over that responsibility.
 
@@ -39,8 +40,8 @@ class KvfsCache(Cache):
 
     def __init__(self, store, name, *, dtype=None, model=None):
         super().__init__(layers=[])
-        if dtype is not None and dtype not in TORCH_DTYPES:
-            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(TORCH_DTYPES)}")
+        if dtype is not None and dtype not in DTYPE_OF_NAME:
+            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPE_OF_NAME)}")
         self._store = store
         self._name = name
         self._dtype = dtype
@@ -71,8 +72,8 @@ class KvfsCache(Cache):
 
     @property
     def torch_dtype(self):
-        """torch dtype of the stored K/V; known from the first attention on."""
-        return TORCH_DTYPES[self._dtype]
+        """torch dtype in which the store takes K/V in; known from the first attention on."""
+        return TORCH_DTYPES[self._model.geometry.row_dtype]
 
     def mask_ranges(self, mask, num_sequences, num_queries, num_past):
         """Visible positions of each query of this step: int64 [num_sequences, num_queries, 2]."""
@@ -137,7 +138,9 @@ class KvfsCache(Cache):
             raise CacheMismatch(
                 f"sequence {self._rows[0].name!r} was written by model {stored.name!r}, this one is {name!r}"
             )
-        self._model = self._store.add_model(name, **asdict(geometry))
+        shape = asdict(geometry)
+        del shape["group_tokens"]  # the store's business
+        self._model = self._store.add_model(name, **shape)
         self._dtype = dtype
         if not self._rows:
             self._rows = sequence_rows.create_rows(self._store, self._model, self._name, keys.shape[0])

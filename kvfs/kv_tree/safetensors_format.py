@@ -38,7 +38,7 @@ class SafetensorsLayout:
 
     def header(self) -> bytes:
         geometry = self.geometry
-        dtype = DTYPE_NAMES[geometry.dtype]
+        dtype = DTYPE_NAMES[geometry.row_dtype]
         shape = [geometry.num_kv_heads, self.num_tokens, geometry.head_dim]
         num_bytes = geometry.num_kv_heads * self.head_bytes
         metadata = {"kvfs_format": FORMAT_VERSION, "model": self.model_name}
@@ -144,7 +144,7 @@ class SafetensorsHeader:
             )
         first = self.tensors[f"{layer_name(0)}.keys"].shape
         num_tokens = first[1] if len(first) == 3 else 0
-        wanted = DTYPE_NAMES[geometry.dtype], (geometry.num_kv_heads, num_tokens, geometry.head_dim)
+        wanted = DTYPE_NAMES[geometry.row_dtype], (geometry.num_kv_heads, num_tokens, geometry.head_dim)
         for name in sorted(names):
             tensor = self.tensors[name]
             if (tensor.dtype, tensor.shape) != wanted:
@@ -159,8 +159,8 @@ class SafetensorsHeader:
             )
         for name, text in self.metadata.items():
             expected = getattr(geometry, name, None) if name in KvGeometry.__dataclass_fields__ else None
-            # how tokens are grouped is the store's business
-            if expected is not None and name != "group_tokens" and text != str(expected):
+            # how tokens are grouped and coded is the store's business
+            if expected is not None and name not in ("group_tokens", "dtype") and text != str(expected):
                 raise InvalidArgument(f"{name} of its model is {text}, but of this model {expected}")
         return num_tokens
 

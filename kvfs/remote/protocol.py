@@ -18,11 +18,13 @@ import numpy as np
 from kvfs.errors import ERRNO, InvalidArgument, KvfsError
 from spdk_glue.status import NvmeStatusError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = 0x5246_564B  # "KVFR"
 TOKEN_BYTES = 32
 MAX_BODY_BYTES = 1 << 20  # of a request
 RECEIVED_BYTES = 64 << 10  # at once, by the owner
+# arguments of Store.attend that few models need
+ATTEND_OPTIONS = {"window", "sink_tokens", "softcap", "alibi_slopes", "query_positions", "sinks"}
 ARRAY_ALIGNMENT = 64  # of arrays in the shared memory
 
 HELLO = np.dtype([("magic", "<u4"), ("version", "<u4"), ("token", f"V{TOKEN_BYTES}")])
@@ -62,7 +64,9 @@ class Operation(IntEnum):
     NOTHING = 0  # a reply, and so the end of all requests before; no failure of theirs is told
     CALL = 1  # body: JSON {"call": name, "arguments": {...}}; reply: JSON
     APPEND = 2  # keys, then values [count, num_kv_heads, head_dim]; value: see `APPEND` below
-    ATTEND = 3  # queries, then with RANGES int64 [num_sequences, count, 2]; answer: out, then lse
+    # queries, then with RANGES int64 [num_sequences, count, 2]; answer: out, then lse. Body: `start` bytes of
+    # handles, then, unless there are none, ATTEND_OPTIONS as JSON
+    ATTEND = 3
     READ = 4  # tokens [start, stop); answer: keys, then values; value: tokens given, stop: where it ends
     NUM_TOKENS = 5  # value: of the layer, or of all layers with ALL_LAYERS
     APPEND_TOKENS = 6  # <u4 [count]

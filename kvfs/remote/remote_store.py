@@ -1,5 +1,6 @@
 """A store that another process owns: what kvfs.open gives for a mounted drive's folder."""
 
+import json
 import os
 import weakref
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from kvfs.arrays import float_array, to_query
+from kvfs.arrays import as_numpy, float_array, to_query
 from kvfs.attention import common_model, range_array, visible
 from kvfs.errors import InvalidArgument
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
@@ -82,14 +83,14 @@ class RemoteStore:
         num_kv_heads: int,
         head_dim: int,
         dtype: str = "float16",
-        group_tokens: int = DEFAULT_GROUP_TOKENS,
+        group_tokens: int | None = None,
     ) -> Model:
-        """The model of this name, added if it is new.
-
-        Raises InvalidArgument for an impossible shape, ModelMismatch if the name has another one.
-        """
-        geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
-        return self._model(self._call("add_model", name=name, geometry=asdict(geometry)))
+        """See Store.add_model."""
+        tokens = DEFAULT_GROUP_TOKENS if group_tokens is None else group_tokens
+        geometry = asdict(KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, tokens))
+        if group_tokens is None:
+            del geometry["group_tokens"]  # its owner knows the default
+        return self._model(self._call("add_model", name=name, geometry=geometry))
 
     def model(self, name: str) -> Model:
         return self._model(self._call("model", name=name))
@@ -149,7 +150,22 @@ class RemoteStore:
 
     # attention
 
-    def attend(self, layer: int, queries, sequences, *, causal=True, token_ranges=None, scale=None):
+    def attend(
+        self,
+        layer: int,
+        queries,
+        sequences,
+        *,
+        causal=True,
+        token_ranges=None,
+        window=None,
+        sink_tokens=0,
+        scale=None,
+        softcap=None,
+        alibi_slopes=None,
+        query_positions=None,
+        sinks=None,
+    ):
         """As kvfs.Store.attend; a batch that the shared memory does not hold goes in several requests."""
         self._connection.check_open()
         sequences = [sequences] if isinstance(sequences, RemoteSequence) else list(sequences)
@@ -164,14 +180,23 @@ class RemoteStore:
         scale = geometry.head_dim**-0.5 if scale is None else float(scale)
         flags = Flag.CAUSAL if causal else 0
         fields = {"layer": layer, "dtype": DTYPE_OF_NAME[dtype], "scale": scale}
-        return self._attend(sequences, queries, ranges, flags, fields)
+        options = {  # checked by the owner of the drive
+            "window": window,
+            "sink_tokens": sink_tokens or None,
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "query_positions": query_positions,
+            "sinks": sinks,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        return self._attend(sequences, queries, ranges, options, flags, fields)
 
-    def _attend(self, sequences, queries, ranges, flags, fields):
+    def _attend(self, sequences, queries, ranges, options, flags, fields):
         """(out, lse), by halves of the batch, then of the queries, until a request fits."""
         num_sequences, num_queries = queries.shape[:2]
         num_bytes = _attend_bytes(queries)
         if num_bytes <= self._connection.memory.num_bytes or queries.shape[:2] == (1, 1):
-            return self._attend_at_once(sequences, queries, ranges, flags, fields, num_bytes)
+            return self._attend_at_once(sequences, queries, ranges, options, flags, fields, num_bytes)
         if num_sequences > 1:
             axis, half = 0, num_sequences // 2
             batches = sequences[:half], sequences[half:]
@@ -185,12 +210,13 @@ class RemoteStore:
             batches,
             np.split(queries, [half], axis),
             (None, None) if ranges is None else np.split(ranges, [half], axis),
+            _split_options(options, half, axis),
             strict=True,
         )
         answers = [self._attend(*part, flags, fields) for part in parts]
         return tuple(np.concatenate(column, axis) for column in zip(*answers, strict=True))
 
-    def _attend_at_once(self, sequences, queries, ranges, flags, fields, num_bytes):
+    def _attend_at_once(self, sequences, queries, ranges, options, flags, fields, num_bytes):
         with self._connection as connection:
             memory = connection.memory
             offset = connection.place(num_bytes)
@@ -210,9 +236,10 @@ class RemoteStore:
             shared_lse = memory.array(answer_offset + aligned(out.nbytes), lse.shape, _FLOAT32)
             connection.ask(
                 Operation.ATTEND,
-                handles,
+                handles + (json.dumps(options, default=_plain_numbers).encode() if options else b""),
                 flags,
                 sequence=sequences[0]._handle,
+                start=len(handles),
                 count=queries.shape[1],
                 offset=offset,
                 answer_offset=answer_offset,
@@ -230,6 +257,20 @@ class RemoteStore:
     def check(self) -> list[str]:
         """What is damaged, one line each: the drive's map, the catalogue, its blocks, every page on flash."""
         return self._call("check")
+
+
+def _split_options(options: dict, half: int, axis: int) -> tuple[dict, dict]:
+    if "query_positions" not in options:
+        return options, options
+    parts = np.split(np.asarray(options["query_positions"]), [half], axis)
+    return tuple({**options, "query_positions": part} for part in parts)
+
+
+def _plain_numbers(value):
+    try:
+        return as_numpy(value).tolist()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"an option of attend is no number or array: {error}") from error
 
 
 def _attend_bytes(queries: np.ndarray) -> int:

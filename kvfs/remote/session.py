@@ -17,6 +17,7 @@ from kvfs.layout import NUMPY_DTYPE
 from kvfs.remote.calls import CALLS, model_facts
 from kvfs.remote.protocol import (
     ARRAY_ALIGNMENT,
+    ATTEND_OPTIONS,
     MAGIC,
     MAX_BODY_BYTES,
     PROTOCOL_VERSION,
@@ -279,9 +280,10 @@ class Session:
         return 0 if request.flags & Flag.POSTED else sequence._reserve_ahead(request.layer, RESERVED_BYTES)
 
     def _attend(self, request: Request, body: bytes) -> None:
-        if len(body) % _HANDLE.itemsize:
-            raise InvalidArgument(f"handles in {len(body)} bytes")
-        handles = np.frombuffer(body, _HANDLE).tolist() if body else [request.sequence]
+        handles, options = body[: max(0, request.start)], body[max(0, request.start) :]
+        if len(handles) % _HANDLE.itemsize:
+            raise InvalidArgument(f"handles in {len(handles)} bytes")
+        handles = np.frombuffer(handles, _HANDLE).tolist() if handles else [request.sequence]
         sequences = [self.readable(handle) for handle in handles]
         geometry = sequences[0].model.geometry
         if request.dtype not in DTYPE_NAME:
@@ -296,7 +298,13 @@ class Session:
         lse = self.memory.array(request.answer_offset + aligned(out.nbytes), shape[:3], _FLOAT32)
         causal = bool(request.flags & Flag.CAUSAL)
         out[:], lse[:] = self.store.attend(
-            request.layer, queries, sequences, causal=causal, token_ranges=ranges, scale=request.scale
+            request.layer,
+            queries,
+            sequences,
+            causal=causal,
+            token_ranges=ranges,
+            scale=request.scale,
+            **_attend_options(options),
         )
 
     def _read(self, request: Request) -> dict:
@@ -326,6 +334,19 @@ class Session:
             raise InvalidArgument(f"not a call that the process that owns the drive knows: {error}") from error
         found = call(self, **arguments)
         return bytes(found) if isinstance(found, memoryview) else json.dumps(found, default=plain).encode()
+
+
+def _attend_options(text: bytes) -> dict:
+    """What Store.attend takes beside what a request has fields for."""
+    if not text:
+        return {}
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"options of attend: {error}") from error
+    if not isinstance(options, dict) or not options.keys() <= ATTEND_OPTIONS:
+        raise InvalidArgument(f"options of attend are among {', '.join(sorted(ATTEND_OPTIONS))}")
+    return options
 
 
 def _not_held(number: int) -> InvalidArgument:
