@@ -12,12 +12,13 @@ def rounded(tensor, dtype):
     return tensor if tensor.dtype == dtype else tensor.to(dtype).to(tensor.dtype)
 
 
-def attend_ranges(queries, keys, values, ranges, scale):
+def attend_ranges(queries, keys, values, ranges, scale, softcap=None):
     """Attention of each query over its own range of the given tokens.
 
     queries: [num_sequences, num_query_heads, num_queries, head_dim], any float dtype
     keys, values: [num_sequences, num_kv_heads, num_tokens, head_dim]
     ranges: int64 [num_sequences, num_queries, 2], (start, stop) of the visible tokens; may be empty
+    softcap: None, or scores become softcap * tanh(score / softcap)
 
     Returns out float32 [num_sequences, num_queries, num_query_heads, head_dim] and lse float32
     [num_sequences, num_queries, num_query_heads], natural log; 0 and -inf where nothing is visible.
@@ -36,6 +37,8 @@ def attend_ranges(queries, keys, values, ranges, scale):
             continue
         q = queries[:, :, part].float().mul(scale).unflatten(1, (num_kv_heads, -1))
         scores = q @ keys[..., first:last]
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores.masked_fill_(_hidden(ranges[:, part], first, last, queries.device), -torch.inf)
         top = scores.amax(-1, keepdim=True)
         # A query without visible tokens: exp(-inf - 0) is 0, where exp(-inf - -inf) would be NaN.

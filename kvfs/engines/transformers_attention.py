@@ -48,13 +48,13 @@ def kvfs_attention(module, query, key, value, attention_mask, scaling=None, drop
 
 
 def _attend(module, query, fresh, attention_mask, scaling, kwargs):
-    sinks = kwargs.get("s_aux")
-    if fresh.num_past == 0 and sinks is None:
+    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    if fresh.num_past == 0 and sinks is None and softcap is None:
         return _prefill(module, query, fresh, attention_mask, scaling, kwargs)
     if fresh.num_past and query.shape[2] == 1:
-        out, lse = _decode(query, fresh, attention_mask, scaling)
+        out, lse = _decode(query, fresh, attention_mask, scaling, softcap)
     else:
-        out, lse = _continue(query, fresh, attention_mask, scaling)
+        out, lse = _continue(query, fresh, attention_mask, scaling, softcap)
     if sinks is not None:
         out = with_sinks(out, lse, sinks)
     return out.to(query.dtype), None
@@ -65,15 +65,15 @@ def _prefill(module, query, fresh, attention_mask, scaling, kwargs):
     return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)
 
 
-def _decode(query, fresh, attention_mask, scaling):
+def _decode(query, fresh, attention_mask, scaling, softcap):
     """One query per sequence over all its stored tokens, the new one included."""
     ranges = None
     if attention_mask is not None:
         ranges = fresh.cache.mask_ranges(attention_mask, query.shape[0], 1, fresh.num_past)
-    return _attend_on_drive(query, fresh, scaling, ranges)
+    return _attend_on_drive(query, fresh, scaling, softcap, ranges)
 
 
-def _continue(query, fresh, attention_mask, scaling):
+def _continue(query, fresh, attention_mask, scaling, softcap):
     """Several queries per sequence: the stored past on the drive, the new tokens here."""
     num_sequences, _, num_queries, _ = query.shape
     past = fresh.num_past
@@ -82,11 +82,11 @@ def _continue(query, fresh, attention_mask, scaling):
     else:
         ranges = fresh.cache.mask_ranges(attention_mask, num_sequences, num_queries, past)
     keys, values = (rounded(tensor, fresh.cache.torch_dtype) for tensor in (fresh.keys, fresh.values))
-    out, lse = attend_ranges(query, keys, values, (ranges - past).clip(min=0), scaling)
+    out, lse = attend_ranges(query, keys, values, (ranges - past).clip(min=0), scaling, softcap)
     if not past:
         return out, lse
     stored = [
-        _attend_on_drive(query[:, :, part], fresh, scaling, ranges[:, part].clip(max=past))
+        _attend_on_drive(query[:, :, part], fresh, scaling, softcap, ranges[:, part].clip(max=past))
         for part in _slices(num_queries, QUERIES_PER_COMMAND)
     ]
     stored_out, stored_lse = (torch.cat(column, dim=1) for column in zip(*stored, strict=True))
@@ -103,7 +103,7 @@ def _merged(out, lse, stored_out, stored_lse):
     return tuple(torch.from_numpy(array).to(out.device) for array in merge_states(*arrays))
 
 
-def _attend_on_drive(query, fresh, scaling, ranges):
+def _attend_on_drive(query, fresh, scaling, softcap, ranges):
     """out, lse as torch tensors on the query's device, both float32, laid out as attend_ranges returns them."""
     out, lse = fresh.cache.store.attend(
         fresh.layer,
@@ -111,14 +111,13 @@ def _attend_on_drive(query, fresh, scaling, ranges):
         fresh.cache.sequences,
         token_ranges=ranges,
         scale=scaling,
+        softcap=softcap,
     )
     return torch.from_numpy(out).to(query.device), torch.from_numpy(lse).to(query.device)
 
 
 def _check_supported(module, query, dropout, kwargs):
     name = type(module).__name__
-    if kwargs.get("softcap") is not None:
-        raise UnsupportedModel(f"{name}: soft-capped attention scores (Gemma 2) are not supported by kvfs yet")
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(f"{name}: a position bias in the attention scores is not supported by kvfs")
     is_causal = kwargs.get("is_causal")
@@ -156,10 +155,11 @@ def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
     """Registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa."""
     if type(key) is StandIn:
         return kvfs_attention(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModel(
-            "attention sinks with attn_implementation='kvfs' need past_key_values=KvfsCache(...)"
-        )
+    for option, what in (("s_aux", "attention sinks"), ("softcap", "soft-capped scores")):
+        if kwargs.get(option) is not None:
+            raise UnsupportedModel(
+                f"{what} with attn_implementation='kvfs' need past_key_values=KvfsCache(...)"
+            )
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -354,12 +354,16 @@ def test_latent_attention_is_refused(tiny_model, store, name, prompt):
         greedy(model, prompt(20), KvfsCache(store, name))
 
 
-def test_soft_capped_scores_are_refused(tiny_model, store, name, prompt):
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_soft_capped_scores(tiny_model, store, name, prompt, softcap):
     """Without it: Gemma 2 without its soft cap, wrong text."""
-    model = tiny_model("Gemma2", sliding_window=64, attn_logit_softcapping=20.0)
+    model = tiny_model("Gemma2", sliding_window=64, attn_logit_softcapping=softcap)
+    model.set_attn_implementation("eager")
+    expected = greedy(model, prompt(90))
     model.set_attn_implementation("kvfs")
-    with pytest.raises(UnsupportedModel, match="soft-capped"):
-        greedy(model, prompt(20), KvfsCache(store, name))
+    assert torch.equal(greedy(model, prompt(90), KvfsCache(store, name)), expected)
+    with pytest.raises(UnsupportedModel, match="soft-capped scores"):
+        greedy(model, prompt(20))
 
 
 @pytest.mark.parametrize(
