@@ -23,7 +23,11 @@ class StoredDtype(StrEnum):
     """Choices of --dtype."""
 
     FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+    FLOAT8_E4M3 = "float8_e4m3"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 def demo(
@@ -88,7 +92,7 @@ def _run(context, tokens, more_tokens, dtype, *, worker, drive, model, plot_path
         plain = run("in-memory SDPA", task("in_memory", tokens + more_tokens))
         reference = plain
         if dtype != "float32":
-            title = f"in-memory SDPA, K/V rounded to {dtype}"
+            title = f"in-memory SDPA, K/V as in {dtype}"
             reference = run(title, task("in_memory_rounded", tokens + more_tokens))
         outcome = Outcome(
             dtype,

@@ -20,13 +20,14 @@ import kvfs.errors
 from kvfsctl.demo_document import DemoError, document_ids, load_model
 from kvfsctl.demo_load import LoadMeter
 from kvfsctl.demo_processes import Task
-from kvfsctl.demo_rivals import FileCache, RoundedCache
+from kvfsctl.demo_rivals import FileCache, rounded_cache, row_dtype
 
 SEQUENCE = "demo"
 
 # Enough for every kernel that the measured part needs: a prefill of more than one group, and decode over it.
 WARM_UP_PROMPT_TOKENS = 320
 WARM_UP_NEW_TOKENS = 4
+LOSS_TOKENS = 128  # of the document, behind the prompt
 
 
 class TokenClock(BaseStreamer):
@@ -121,15 +122,28 @@ def in_memory(task):
 
 
 def in_memory_rounded(task):
-    """The same over K/V rounded to the storage dtype."""
-    return _in_memory(task, lambda: RoundedCache(getattr(torch, task.dtype)))
+    """The same over K/V as they are stored."""
+    return _in_memory(task, lambda: rounded_cache(task.dtype))
 
 
 def _in_memory(task, new_cache):
     model, tokenizer = load_model(task.model_dir)
     ids = document_ids(tokenizer, task.context_tokens)
     _warm_up(model, ids, new_cache())
-    return _result(_generate(model, ids, new_cache(), task.new_tokens, TokenClock(report_progress=True)))
+    clock = _generate(model, ids, new_cache(), task.new_tokens, TokenClock(report_progress=True))
+    text = document_ids(tokenizer, task.context_tokens + LOSS_TOKENS)
+    return _result(clock, loss=_loss(model, text, task.context_tokens, new_cache()))
+
+
+def _loss(model, ids, context_tokens, cache):
+    """Mean negative log-likelihood, nats, of a document's tokens behind its first context_tokens, one by one."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids[:context_tokens]]), past_key_values=cache).logits[:, -1]
+        total = 0.0
+        for token in ids[context_tokens:]:
+            total -= float(logits.log_softmax(-1)[0, token])
+            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
+    return total / (len(ids) - context_tokens)
 
 
 def offloading(task):
@@ -143,7 +157,7 @@ def offloading(task):
             Path(task.directory) / name,
             model.config.num_hidden_layers,
             capacity_tokens,
-            getattr(torch, task.dtype),
+            getattr(torch, row_dtype(task.dtype)),
         )
 
     warm = new_cache("offload-warm-up")

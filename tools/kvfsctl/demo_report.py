@@ -65,7 +65,7 @@ class Outcome:
         """What "identical" means here, for people."""
         if self.dtype == "float32":
             return "plain Transformers (SDPA, in-memory K/V, float32)"
-        return f"Transformers' SDPA over in-memory K/V rounded to {self.dtype}, as they are stored"
+        return f"Transformers' SDPA over in-memory K/V in {self.dtype}, as they are stored"
 
 
 def common_prefix(tokens, reference):
@@ -102,6 +102,14 @@ def figures(outcome):
         ),
         Figure(
             "demo.tokens_identical_to_plain", outcome.identical_to_plain, "tokens", rival="plain Transformers"
+        ),
+        Figure(
+            "demo.loss",
+            outcome.reference["loss"],
+            "nats per token",
+            rival="K/V that are not rounded",
+            rival_value=plain["loss"],
+            ratio=outcome.reference["loss"] / plain["loss"],
         ),
         _speed("demo.tokens_per_second", kvfs, "in-memory SDPA", plain),
         _speed("demo.tokens_per_second_vs_offloading", kvfs, "offloading", offloading),
@@ -182,6 +190,11 @@ def summary(outcome):
     yield f"  after reopening in a new process, with {stored:,} tokens from flash: {after}"
     if outcome.dtype != "float32":
         yield f"  to SDPA over K/V that are not rounded: {_identical(outcome.identical_to_plain, total)}"
+        exact, stored = outcome.plain["loss"], outcome.reference["loss"]
+        yield (
+            f"Text quality: the document's next tokens cost {stored:.4f} nats each over K/V in "
+            f"{outcome.dtype}, {exact:.4f} over K/V that are not rounded ({100 * (stored / exact - 1):+.2f}%)"
+        )
     yield (
         f"Link bytes per token: {outcome.link_bytes_ratio:,.0f} times fewer than offloading "
         f"(goal 0.5 S / (g + 1) = {outcome.link_bytes_goal:,.0f}: {reached})"

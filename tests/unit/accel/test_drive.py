@@ -366,7 +366,13 @@ def test_random_descriptors(drive, namespace):
     groups(namespace, 2)
     random = np.random.default_rng(7)
     good, _ = descriptor(2)
-    allowed = {Status.INVALID_DESCRIPTOR, Status.DEALLOCATED_BLOCK, Status.SGL_LENGTH_INVALID}
+    # read as quantized, these pages end with no scales: an unrecovered read error
+    allowed = {
+        Status.INVALID_DESCRIPTOR,
+        Status.DEALLOCATED_BLOCK,
+        Status.SGL_LENGTH_INVALID,
+        Status.UNRECOVERED_READ_ERROR,
+    }
     for _ in range(3000):
         data = good.copy()
         for position in random.integers(0, 112, random.integers(1, 4)):
