@@ -253,15 +253,3 @@ def decode_pages(pages: np.ndarray, dtype: KvDtype, head_dim: int) -> np.ndarray
         over="ignore", invalid="ignore"
     ):  # damaged scales: what they make of rows is no error here
         return rows.astype(np.float16)
-
-
-def as_stored(rows: np.ndarray, dtype: KvDtype, page_size: int) -> np.ndarray:
-    """float16 [num_runs, num_rows, head_dim]: what comes back of such rows, each run from a page's start on."""
-    num_runs, num_rows, head_dim = rows.shape
-    num_pages = -(-num_rows // tokens_per_page(page_size, head_dim, dtype))
-    pages = np.zeros((num_runs, num_pages, page_size), np.uint8)
-    # rows without pages: one image page that holds them all
-    images = np.ascontiguousarray(rows, np.float16).view(np.uint8).reshape(num_runs, 1, -1)
-    encode_pages(images, num_rows, 0, num_rows, dtype, head_dim, pages)
-    back = decode_pages(pages.reshape(-1, page_size), dtype, head_dim)
-    return back.reshape(num_runs, -1, head_dim)[:, :num_rows]

@@ -30,6 +30,16 @@ NUMPY_DTYPE = {
 }
 
 
+def is_quantized(dtype: str) -> bool:
+    """Whether pages of a storage dtype hold codes and scales."""
+    return DTYPE_OF_NAME.get(dtype) in QUANTIZED
+
+
+def row_dtype(dtype: str) -> str:
+    """In which rows of a storage dtype are taken in and given back."""
+    return QUANTIZED_ROW_DTYPE if is_quantized(dtype) else dtype
+
+
 @dataclass(frozen=True)
 class KvGeometry:
     """Shape of one model's KV cache. Raises InvalidArgument naming the field at fault."""
@@ -77,12 +87,12 @@ class KvGeometry:
 
     @property
     def is_quantized(self) -> bool:
-        return DTYPE_OF_NAME[self.dtype] in QUANTIZED
+        return is_quantized(self.dtype)
 
     @property
     def row_dtype(self) -> str:
         """Of rows in memory: taken in, read back, not on flash yet."""
-        return QUANTIZED_ROW_DTYPE if self.is_quantized else self.dtype
+        return row_dtype(self.dtype)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -145,7 +155,7 @@ class GroupLayout:
 
 def default_group_tokens(dtype: str, head_dim: int, page_size: int) -> int:
     """Tokens per group unless the user says otherwise: whole pages, and runs that are worth a request."""
-    if DTYPE_OF_NAME.get(dtype) not in QUANTIZED:
+    if not is_quantized(dtype):
         return DEFAULT_GROUP_TOKENS
     per_page = vendor_command.tokens_per_page(page_size, head_dim, DTYPE_OF_NAME[dtype])
     return per_page * max(1, QUANTIZED_RUN_BYTES // page_size)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from accel.quantized_pages import decode_pages
+from accel.quantized_pages import decode_pages, encode_pages
 from kvfs import group_image
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from spdk_glue import dma
 from spdk_glue.namespace import Namespace
-from spdk_glue.vendor_command import DTYPE_OF_NAME
+from spdk_glue.vendor_command import DTYPE_OF_NAME, tokens_per_page
 
 BATCH_BYTES = 8 << 20  # read by one doorbell: bounded memory
 
@@ -53,3 +53,19 @@ def _decode(
         :, :, first_row : first_row + len(keys)
     ]
     keys[:], values[:] = of_heads[:, 0].swapaxes(0, 1), of_heads[:, 1].swapaxes(0, 1)
+
+
+def as_stored(rows: np.ndarray, dtype: str, page_size: int) -> np.ndarray:
+    """float16 [num_runs, num_rows, head_dim]: what comes back of rows of a quantized dtype.
+
+    Each run begins on a page of its own, as a head does in a group.
+    """
+    num_runs, num_rows, head_dim = rows.shape
+    code = DTYPE_OF_NAME[dtype]
+    num_pages = -(-num_rows // tokens_per_page(page_size, head_dim, code))
+    pages = np.zeros((num_runs, num_pages, page_size), np.uint8)
+    # rows without pages: one image page that holds them all
+    images = np.ascontiguousarray(rows, np.float16).view(np.uint8).reshape(num_runs, 1, -1)
+    encode_pages(images, num_rows, 0, num_rows, code, head_dim, pages)
+    back = decode_pages(pages.reshape(-1, page_size), code, head_dim)
+    return back.reshape(num_runs, -1, head_dim)[:, :num_rows]

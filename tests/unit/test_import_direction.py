@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "kvfs_bench": {"kvfs", "accel", "ftl", "spdk_glue"},  # a benchmark of a layer alone calls that layer
     "kvfsctl": {"kvfs", "kvfs_bench"},
 }
-HOST_ARITHMETIC = {"accel.merge", "accel.page_plan", "accel.workers"}
+HOST_ARITHMETIC = {"accel.merge", "accel.page_plan", "accel.quantized_pages", "accel.workers"}
 
 
 def imports(folder):

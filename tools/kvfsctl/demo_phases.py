@@ -17,10 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvfs
 import kvfs.errors
+from kvfs.layout import row_dtype
 from kvfsctl.demo_document import DemoError, document_ids, load_model
 from kvfsctl.demo_load import LoadMeter
 from kvfsctl.demo_processes import Task
-from kvfsctl.demo_rivals import FileCache, rounded_cache, row_dtype
+from kvfsctl.demo_rivals import FileCache, rounded_cache
 
 SEQUENCE = "demo"
 
@@ -136,7 +137,7 @@ def _in_memory(task, new_cache):
 
 
 def _loss(model, ids, context_tokens, cache):
-    """Mean negative log-likelihood, nats, of a document's tokens behind its first context_tokens, one by one."""
+    """Mean negative log-likelihood (nats) of a document's tokens behind its first context_tokens."""
     with torch.inference_mode():
         logits = model(torch.tensor([ids[:context_tokens]]), past_key_values=cache).logits[:, -1]
         total = 0.0

@@ -5,9 +5,8 @@ import os
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from accel.quantized_pages import as_stored
-from kvfs.layout import QUANTIZED_ROW_DTYPE, default_group_tokens
-from spdk_glue.vendor_command import DTYPE_OF_NAME, QUANTIZED
+from kvfs.layout import default_group_tokens, is_quantized, row_dtype
+from kvfs.token_rows import as_stored
 
 PAGE_SIZE = 4096  # of the drive that the demo formats
 
@@ -33,8 +32,8 @@ class QuantizedCache(RoundedCache):
 
     def __init__(self, dtype):
         """dtype: "int8" and so on."""
-        super().__init__(getattr(torch, QUANTIZED_ROW_DTYPE))
-        self._code = DTYPE_OF_NAME[dtype]
+        super().__init__(getattr(torch, row_dtype(dtype)))
+        self._dtype_on_flash = dtype
         self._num_coded = {}  # tokens, by layer
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -43,24 +42,19 @@ class QuantizedCache(RoundedCache):
         is_prefill = keys.shape[2] == key_states.shape[2]
         found = (keys.clone(), values.clone()) if is_prefill else (keys, values)
         start = self._num_coded.get(layer_idx, 0)
-        group_tokens = default_group_tokens(self._code.name.lower(), keys.shape[3], PAGE_SIZE)
+        group_tokens = default_group_tokens(self._dtype_on_flash, keys.shape[3], PAGE_SIZE)
         while start + group_tokens <= keys.shape[2]:
             for tensor in (keys, values):
                 group = tensor[0, :, start : start + group_tokens]
-                group.copy_(torch.from_numpy(as_stored(group.numpy(), self._code, PAGE_SIZE)))
+                group.copy_(torch.from_numpy(as_stored(group.numpy(), self._dtype_on_flash, PAGE_SIZE)))
             start += group_tokens
         self._num_coded[layer_idx] = start
         return found
 
 
-def row_dtype(dtype):
-    """Name of the dtype in which rows of a storage dtype are handed over: offloading has no codes."""
-    return QUANTIZED_ROW_DTYPE if DTYPE_OF_NAME[dtype] in QUANTIZED else dtype
-
-
 def rounded_cache(dtype):
     """An empty cache in memory that gives back what kvfs would."""
-    return QuantizedCache(dtype) if DTYPE_OF_NAME[dtype] in QUANTIZED else RoundedCache(getattr(torch, dtype))
+    return QuantizedCache(dtype) if is_quantized(dtype) else RoundedCache(getattr(torch, dtype))
 
 
 class FileLayer(CacheLayerMixin):

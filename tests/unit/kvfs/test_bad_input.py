@@ -96,8 +96,8 @@ def test_empty_sequence(store, model):
         {"head_dim": 24},
         {"head_dim": 260},
         {"head_dim": 100},
-        {"dtype": "int8"},
-        {"group_tokens": 100},
+        {"dtype": "int2"},
+        {"group_tokens": 100_000},
         {"num_kv_heads": 1.5},
     ],
 )

@@ -115,7 +115,8 @@ def changed(exported, **changes):
     """The file with other facts of tensor layer_00.keys, or of the metadata."""
     header, data = header_of(exported)
     for name, value in changes.items():
-        where = header["__metadata__"] if name in header["__metadata__"] else header["layer_00.keys"]
+        of_tensor = name in header["layer_00.keys"] or name not in header["__metadata__"]
+        where = header["layer_00.keys" if of_tensor else "__metadata__"]
         where[name] = value
     return with_header(header, data)
 
