@@ -406,7 +406,7 @@ class Store:
                 sequence._use()
                 if sequence._layers[layer].num_tokens == 0:
                     raise EmptySequence(sequence.name, layer)
-                sequence._complete_spills(layer)
+                sequence._end_finished_spills(layer)
             num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
             starts, stops = visible(num_tokens, queries.shape[1], causal, token_ranges)
             scale = geometry.head_dim**-0.5 if scale is None else float(scale)
@@ -429,6 +429,7 @@ class Store:
                     "free_bytes": self._allocator.free_lbas * block_bytes,
                     "metadata_bytes": self._volume.first_data_lba * block_bytes,
                 },
+                "memory": {"tail_bytes": self._image_pool.used_bytes},  # of tokens not on flash yet
             }
 
     def check(self) -> list[str]:

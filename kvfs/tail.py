@@ -27,6 +27,8 @@ class Spill:
 
     pending: Pending
     stop: int
+    num_bytes: int
+    is_under_way: bool = True
 
 
 class LayerTail:
@@ -103,6 +105,12 @@ class LayerTail:
         first = self.num_spilled // group_tokens
         stop = -(-self.num_tokens // group_tokens) if self.num_tokens > self.num_spilled else first
         return first, [dma.address_of(self.images[position]) for position in range(first, stop)]
+
+    def take_oldest_spill(self) -> Spill:
+        """It counts as under way no longer; the caller waits for it."""
+        spill = self.spills.popleft()
+        spill.is_under_way = False
+        return spill
 
     def completed(self, spill: Spill) -> None:
         """A spill has reached the flash: its tokens are the drive's, whole groups leave memory."""
