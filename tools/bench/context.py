@@ -31,7 +31,7 @@ COLD_CACHE_BYTES = 64 << 20
 SHARE_OF_MEMORY = 3  # what is free holds the cache, and torch's copy while it is made
 METADATA_BYTES = 8 << 20  # what comes first on the flash may be the catalogue's
 TORCH_DTYPES, DTYPE_ROUNDS = ("float16", "bfloat16", "float32"), 3
-COLD_SECONDS, COLD_CALLS_MIN = 0.7, 5
+COLD_CALLS = 3  # of each length, per round
 FIT_GOAL, FIT_FROM_TOKENS = 0.1, 4096
 MEMORY_GOAL = 0.01  # growth over the growth of the context
 MEMORY_CALLS = 5
@@ -274,18 +274,27 @@ def _cold_seconds(store, sequence) -> float:
 
 
 def _cold(path: Path, scale: Scale, seconds: dict[int, float]) -> Iterator[Figure]:
-    """As _warm, with a cache that is emptied before each call, and smaller than most contexts."""
+    """As _warm, with a cache that is emptied before each call, and smaller than most contexts.
+
+    All lengths and the disk itself have their turn in each round, for a disk whose speed drifts.
+    """
+    times: dict[int, list[float]] = {count: [] for count in scale.contexts}
+    raw, depths = [], {}
     with kvfs.open(path, cache_bytes=COLD_CACHE_BYTES) as store:
-        for count in scale.contexts:
-            sequences = itertools.cycle(_sequences(store, scale, count))
-            found = []
-            while len(found) < COLD_CALLS_MIN or sum(found) < COLD_SECONDS:
-                found.append(_cold_seconds(store, next(sequences)))
-            seconds[count] = statistics.median(found[1:])
+        turns = {count: itertools.cycle(_sequences(store, scale, count)) for count in scale.contexts}
         first_byte = store._drive.ftl.media.layout.data_start + METADATA_BYTES
-    disk = limits.fio_read_bandwidth(path, first_byte, scale.contexts[-1] * TOKEN_BYTES, READ_REQUEST_BYTES)
+        for _ in range(scale.rounds):
+            for count, sequences in turns.items():
+                found = [_cold_seconds(store, next(sequences)) for _ in range(COLD_CALLS)]
+                times[count].append(statistics.median(found))
+            size = scale.contexts[-1] * TOKEN_BYTES
+            if best := limits.fio_read_bandwidth(path, first_byte, size, READ_REQUEST_BYTES, **depths):
+                raw.append(best[0])
+                depths = {"depths": (best[1],)}
+    seconds |= {count: statistics.median(found) for count, found in times.items()}
+    disk = statistics.median(raw) if raw else None
     for count, found in seconds.items():
-        limit = count * TOKEN_BYTES / disk[0] * MICROSECONDS if disk else None
+        limit = count * TOKEN_BYTES / disk * MICROSECONDS if disk else None
         yield Figure(
             f"context.cold.{_label(count)}.time",
             found * MICROSECONDS,

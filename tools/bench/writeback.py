@@ -1,8 +1,9 @@
 """Delayed writeback: decoding with every size of spill, and how fast what it wrote is read from flash.
 
 Several sequences decode at once, a token at a time in all layers, so that their spills take turns on the flash.
-They are of different lengths, so that they spill at different steps. Afterwards the same tokens are read cold:
-as decoding wrote them, compacted, and on another drive where each layer of a sequence was written at once.
+They are of different lengths, so that they spill at different steps. Further tokens, enough to be read for a
+while, are appended in the same order without attention. Then the same tokens are read cold: as they were
+written, compacted, and on another drive where each layer of a sequence was written at once.
 """
 
 import itertools
@@ -34,11 +35,12 @@ MICROSECONDS, MIB, KIB = 1e6, 1 << 20, 1 << 10
 
 @dataclass(frozen=True)
 class Scale:
-    """num_tokens: decoded by each sequence, whole groups of them"""
+    """num_tokens: appended to each sequence, whole groups of them; num_steps: so many of them with attention"""
 
     num_sequences: int = 8
-    num_tokens: int = 1024
-    rounds: int = 3
+    num_tokens: int = 2048
+    num_steps: int = 512
+    rounds: int = 2
     cold_passes: int = 5
     writeback_tokens: tuple[int, ...] = WRITEBACK_TOKENS
 
@@ -51,7 +53,9 @@ class Scale:
         return [STAGGER_TOKENS * number for number in range(self.num_sequences)]
 
 
-QUICK = Scale(num_sequences=2, num_tokens=256, rounds=1, cold_passes=2, writeback_tokens=(16, 256))
+QUICK = Scale(
+    num_sequences=2, num_tokens=512, num_steps=256, rounds=1, cold_passes=2, writeback_tokens=(16, 256)
+)
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Decoding:
             near = slice(max(0, step - NEIGHBOURS), step + NEIGHBOURS + 1)
             if (~spilled[near]).any():
                 found.append(times[step] / np.median(times[near][~spilled[near]]))
-        return statistics.median(found)
+        return float(np.median(found))
 
 
 @dataclass
@@ -128,11 +132,14 @@ def _decode(path: Path, scale: Scale, writeback_tokens: int, keys, values) -> De
         _prefill(sequences, scale.lengths(), keys, values)
         _warm_up(store, sequences[0].model, keys, values)
         before = sum(sequence._bytes_spilled for sequence in sequences)
-        for step in range(scale.num_tokens):
+        for step in range(scale.num_steps):
             _step(store, sequences, keys[step : step + 1], values[step : step + 1], queries, found)
             if step % SAMPLE_STEPS == SAMPLE_STEPS - 1:
                 found.tail_bytes = max(found.tail_bytes, store.counters()["memory"]["tail_bytes"])
         found.bytes_spilled = sum(sequence._bytes_spilled for sequence in sequences) - before
+        for token in range(scale.num_steps, scale.num_tokens):
+            for layer, sequence in itertools.product(range(NUM_LAYERS), sequences):
+                sequence.append(layer, keys[token : token + 1], values[token : token + 1])
         store.flush()
         found.waf = store.counters()["flash"]["waf"]
     return found
@@ -189,7 +196,7 @@ def _round(place: Path, scale: Scale, keys, values, found: dict[int, Found]) -> 
         now = found[writeback_tokens]
         decoding = _decode(path, scale, writeback_tokens, keys, values)
         now.decodings.append(decoding)
-        now.tokens_per_second.append(scale.num_sequences * scale.num_tokens / sum(decoding.steps))
+        now.tokens_per_second.append(scale.num_sequences * scale.num_steps / sum(decoding.steps))
         with kvfs.open(path, cache_bytes=COLD_CACHE_BYTES) as store:
             now.cold.append(_cold_bandwidth(store, scale))
             started = time.perf_counter()
@@ -224,11 +231,18 @@ def _figures_of_decoding(prefix: str, found: Found) -> Iterator[Figure]:
     yield Figure(f"{prefix}.bytes_per_spill", last.bytes_spilled / num_spills / KIB, "KiB")
     appends = np.concatenate([decoding.appends for decoding in found.decodings])
     spilled = np.concatenate([decoding.append_spilled for decoding in found.decodings])
-    for kind, some in (("append", appends[~spilled]), ("append_and_spill", appends[spilled])):
+    steps = np.concatenate([decoding.steps for decoding in found.decodings])
+    step_spilled = np.concatenate([decoding.step_spilled for decoding in found.decodings])
+    for kind, some in (
+        ("append", appends[~spilled]),
+        ("append_that_spills", appends[spilled]),
+        ("step", steps[~step_spilled]),
+        ("step_that_spills", steps[step_spilled]),
+    ):
         for name, percent in (("median", 50), ("p99", 99), ("max", 100)):
             yield Figure(f"{prefix}.{kind}.{name}", _percentile_us(some, percent), "us")
     yield Figure(
-        f"{prefix}.step_that_spills_over_others",
+        f"{prefix}.step_that_spills.over_others",
         statistics.median(decoding.stall() for decoding in found.decodings),
         "ratio",
         goal=STALL_GOAL,

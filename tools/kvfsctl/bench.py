@@ -133,7 +133,7 @@ def writeback(
 ):
     """Decoding with every size of spill, and cold reads of what it wrote, before and after compaction.
 
-    Needs 1 GiB of disk; takes some minutes. --plot needs matplotlib.
+    Needs 2 GiB of disk; takes some minutes. --plot needs matplotlib.
     """
     from kvfs_bench import writeback as bench
 
