@@ -5,6 +5,9 @@ those pages are spilled: written to the group's blocks as they lie in the image.
 background; until it has completed, its tokens count as tail. The host attends over the tail, the drive
 over what has been spilled. Source: INF2, arXiv:2502.09921.
 
+A group that went out in small pieces lies scattered on the flash, and reads slowly. When it is full its image
+goes out once more, in one run: the same bytes to the same blocks, so whichever copy a power cut leaves is right.
+
 States of a token of one layer, by position: [0, num_spilled) on flash, [num_spilled, num_submitted) on its
 way there, [num_submitted, num_tokens) only here.
 """
@@ -19,6 +22,8 @@ from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
 from spdk_glue import dma
 from spdk_glue.namespace import Pending
+
+LONG_RUN_BYTES = 256 << 10  # pieces from here on read as fast as a whole group: knee of `bench writeback`
 
 
 @dataclass
@@ -37,6 +42,7 @@ class LayerTail:
     def __init__(self, layout: GroupLayout, pool: ImagePool, num_tokens: int = 0):
         self._layout = layout
         self._pool = pool
+        self._first_token = num_tokens  # the images have none before it
         self.num_tokens = num_tokens
         self.num_submitted = num_tokens
         self.num_spilled = num_tokens
@@ -80,8 +86,12 @@ class LayerTail:
                 return None
         if stop_row <= row:
             return None
-        stop_page = -(-stop_row // per_page)
-        return position, row // per_page, stop_page, position * group_tokens + stop_row
+        first_page, stop_page = row // per_page, -(-stop_row // per_page)
+        if stop_row == group_tokens and position * group_tokens >= self._first_token:
+            piece_bytes = self._layout.image_bytes * max(writeback_tokens, per_page) // group_tokens
+            if piece_bytes < LONG_RUN_BYTES:
+                first_page = 0
+        return position, first_page, stop_page, position * group_tokens + stop_row
 
     def extents(self, base_lba: int, position: int, first_page: int, stop_page: int):
         """(LBA, buffer) pairs of some pages of every head; base_lba: of this layer in the group."""
