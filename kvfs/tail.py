@@ -6,7 +6,7 @@ background; until it has completed, its tokens count as tail. The host attends o
 over what has been spilled. Source: INF2, arXiv:2502.09921.
 
 A group that went out in small pieces lies scattered on the flash, and reads slowly. When it is full its image
-goes out once more, in one run: the same bytes to the same blocks, so whichever copy a power cut leaves is right.
+goes out once more, in one run: the same bytes to the same blocks, so any copy that a power cut leaves is right.
 
 States of a token of one layer, by position: [0, num_spilled) on flash, [num_spilled, num_submitted) on its
 way there, [num_submitted, num_tokens) only here.

@@ -60,20 +60,19 @@ QUICK = Scale(
 
 @dataclass
 class Decoding:
-    """Seconds of each step, and of each append; which of them began a spill."""
+    """Seconds of each step and of each append, and the bytes whose writing it began."""
 
     steps: list[float] = field(default_factory=list)
-    step_spilled: list[bool] = field(default_factory=list)
+    step_bytes: list[int] = field(default_factory=list)
     appends: list[float] = field(default_factory=list)
-    append_spilled: list[bool] = field(default_factory=list)
-    bytes_spilled: int = 0
+    append_bytes: list[int] = field(default_factory=list)
     tail_bytes: int = 0  # most of all sequences together
     waf: float = 0.0
     written: float = 0.0  # flash pages programmed per page of K and V
 
     def stall(self) -> float:
         """Median over steps that spilled: their time over the median of those around them that did not."""
-        times, spilled = np.array(self.steps), np.array(self.step_spilled)
+        times, spilled = np.array(self.steps), np.array(self.step_bytes) > 0
         found = []
         for step in np.flatnonzero(spilled).tolist():
             near = slice(max(0, step - NEIGHBOURS), step + NEIGHBOURS + 1)
@@ -132,12 +131,10 @@ def _decode(path: Path, scale: Scale, writeback_tokens: int, keys, values) -> De
         sequences = _new_sequences(store, scale)
         _prefill(sequences, scale.lengths(), keys, values)
         _warm_up(store, sequences[0].model, keys, values)
-        before = sum(sequence._bytes_spilled for sequence in sequences)
         for step in range(scale.num_steps):
             _step(store, sequences, keys[step : step + 1], values[step : step + 1], queries, found)
             if step % SAMPLE_STEPS == SAMPLE_STEPS - 1:
                 found.tail_bytes = max(found.tail_bytes, store.counters()["memory"]["tail_bytes"])
-        found.bytes_spilled = sum(sequence._bytes_spilled for sequence in sequences) - before
         for token in range(scale.num_steps, scale.num_tokens):
             for layer, sequence in itertools.product(range(NUM_LAYERS), sequences):
                 sequence.append(layer, keys[token : token + 1], values[token : token + 1])
@@ -162,18 +159,17 @@ def _warm_up(store, model, keys, values) -> None:
 def _step(store, sequences, key, value, queries, found: Decoding) -> None:
     """One token more in all layers of all sequences, attended over."""
     step_started = time.perf_counter()
-    spilled = False
+    appended = len(found.append_bytes)
     for layer in range(NUM_LAYERS):
         for sequence in sequences:
             bytes_before = sequence._bytes_spilled
             started = time.perf_counter()
             sequence.append(layer, key, value)
             found.appends.append(time.perf_counter() - started)
-            found.append_spilled.append(sequence._bytes_spilled > bytes_before)
-            spilled |= found.append_spilled[-1]
+            found.append_bytes.append(sequence._bytes_spilled - bytes_before)
         store.attend(layer, queries, sequences)
     found.steps.append(time.perf_counter() - step_started)
-    found.step_spilled.append(spilled)
+    found.step_bytes.append(sum(found.append_bytes[appended:]))
 
 
 def _cold_bandwidth(store, scale: Scale) -> float:
@@ -232,12 +228,12 @@ def _figures_of_decoding(prefix: str, found: Found) -> Iterator[Figure]:
     yield Figure(f"{prefix}.flash_pages_per_host_page", last.waf, "ratio", limit=1.0)
     yield Figure(f"{prefix}.flash_pages_per_kv_page", last.written, "ratio", limit=1.0)
     yield Figure(f"{prefix}.tail_bytes", last.tail_bytes / MIB, "MiB")
-    num_spills = sum(last.append_spilled)
-    yield Figure(f"{prefix}.bytes_per_spill", last.bytes_spilled / num_spills / KIB, "KiB")
+    spills = [num_bytes for num_bytes in last.append_bytes if num_bytes]
+    yield Figure(f"{prefix}.bytes_per_spill", statistics.median(spills) / KIB, "KiB")
     appends = np.concatenate([decoding.appends for decoding in found.decodings])
-    spilled = np.concatenate([decoding.append_spilled for decoding in found.decodings])
+    spilled = np.concatenate([decoding.append_bytes for decoding in found.decodings]) > 0
     steps = np.concatenate([decoding.steps for decoding in found.decodings])
-    step_spilled = np.concatenate([decoding.step_spilled for decoding in found.decodings])
+    step_spilled = np.concatenate([decoding.step_bytes for decoding in found.decodings]) > 0
     for kind, some in (
         ("append", appends[~spilled]),
         ("append_that_spills", appends[spilled]),
