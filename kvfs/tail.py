@@ -86,7 +86,8 @@ class LayerTail:
                 return None
         if stop_row <= row:
             return None
-        first_page, stop_page = row // per_page, -(-stop_row // per_page)
+        first_page = row // per_page
+        stop_page = -(-stop_row // per_page)
         if stop_row == group_tokens and position * group_tokens >= self._first_token:
             piece_bytes = self._layout.image_bytes * max(writeback_tokens, per_page) // group_tokens
             if piece_bytes < LONG_RUN_BYTES:

@@ -129,8 +129,9 @@ def _decode(path: Path, scale: Scale, writeback_tokens: int, keys, values) -> De
     kvfs.format(path, scale.drive_bytes)
     with kvfs.open(path, writeback_tokens=writeback_tokens) as store:
         sequences = _new_sequences(store, scale)
-        _prefill(sequences, scale.lengths(), keys, values)
         _warm_up(store, sequences[0].model, keys, values)
+        before = store.counters()["flash"]["bytes_written"]
+        _prefill(sequences, scale.lengths(), keys, values)
         for step in range(scale.num_steps):
             _step(store, sequences, keys[step : step + 1], values[step : step + 1], queries, found)
             if step % SAMPLE_STEPS == SAMPLE_STEPS - 1:
@@ -142,7 +143,7 @@ def _decode(path: Path, scale: Scale, writeback_tokens: int, keys, values) -> De
         flash = store.counters()["flash"]
         found.waf = flash["waf"]
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
-        found.written = flash["bytes_written"] / (num_tokens * NUM_LAYERS * TOKEN_BYTES)
+        found.written = (flash["bytes_written"] - before) / (num_tokens * NUM_LAYERS * TOKEN_BYTES)
     return found
 
 
