@@ -18,11 +18,11 @@ def test_schema_and_names(measured):
     result = report("context", measured[0])
     figures = {figure["name"]: figure for figure in result["figures"]}
     for name in (
-        "context.warm.1k.time",
+        "context.warm.512.time",
         "context.warm.fit.deviation",
         "context.cold.4k.time",
         "context.cold.fit.r_squared",
-        "context.batch.4k_in_all.4.bandwidth",
+        "context.batch.16k_in_all.4.bandwidth",
         "context.batch.512_each.4.bandwidth",
         "context.memory.growth",
     ):

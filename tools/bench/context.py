@@ -2,8 +2,8 @@
 
 One layer's decode step: one query, fp16. Short contexts are taken in turn, as a model's layers are, so that
 none is found in the processor's own caches. A line is fitted through the times by least squares of relative
-errors, so that every length counts alike. torch SDPA attends over the same tokens in memory in the same rounds,
-in the dtype in which it is fastest.
+errors, so that every length counts alike, from 4k tokens on: less is not handed to other threads. torch SDPA
+attends over the same tokens in memory in the same rounds, in the dtype in which it is fastest.
 """
 
 import itertools
@@ -46,14 +46,14 @@ class Scale:
     cycle_tokens: int = 1 << 16
     batches: tuple[int, ...] = (1, 4, 16, 64)
     tokens_each: int = 1 << 12
-    rounds: int = 5
+    rounds: int = 7
 
     def num_sequences(self, num_tokens: int) -> int:
         wanted = max(1, self.cycle_tokens // num_tokens)
         return max(wanted, self.batches[-1]) if num_tokens == self.tokens_each else wanted
 
 
-QUICK = Scale(contexts=(512, 1024, 2048, 4096), cycle_tokens=4096, batches=(1, 4), tokens_each=512, rounds=1)
+QUICK = Scale(contexts=(512, 4096, 8192, 16384), cycle_tokens=16384, batches=(1, 4), tokens_each=512, rounds=1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Line:
     fixed: float
     per_token: float
     r_squared: float
-    deviation: float  # largest, relative, from FIT_FROM_TOKENS on
+    deviation: float  # largest, relative
 
     @staticmethod
     def through(seconds: dict[int, float]) -> "Line":
@@ -73,8 +73,12 @@ class Line:
         (fixed, per_token), *_ = np.linalg.lstsq(terms, np.ones(len(found)))
         expected = fixed + per_token * tokens
         r_squared = 1 - ((found - expected) ** 2).sum() / ((found - found.mean()) ** 2).sum()
-        far = tokens >= min(FIT_FROM_TOKENS, tokens.max())
-        return Line(fixed, per_token, r_squared, float(np.abs(expected / found - 1)[far].max()))
+        return Line(float(fixed), float(per_token), float(r_squared), float(np.abs(expected / found - 1).max()))
+
+
+def _long(seconds: dict[int, float]) -> dict[int, float]:
+    """Of those times the ones that the line is for."""
+    return {count: found for count, found in seconds.items() if count >= FIT_FROM_TOKENS}
 
 
 def _label(num_tokens: int) -> str:
@@ -174,7 +178,7 @@ def _fastest_dtype(keys, values) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a call of kvfs and of the rival, and of reading its bytes from memory."""
+    """Seconds of a call of kvfs, of the rival, and of reading the bytes of K and V from memory."""
 
     num_bytes: int
     ours: float
@@ -183,22 +187,29 @@ class Measured:
     rival_seconds: float | None = None
 
 
-def _measure(store, scale: Scale, keys, values, num_tokens: int, batch: int, dtype: str | None) -> Measured:
-    num_bytes = batch * num_tokens * TOKEN_BYTES
-    call = _kvfs_call(store, scale, num_tokens, batch)
-    for _ in range(-(-scale.num_sequences(num_tokens) // batch)):
-        call()  # into the drive's cache
-    calls = {"kvfs": (1, call)}
-    if dtype:
-        calls["torch"] = (1, _torch_call(keys, values, num_tokens, batch, dtype))
-    per_second, memory = measure_in_rounds(calls, scale.rounds)
-    return Measured(
-        num_bytes,
-        1 / per_second["kvfs"],
-        num_bytes / memory,
-        f"torch SDPA, {dtype}" if dtype else None,
-        1 / per_second["torch"] if dtype else None,
-    )
+Case = tuple[int, int]  # tokens of a sequence, sequences of a call
+
+
+def _measure(store, scale: Scale, keys, values, cases: list[Case], dtype: str | None) -> dict[Case, Measured]:
+    """All cases have their turn in each round: the speed of a shared machine drifts."""
+    calls = {}
+    for num_tokens, batch in cases:
+        call = calls["kvfs", num_tokens, batch] = _kvfs_call(store, scale, num_tokens, batch)
+        for _ in range(-(-scale.num_sequences(num_tokens) // batch)):
+            call()  # into the drive's cache
+        if dtype:
+            calls["torch", num_tokens, batch] = _torch_call(keys, values, num_tokens, batch, dtype)
+    per_second, memory = measure_in_rounds({case: (1, call) for case, call in calls.items()}, scale.rounds)
+    return {
+        (num_tokens, batch): Measured(
+            batch * num_tokens * TOKEN_BYTES,
+            1 / per_second["kvfs", num_tokens, batch],
+            batch * num_tokens * TOKEN_BYTES / memory,
+            f"torch SDPA, {dtype}" if dtype else None,
+            1 / per_second["torch", num_tokens, batch] if dtype else None,
+        )
+        for num_tokens, batch in cases
+    }
 
 
 def _warm(path: Path, scale: Scale, keys, values, seconds: dict[int, float]) -> Iterator[Figure]:
@@ -211,18 +222,19 @@ def _warm(path: Path, scale: Scale, keys, values, seconds: dict[int, float]) -> 
         if count * scale.num_sequences(count) * TOKEN_BYTES < cache_bytes * 3 // 4
     ]
     with kvfs.open(path, cache_bytes=cache_bytes) as store:
-        for count in fitting:
-            found = _measure(store, scale, keys, values, count, 1, dtype)
-            seconds[count] = found.ours
-            yield _time(f"context.warm.{_label(count)}.time", found)
-        for batch in scale.batches:
-            if (each := scale.cycle_tokens // batch) in fitting:
-                found = _measure(store, scale, keys, values, each, batch, dtype)
-                yield _bandwidth(f"context.batch.{_label(scale.cycle_tokens)}_in_all.{batch}.bandwidth", found)
-        for batch in scale.batches:
-            if scale.tokens_each in fitting:
-                found = _measure(store, scale, keys, values, scale.tokens_each, batch, dtype)
-                yield _bandwidth(f"context.batch.{_label(scale.tokens_each)}_each.{batch}.bandwidth", found)
+        found = _measure(store, scale, keys, values, [(count, 1) for count in fitting], dtype)
+        for (count, _), measured in found.items():
+            seconds[count] = measured.ours
+            yield _time(f"context.warm.{_label(count)}.time", measured)
+        in_all = [(scale.cycle_tokens // batch, batch) for batch in scale.batches]
+        each = [(scale.tokens_each, batch) for batch in scale.batches]
+        for label, cases in (
+            (f"{_label(scale.cycle_tokens)}_in_all", in_all),
+            (f"{_label(scale.tokens_each)}_each", each),
+        ):
+            cases = [case for case in cases if case[0] in fitting]
+            for (_, batch), measured in _measure(store, scale, keys, values, cases, dtype).items():
+                yield _bandwidth(f"context.batch.{label}.{batch}.bandwidth", measured)
 
 
 def _available_bytes() -> int:
@@ -255,7 +267,7 @@ def _bandwidth(name: str, found: Measured) -> Figure:
 
 
 def _fit(prefix: str, seconds: dict[int, float]) -> Iterator[Figure]:
-    if len(seconds) > 2:
+    if len(seconds := _long(seconds)) > 2:
         line = Line.through(seconds)
         yield Figure(f"{prefix}.fixed", line.fixed * MICROSECONDS, "us")
         yield Figure(f"{prefix}.per_token", line.per_token * NANOSECONDS, "ns/token")
@@ -369,9 +381,9 @@ def plot(times: dict[str, dict[int, float]], path: Path) -> None:
 
     drawing, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     for label, seconds in times.items():
-        if len(seconds) < 2:
+        if len(_long(seconds)) < 2:
             continue
-        line = Line.through(seconds)
+        line = Line.through(_long(seconds))
         tokens = np.geomspace(min(seconds), max(seconds))
         (drawn,) = axes.loglog(list(seconds), [1e3 * value for value in seconds.values()], "o", label=label)
         expected = 1e3 * (line.fixed + line.per_token * tokens)
