@@ -46,7 +46,7 @@ class Scale:
     cycle_tokens: int = 1 << 16
     batches: tuple[int, ...] = (1, 4, 16, 64)
     tokens_each: int = 1 << 12
-    rounds: int = 7
+    rounds: int = 5
 
     def num_sequences(self, num_tokens: int) -> int:
         wanted = max(1, self.cycle_tokens // num_tokens)
@@ -326,7 +326,7 @@ def _peak_bytes(path: Path, scale: Scale, num_tokens: int) -> int:
     with kvfs.open(path, cache_bytes=COLD_CACHE_BYTES) as store:
         sequence = store.sequence(_name(num_tokens, 0))
         store._drive.cache._arena[:] = 0  # all of it is resident from here on
-        store.attend(0, _queries(1), [store.sequence(_name(scale.contexts[0], 0))])  # and the code, loaded
+        store.attend(0, _queries(1), [store.sequence(_name(FIT_FROM_TOKENS, 0))])  # and all code, loaded
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         for _ in range(MEMORY_CALLS):
             _cold_seconds(store, sequence)
