@@ -100,7 +100,7 @@ class AttentionJob:
         self.pages_from_cache = 0
         self.kernel_ns = 0
         self._engine = engine
-        self._ended = ended
+        self._ended: Callable[[], None] | None = ended
         self._guard = ExitStack()
         self._room = threading.Semaphore(SPANS_PINNED)
         self._lock = threading.Lock()
@@ -130,8 +130,9 @@ class AttentionJob:
             dtype=work.dtype_name,
             head_dim=work.head_dim,
             group_size=work.group_size,
-            key_pages=np.empty(plan.num_pages, np.uint64),
-            value_pages=np.empty(plan.num_pages, np.uint64),
+            # a page's address takes the place of its LBA when its span is pinned: see _spans
+            key_pages=plan.key_lbas.view(np.uint64),
+            value_pages=plan.value_lbas.view(np.uint64),
             page_first_token=plan.page_first_token,
             page_num_tokens=plan.page_num_tokens,
             unit_first_page=plan.unit_first_page,
@@ -325,7 +326,11 @@ class AttentionJob:
                     len(work.items),
                     work.num_kv_heads,
                 )
-        self._ended()
+        ended, self._ended = (
+            self._ended,
+            None,
+        )  # or job and ticket, with all arrays, would wait for the collector
+        ended()
 
 
 class _StopOnError:

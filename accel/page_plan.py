@@ -40,16 +40,6 @@ class PagePlan:
 
 
 @njit(nogil=True, cache=True)
-def _group_base(extents_base, extents_groups, first_extent, group, group_lbas):
-    """Base LBA of the `group`-th group that an item's extents name."""
-    extent = first_extent
-    while group >= extents_groups[extent]:
-        group -= extents_groups[extent]
-        extent += 1
-    return extents_base[extent] + group * group_lbas
-
-
-@njit(nogil=True, cache=True)
 def _plan(
     fill,
     item_first_extent,
@@ -82,6 +72,8 @@ def _plan(
             continue
         first_group = start // group_tokens
         stop_group = (stop - 1) // group_tokens + 1
+        # where the run begins: each head goes on from there, or many extents would cost their square
+        run_extent, run_behind = item_first_extent[item], first_group - item_first_group[item]
         for run in range(first_group, stop_group, unit_groups):
             run_stop = min(run + unit_groups, stop_group)
             for head in range(num_kv_heads):
@@ -89,18 +81,17 @@ def _plan(
                     unit_first_page[num_units] = num_pages
                     unit_item[num_units] = item
                     unit_kv_head[num_units] = head
+                extent, behind = run_extent, run_behind
                 for group in range(run, run_stop):
                     origin = group * group_tokens
                     first = max(start - origin, 0) // per_page
                     last = (min(stop - origin, group_tokens) - 1) // per_page
                     if fill:
-                        base = _group_base(
-                            extents_base,
-                            extents_groups,
-                            item_first_extent[item],
-                            group - item_first_group[item],
-                            group_lbas,
-                        )
+                        while behind >= extents_groups[extent]:
+                            behind -= extents_groups[extent]
+                            extent += 1
+                        base = extents_base[extent] + behind * group_lbas
+                        behind += 1
                         keys = base + layer_offset + head * 2 * per_head
                         for page in range(first, last + 1):
                             key_lbas[num_pages] = keys + page
@@ -113,6 +104,7 @@ def _plan(
                     else:
                         num_pages += last + 1 - first
                 num_units += 1
+            run_extent, run_behind = extent, behind
     if fill:
         unit_first_page[num_units] = num_pages
     return num_units, num_pages

@@ -82,6 +82,7 @@ class WorkerPool:
                 is_last = work.num_threads == 0 and not len(work.units)
             if is_last:
                 work.ended()
+            del work  # or its arrays would stay while this thread waits for the next
 
     def close(self) -> None:
         """Compute what was submitted, then end the threads."""

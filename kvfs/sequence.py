@@ -250,9 +250,10 @@ class Sequence:
         num_bytes = sum(buffer.nbytes for _, buffer in extents)
         self._store._spills.make_room(num_bytes)
         pending = self._store._namespace.submit_write(extents, self._placement_id)
-        tail.spills.append(Spill(pending, tail.num_submitted))
+        spill = Spill(pending, tail.num_submitted, num_bytes)
+        tail.spills.append(spill)
         self._bytes_spilled += num_bytes
-        self._store._spills.note(self, layer, num_bytes)
+        self._store._spills.note(self, layer, spill)
 
     @property
     def _placement_id(self) -> int:
@@ -260,6 +261,12 @@ class Sequence:
         # nothing says yet when a sequence will be deleted
         placement = self._store._placement.place(self._row.id, num_bytes, now=0, expected_death=None)
         return placement.identifier(self._bytes_spilled)
+
+    def _end_finished_spills(self, layer: int) -> None:
+        """Take note of what has reached the flash, without waiting."""
+        spills = self._layers[layer].spills
+        while spills and self._store._namespace.is_done(spills[0].pending):
+            self._complete_oldest_spill(layer)
 
     def _complete_spills(self, layer: int) -> None:
         while self._layers[layer].spills:
@@ -270,13 +277,13 @@ class Sequence:
         tail = self._layers[layer] if self._layers else None
         if tail is None or not tail.spills:
             return
-        spill = tail.spills.popleft()
+        spill = tail.take_oldest_spill()
         try:
             self._store._namespace.complete(spill.pending)
         except Exception:
             # what did not reach the flash stays in its images, and what was to follow it goes with it
             while tail.spills:
-                self._store._namespace.wait(tail.spills.popleft().pending)
+                self._store._namespace.wait(tail.take_oldest_spill().pending)
             tail.num_submitted = tail.num_spilled
             raise
         tail.completed(spill)
@@ -505,7 +512,7 @@ class Sequence:
         """Give back what only memory knows of this sequence, which is being deleted."""
         for tail in self._layers or ():
             while tail.spills:  # whether they come to a good end is of no interest any more
-                self._store._namespace.wait(tail.spills.popleft().pending)
+                self._store._namespace.wait(tail.take_oldest_spill().pending)
         for group in self._groups:
             if group.id is None:
                 self._store._allocator.hold(group.base_lba, group.num_lbas)

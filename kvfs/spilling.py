@@ -2,6 +2,8 @@
 
 from collections import deque
 
+from kvfs.tail import Spill
+
 SPILLING_BYTES = 32 << 20
 
 
@@ -13,14 +15,18 @@ class SpillQueue:
         self._spills: deque[tuple] = deque()
         self._num_bytes = 0
 
-    def note(self, sequence, layer: int, num_bytes: int) -> None:
-        self._spills.append((sequence, layer, num_bytes))
-        self._num_bytes += num_bytes
+    def note(self, sequence, layer: int, spill: Spill) -> None:
+        """A spill of a layer has begun."""
+        self._spills.append((sequence, layer, spill))
+        self._num_bytes += spill.num_bytes
 
     def make_room(self, num_bytes: int) -> None:
         """Wait for the oldest spills until `num_bytes` more stay within the limit."""
-        while self._spills and self._num_bytes + num_bytes > self._limit_bytes:
-            sequence, layer, oldest_bytes = self._spills.popleft()
-            self._num_bytes -= oldest_bytes
-            if not sequence._deleted:
+        while self._spills:
+            sequence, layer, spill = self._spills[0]
+            if spill.is_under_way and self._num_bytes + num_bytes <= self._limit_bytes:
+                break
+            self._spills.popleft()
+            self._num_bytes -= spill.num_bytes
+            if spill.is_under_way:  # and all before it of its layer are not, so it is the oldest there, too
                 sequence._complete_oldest_spill(layer)

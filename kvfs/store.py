@@ -437,7 +437,7 @@ class Store:
                 sequence._use()
                 if sequence._layers[layer].num_tokens == 0:
                     raise EmptySequence(sequence.name, layer)
-                sequence._complete_spills(layer)
+                sequence._end_finished_spills(layer)
             num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
             ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
             scoring = scoring_of(geometry, scale, softcap, alibi_slopes, query_positions, ranges[1])
@@ -464,6 +464,7 @@ class Store:
                     "free_bytes": self._allocator.free_lbas * block_bytes,
                     "metadata_bytes": self._volume.first_data_lba * block_bytes,
                 },
+                "memory": {"tail_bytes": self._image_pool.used_bytes},  # of tokens not on flash yet
             }
 
     def check(self) -> list[str]:

@@ -5,6 +5,9 @@ those pages are spilled: written to the group's blocks as they lie in the image,
 the background; until it has completed, its tokens count as tail. The host attends over the tail, the drive over
 what has been spilled. Source: INF2, arXiv:2502.09921.
 
+A group that went out in small pieces lies scattered on the flash, and reads slowly. When it is full its image
+goes out once more, in one run: the same bytes to the same blocks, so any copy that a power cut leaves is right.
+
 States of a token of one layer, by position: [0, num_spilled) on flash, [num_spilled, num_submitted) on its
 way there, [num_submitted, num_tokens) only here.
 """
@@ -23,6 +26,8 @@ from spdk_glue import dma
 from spdk_glue.namespace import Pending
 from spdk_glue.vendor_command import DTYPE_OF_NAME
 
+LONG_RUN_BYTES = 256 << 10  # pieces from here on read as fast as a whole group: knee of `bench writeback`
+
 
 @dataclass
 class Spill:
@@ -30,6 +35,8 @@ class Spill:
 
     pending: Pending
     stop: int
+    num_bytes: int
+    is_under_way: bool = True
 
 
 class LayerTail:
@@ -39,6 +46,7 @@ class LayerTail:
         self._layout = layout
         self._image_layout = layout.in_memory
         self._pool = pool
+        self._first_token = num_tokens  # the images have none before it
         self.num_tokens = num_tokens
         self.num_submitted = num_tokens
         self.num_spilled = num_tokens
@@ -82,8 +90,13 @@ class LayerTail:
                 return None
         if stop_row <= row:
             return None
+        first_page = row // per_page
         stop_page = -(-stop_row // per_page)
-        return position, row // per_page, stop_page, position * group_tokens + stop_row
+        if stop_row == group_tokens and position * group_tokens >= self._first_token:
+            piece_bytes = self._layout.image_bytes * max(writeback_tokens, per_page) // group_tokens
+            if piece_bytes < LONG_RUN_BYTES:
+                first_page = 0
+        return position, first_page, stop_page, position * group_tokens + stop_row
 
     def extents(self, base_lba: int, position: int, first_page: int, stop_page: int):
         """(LBA, buffer) pairs of some pages of every head; base_lba: of this layer in the group."""
@@ -125,6 +138,12 @@ class LayerTail:
         first = self.num_spilled // group_tokens
         stop = -(-self.num_tokens // group_tokens) if self.num_tokens > self.num_spilled else first
         return first, [dma.address_of(self.images[position]) for position in range(first, stop)]
+
+    def take_oldest_spill(self) -> Spill:
+        """It counts as under way no longer; the caller waits for it."""
+        spill = self.spills.popleft()
+        spill.is_under_way = False
+        return spill
 
     def completed(self, spill: Spill) -> None:
         """A spill has reached the flash: its tokens are the drive's, whole groups leave memory."""

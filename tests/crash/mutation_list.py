@@ -391,6 +391,7 @@ _TAIL = _of(
         "if first_page == 0 and stop_page == per_head:",
         "if stop_page == per_head:",
     ),
+    ("part of a group written as all of it", "position * group_tokens >= self._first_token", "True"),
     ("spill ends a page late", "stop_page = -(-stop_row // per_page)", "stop_page = stop_row // per_page"),
 )
 

@@ -89,14 +89,16 @@ def _torch_calls(keys, values, queries) -> dict[str, tuple[int, Callable]]:
     return calls
 
 
-def _measure_in_rounds(calls: dict[str, tuple[int, Callable]]) -> tuple[dict[str, float], float]:
+def measure_in_rounds(
+    calls: dict[str, tuple[int, Callable]], rounds: int = ROUNDS
+) -> tuple[dict[str, float], float]:
     """(bytes/s of each call, of reading memory), medians over rounds in which each has its turn: the speed of
     a shared machine drifts, and the same drift must meet all."""
     found = {name: [] for name in calls}
     memory = []
     for _, call in calls.values():
         call()  # caches, compiled code
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         memory.append(limits.memory_read_bandwidth(len(os.sched_getaffinity(0)), repeats=3))
         for name, (num_bytes, call) in calls.items():
             time.sleep(SETTLE_SECONDS)
@@ -116,7 +118,7 @@ def _warm(directory: Path, num_tokens: int) -> Iterator[Figure]:
             sequence.flush()
             queries = _queries(group_size, seed=2)
             calls = {"kvfs": (kv_bytes, lambda q=queries, s=sequence: store.attend(LAYER, q, [s]))}
-            rivals, memory = _measure_in_rounds(calls | _torch_calls(keys, values, queries))
+            rivals, memory = measure_in_rounds(calls | _torch_calls(keys, values, queries))
             ours = rivals.pop("kvfs")
             best = max(rivals, key=rivals.get, default=None)
             prefix = f"attention.warm.g{group_size}"

@@ -101,6 +101,48 @@ def mount(
     _print("mount", figures, json_output)
 
 
+@app.command()
+def context(
+    plot: Annotated[Path | None, typer.Option(help="PNG file for time over the length of the context.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where the drive is made.")] = Path("."),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """How attention's time and memory grow with the context, and its bandwidth with the batch.
+
+    Needs torch for the rival, 6 GiB of disk and 16 of memory for the whole of it. --plot needs matplotlib.
+    """
+    from kvfs_bench import context as bench
+
+    figures, times = bench.measure(directory, quick)
+    if plot is not None:
+        bench.plot(times, plot)
+    _print("context", figures, json_output)
+
+
+@app.command()
+def writeback(
+    plot: Annotated[Path | None, typer.Option(help="PNG file for both over the size of a spill.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where the drives are made.")] = Path("."),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """Decoding with every size of spill, and cold reads of what it wrote, before and after compaction.
+
+    Needs 2 GiB of disk; takes some minutes. --plot needs matplotlib.
+    """
+    from kvfs_bench import writeback as bench
+
+    figures, curves = bench.measure(directory, quick)
+    if plot is not None:
+        bench.plot(curves, plot)
+    _print("writeback", figures, json_output)
+
+
 def _print(bench: str, figures: list, json_output: bool) -> None:
     from kvfs_bench.figures import print_report, report
 

@@ -57,6 +57,9 @@ def remote_kvfs_open(monkeypatch, tmp_path_factory):
 
 # the store's own tests, on a client's store; those that look inside, or at files, say nothing about a client
 _OF_THE_OWNER = {
+    "test_attention_leaves_nothing_behind",
+    "test_attend_waits_for_no_spill",
+    "test_groups_written_in_small_pieces_end_in_one",
     "test_tails_stay_within_their_memory",
     "test_corrupt_page_is_an_error_with_facts",
     "test_files_that_are_no_drive",
