@@ -326,10 +326,7 @@ class AttentionJob:
                     len(work.items),
                     work.num_kv_heads,
                 )
-        ended, self._ended = (
-            self._ended,
-            None,
-        )  # or job and ticket, with all arrays, would wait for the collector
+        ended, self._ended = self._ended, None  # or job and ticket would wait for the garbage collector
         ended()
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from accel.quantized_pages import encode_pages
+from accel.quantized_pages import decode_pages, encode_pages
 from kvfs import group_image
 from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
@@ -92,7 +92,8 @@ class LayerTail:
             return None
         first_page = row // per_page
         stop_page = -(-stop_row // per_page)
-        if stop_row == group_tokens and position * group_tokens >= self._first_token:
+        is_whole = stop_row == group_tokens and position * group_tokens >= self._first_token
+        if is_whole and not self._layout.geometry.is_quantized:  # which rows coded before would be coded anew
             piece_bytes = self._layout.image_bytes * max(writeback_tokens, per_page) // group_tokens
             if piece_bytes < LONG_RUN_BYTES:
                 first_page = 0
@@ -114,9 +115,14 @@ class LayerTail:
         ]
 
     def _quantized(self, position: int, first_page: int, stop_page: int) -> np.ndarray:
-        """uint8 [num_kv_heads, 2, num_pages, page_size]: those pages of a group as they are to lie on flash."""
+        """uint8 [num_kv_heads, 2, num_pages, page_size]: those pages of a group as they are to lie on flash.
+
+        The image's rows become what comes back of these pages: what is attended over while they are on their way
+        is what will be when they have arrived.
+        """
         layout, image_layout = self._layout, self._image_layout
         geometry, per_page = layout.geometry, layout.tokens_per_page
+        code = DTYPE_OF_NAME[geometry.dtype]
         first_row = first_page * per_page
         num_rows = min(stop_page * per_page, geometry.group_tokens) - first_row
         shape = (geometry.num_kv_heads, 2, stop_page - first_page, layout.page_size)
@@ -126,10 +132,16 @@ class LayerTail:
             image_layout.tokens_per_page,
             first_row,
             num_rows,
-            DTYPE_OF_NAME[geometry.dtype],
+            code,
             geometry.head_dim,
             pages.reshape(-1, *shape[2:]),
         )
+        rows = decode_pages(
+            pages.reshape(-1, layout.page_size), DTYPE_OF_NAME[geometry.dtype], geometry.head_dim
+        )
+        rows = rows.reshape(geometry.num_kv_heads, 2, -1, geometry.head_dim)[:, :, :num_rows]
+        keys, values = np.ascontiguousarray(rows.transpose(1, 2, 0, 3))
+        group_image.pack(image_layout, self.images[position], first_row, keys, values)
         return pages
 
     def image_addresses(self) -> tuple[int, list[int]]:

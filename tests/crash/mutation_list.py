@@ -133,7 +133,11 @@ _METADATA += _of(
 
 _SEQUENCE = _of(
     "kvfs/sequence.py",
-    ("append leaves no mark", "            self._changed()\n            dtype =", "            dtype ="),
+    (
+        "append leaves no mark",
+        "            self._changed()\n            group_tokens =",
+        "            group_tokens =",
+    ),
     ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",

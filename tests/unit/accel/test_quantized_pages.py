@@ -75,6 +75,14 @@ def test_codes_are_the_nearest(dtype, head_dim):
             assert (found[page][: len(wanted)] != expected).mean() < 0.01
 
 
+@pytest.mark.parametrize("dtype", LARGEST_CODE)
+def test_the_largest_values(dtype):
+    rows = np.full((1, 20, 64), np.finfo(np.float16).max, np.float16)
+    rows[0, 3] *= -1
+    found = decode_pages(encoded(rows, dtype.name.lower())[0], dtype, 64)
+    np.testing.assert_allclose(found[0, :20].astype(np.float64), rows[0].astype(np.float64), rtol=0.01)
+
+
 def test_rows_within_a_run():
     rows = uneven_rows(1, 100, 64)
     np.testing.assert_array_equal(encoded(rows, "int8", 40), encoded(rows[:, 40:], "int8"))

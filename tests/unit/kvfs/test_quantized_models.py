@@ -109,6 +109,21 @@ def test_heads_are_read_as_rows(store, quantized):
     np.testing.assert_array_equal(rows[len(keys) - 17 :], found[0][3:40, 0])
 
 
+def test_what_is_on_its_way_reads_as_it_will(store, quantized, monkeypatch):
+    """Attention does not wait for a spill, and is the same before and after it has ended."""
+    sequence = store.create_sequence(quantized, "a")
+    keys, values = random_kv(group_tokens(quantized))
+    with monkeypatch.context() as patch:
+        patch.setattr(store._namespace, "is_done", lambda pending: False)
+        sequence.append(0, keys, values)
+        out, _ = store.attend(0, random_queries(), sequence)
+        assert sequence._layers[0].spills
+    sequence.flush()
+    again, _ = store.attend(0, random_queries(), sequence)
+    np.testing.assert_allclose(out, again, atol=1e-4)  # rows in memory are rounded to float16
+    assert_close(sequence.read(0), (keys, values), quantized.dtype)
+
+
 def test_fewer_bytes_on_flash(store):
     sizes = {}
     for dtype in ("float16", "int8", "int4"):

@@ -215,7 +215,9 @@ def test_attend_handles_are_independent(client, sequence, store):
         client.tree.write(handle, 0, question.getvalue())
     for handle, queries in zip(handles, (first, second), strict=True):
         answer = io.BytesIO(bytes(client.tree.read(handle, 0, 1 << 20)))
-        assert np.array_equal(np.load(answer), store.attend(1, queries[None], sequence)[0][0])
+        expected = store.attend(1, queries[None], sequence)[0][0]
+        # what has reached the flash meanwhile is the drive's part, not the host's: sums of another order
+        np.testing.assert_allclose(np.load(answer), expected, atol=1e-6)
     question = io.BytesIO()
     np.save(question, second)
     client.tree.write(handles[0], 0, question.getvalue())
