@@ -1,0 +1,38 @@
+"""The decode benchmark at its smallest: names, schema, that all compute the same; never how fast."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the rivals need torch: pip install torch")
+
+from kvfs_bench import decode
+from kvfs_bench.decode_shape import Shape, decoded, prompt, reference
+from kvfs_bench.figures import report
+
+
+def test_contenders_agree(tmp_path):
+    """A contender that computes something else, or reads nothing, makes every ratio worthless."""
+    measured, settings = decode.measure(tmp_path, quick=True)
+    figures = {figure["name"]: figure for figure in report("decode", measured)["figures"]}
+    for name in decode.CLASSES:
+        assert figures[f"decode.{name}.relative_error_max"]["met"], name
+        assert figures[f"decode.{name}.tokens_per_second"]["value"] > 0
+        assert settings[name]
+    for name in (decode.KVFS, decode.DIRECT):  # K/V is four times the cap: most of it has to be read
+        assert figures[f"decode.{name}.disk_bytes_per_token"]["value"] > 0.5 * decode.QUICK.kv_bytes / 1e6
+    for name, goal in decode.RATIO_GOAL.items():
+        assert figures[f"decode.ratio_vs_{name}"]["goal"] == goal
+    assert "cap" in settings["memory cap"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reference_is_softmax_over_all_tokens():
+    """The judge of all contenders, against attention written out for one head."""
+    shape = Shape(cap_bytes=0, num_layers=2, num_tokens=40)
+    keys, values = (
+        np.concatenate([stored, *(getattr(decoded(step, 1), kind) for step in range(3))])[:, 2].astype(float)
+        for stored, kind in zip(prompt(shape, 1), ("keys", "values"), strict=True)
+    )
+    weights = np.exp(keys @ decoded(2, 1).queries[9].astype(float) / 128**0.5)  # query head 9: KV head 2
+    expected = weights @ values / weights.sum()
+    np.testing.assert_allclose(reference(shape, 1, 3)[9], expected, rtol=1e-9)
