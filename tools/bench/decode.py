@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvfs_bench import limits
+from kvfs_bench import decode_lmcache, limits
 from kvfs_bench.decode_kvfs import Kvfs, KvfsWriter
 from kvfs_bench.decode_process import ContenderProcess, Step, drop_from_page_cache
 from kvfs_bench.decode_rivals import Direct, FlexGen, InMemory, LayerFile
@@ -33,14 +33,21 @@ REST_SECONDS = 0.2  # what others have begun to read ahead has come
 FIO_REQUEST_BYTES = (256 << 10, 1 << 20)
 MB, GB = 1e6, 1e9
 
-KVFS, FLEXGEN, DIRECT, IN_MEMORY = "kvfs", "flexgen", "direct", "in_memory"
-CLASSES = {KVFS: Kvfs, FLEXGEN: FlexGen, DIRECT: Direct, IN_MEMORY: InMemory}
+KVFS, FLEXGEN, DIRECT, LMCACHE, IN_MEMORY = "kvfs", "flexgen", "direct", "lmcache", "in_memory"
+CLASSES = {
+    KVFS: Kvfs,
+    FLEXGEN: FlexGen,
+    DIRECT: Direct,
+    LMCACHE: decode_lmcache.LMCache,
+    IN_MEMORY: InMemory,
+}
 MEANING = {
     FLEXGEN: "FlexGen's way: mapped files, copy threads",
     DIRECT: "direct I/O ahead of torch SDPA",
+    LMCACHE: "LMCache's local-disk backend, then torch SDPA",
     IN_MEMORY: "torch SDPA, all in memory, no cap",
 }
-RATIO_GOAL = {FLEXGEN: 3.46, DIRECT: 1.5}
+RATIO_GOAL = {FLEXGEN: 3.46, DIRECT: 1.5, LMCACHE: None}
 
 
 @dataclass
@@ -92,7 +99,7 @@ def _write(shape: Shape, folder: Path, status: Callable[[str], None]) -> dict[st
         writer.close()
     for path in paths.values():
         drop_from_page_cache(path)
-    return paths | {IN_MEMORY: paths[DIRECT]}
+    return paths | {IN_MEMORY: paths[DIRECT], LMCACHE: folder / LMCACHE}
 
 
 def _written_range(path: Path) -> tuple[int, int]:
@@ -113,31 +120,33 @@ def _written_range(path: Path) -> tuple[int, int]:
 
 
 class Disk:
-    """fio's best direct read of a file, measured in each turn; the best request and depth once."""
+    """fio's best direct read of a file, of all requests and depths, found anew in each turn."""
 
     def __init__(self, path: Path, num_bytes: int):
         self._path = path
         self._offset, size = _written_range(path)
         self._size = min(size, num_bytes)
-        self._found: list[float] = []
-        tried = {request: self._fio(request) for request in FIO_REQUEST_BYTES}
-        self.is_known = all(tried.values())
-        if self.is_known:
-            self._request_bytes = max(tried, key=lambda request: tried[request][0])
-            self._depth = tried[self._request_bytes][1]
-            self.setting = f"fio, {self._request_bytes >> 10} KiB x {self._depth} in flight, direct"
-
-    def _fio(self, request_bytes: int, **options):
-        return limits.fio_read_bandwidth(self._path, self._offset, self._size, request_bytes, **options)
+        self._found: list[tuple[float, str]] = []
 
     def measure(self) -> None:
-        if self.is_known:
-            self._found.append(self._fio(self._request_bytes, depths=(self._depth,))[0])
+        """Adds nothing without fio."""
+        tried = []
+        for request_bytes in FIO_REQUEST_BYTES:
+            best = limits.fio_read_bandwidth(self._path, self._offset, self._size, request_bytes)
+            if best is not None:
+                tried.append((best[0], f"{request_bytes >> 10} KiB x {best[1]} in flight"))
+        self._found.extend([max(tried)] if tried else [])
 
     @property
-    def bandwidth(self) -> float:
-        """Bytes/s."""
-        return statistics.median(self._found)
+    def bandwidth(self) -> float | None:
+        """Bytes/s, median; None if unknown."""
+        return statistics.median(found for found, _ in self._found) if self._found else None
+
+    @property
+    def setting(self) -> str:
+        if not self._found:
+            return "its limit is unknown without fio"
+        return "fio, direct: " + ", ".join(f"{how} {found / GB:.2f} GB/s" for found, how in self._found)
 
 
 def _relative_error(out: np.ndarray, expected: np.ndarray) -> float:
@@ -151,9 +160,11 @@ def measure_shape(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix="kvfs-bench-")))
         paths = _write(shape, folder, status)
-        disk = Disk(paths[KVFS], shape.cap_bytes)
+        disk = Disk(paths[KVFS], shape.cap_bytes // 2)
         runs = {}
         for name, contender in CLASSES.items():
+            if name == LMCACHE and not decode_lmcache.is_installed():
+                continue
             status(f"{name} is set up")
             cap = None
             if name != IN_MEMORY:
@@ -169,8 +180,9 @@ def measure_shape(
                 run.take_turn(1 if turn else WARM_UP_STEPS, STEPS_PER_TURN - 1)
         peaks = {name: run.cap.peak_bytes() for name, run in runs.items() if run.cap is not None}
         settings = {name: run.process.setting for name, run in runs.items()}
+        settings.setdefault(LMCACHE, "not installed: pip install lmcache")
         settings["memory cap"] = _cap_in_words(shape, peaks)
-        settings["disk"] = disk.setting if disk.is_known else "fio is not there: the disk's limit is unknown"
+        settings["disk"] = disk.setting
     return runs, disk, settings
 
 
@@ -188,6 +200,8 @@ def _cap_in_words(shape: Shape, peaks: dict[str, int | None]) -> str:
 def _figures(shape: Shape, runs: dict[str, Run], disk: Disk) -> Iterator[Figure]:
     ours = runs[KVFS]
     for name, goal in RATIO_GOAL.items():
+        if name not in runs:
+            continue
         ratio = ours.tokens_per_second / runs[name].tokens_per_second
         yield Figure(
             f"decode.ratio_vs_{name}",
@@ -208,7 +222,7 @@ def _figures(shape: Shape, runs: dict[str, Run], disk: Disk) -> Iterator[Figure]
             rival_value=in_memory if name == KVFS else None,
             ratio=run.tokens_per_second / in_memory if name == KVFS else None,
         )
-    limit = disk.bandwidth if disk.is_known else None
+    limit = disk.bandwidth
     for name, run in runs.items():
         if name == IN_MEMORY:
             continue
@@ -260,14 +274,14 @@ def plot(directory: Path, path: Path, quick: bool = False, status: Callable[[str
     from matplotlib import pyplot
 
     full = QUICK if quick else FULL
-    lines: dict[str, list[float]] = {name: [] for name in CLASSES}
+    lines: dict[str, list[float]] = {}
     times_cap = []
-    for part in (8, 4, 2, 1):
+    for part in (8, 4, 2, 1):  # half of the cap to four times
         shape = Shape(full.cap_bytes, full.num_layers // part, full.num_tokens)
         times_cap.append(shape.kv_bytes / shape.cap_bytes)
         runs, _, _ = measure_shape(shape, directory, 1, status)
         for name, run in runs.items():
-            lines[name].append(run.tokens_per_second)
+            lines.setdefault(name, []).append(run.tokens_per_second)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, values in lines.items():
         axes.plot(times_cap, values, marker="o", label=MEANING.get(name, name))

@@ -37,7 +37,7 @@ from kvfs_bench.decode_torch import (
     use_all_cpus,
 )
 
-OVERHEAD_BYTES = 32 << 20  # threads' stacks, torch's own temporaries, page tables
+OVERHEAD_BYTES = 16 << 20  # threads' stacks, torch's own temporaries, page tables
 NUM_BUFFERS = 2  # one is computed on while the other is filled
 COPY_THREADS = 4  # FlexGen's default
 # (request, how many in flight) of direct reads. More in flight would have two layers arrive at the same time,
@@ -101,11 +101,11 @@ def _aligned(num_bytes: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
-def _sample_layer(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_layer(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(NUM_KV_HEADS, shape.num_tokens, HEAD_DIM).half() for _ in range(2))
 
 
-def _attention(kernel: Kernel, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+def attention(kernel: Kernel, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> np.ndarray:
     with torch.inference_mode():
         out = kernel(queries.to(kernel.dtype), keys, values)
     return out.float().numpy().reshape(NUM_QUERY_HEADS, HEAD_DIM)
@@ -119,7 +119,7 @@ class FlexGen:
     def tune(shape: Shape, path: Path) -> Kernel:
         """The kernel; K and V are token-major, as they will be."""
         use_all_cpus()
-        keys, values = (array.transpose(0, 1).contiguous().transpose(0, 1) for array in _sample_layer(shape))
+        keys, values = (array.transpose(0, 1).contiguous().transpose(0, 1) for array in sample_layer(shape))
         return fastest(product_kernels(shape.capacity_tokens), keys, values)[0]
 
     def __init__(self, shape: Shape, path: Path, kernel: Kernel):
@@ -186,7 +186,7 @@ class FlexGen:
         stop = self._shape.num_tokens + tail.shape[1]
         buffer[:, self._shape.num_tokens : stop] = tail
         keys, values = (torch.from_numpy(part[:stop]).transpose(0, 1) for part in buffer)
-        return _attention(self._kernel, to_torch(token.queries), keys, values)
+        return attention(self._kernel, to_torch(token.queries), keys, values)
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -200,7 +200,7 @@ class Direct:
     def tune(shape: Shape, path: Path) -> Kernel:
         use_all_cpus()
         kernels = native_kernels(torch.float16) + converting_kernels(shape.capacity_tokens)
-        return fastest(kernels, *_sample_layer(shape))[0]
+        return fastest(kernels, *sample_layer(shape))[0]
 
     def __init__(self, shape: Shape, path: Path, kernel: Kernel):
         self._shape, self._kernel = shape, kernel
@@ -288,7 +288,7 @@ class Direct:
 
     def _compute(self, queries: torch.Tensor, buffer: np.ndarray, num_tokens: int) -> np.ndarray:
         keys, values = (torch.from_numpy(array[:, :num_tokens]) for array in self._arrays(buffer))
-        return _attention(self._kernel, queries, keys, values)
+        return attention(self._kernel, queries, keys, values)
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -303,7 +303,7 @@ class InMemory:
         use_all_cpus()
         found = []
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            keys, values = (array.to(dtype) for array in _sample_layer(shape))
+            keys, values = (array.to(dtype) for array in sample_layer(shape))
             kernel, seconds = fastest(native_kernels(dtype), keys, values)
             found.append((seconds, kernel))
         return min(found, key=lambda entry: entry[0])[1]
@@ -326,7 +326,7 @@ class InMemory:
         for array, fresh in zip(self._layers[layer], (token.keys, token.values), strict=True):
             array[:, row] = torch.from_numpy(fresh[0])
         keys, values = self._layers[layer][:, :, : row + 1]
-        return _attention(self._kernel, to_torch(token.queries), keys, values)
+        return attention(self._kernel, to_torch(token.queries), keys, values)
 
     def close(self) -> None:
         self._layers.clear()
