@@ -1,5 +1,8 @@
 """The decode benchmark at its smallest: names, schema, that all compute the same; never how fast."""
 
+import signal
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ pytest.importorskip("torch", reason="the rivals need torch: pip install torch")
 from kvfs_bench import decode
 from kvfs_bench.decode_shape import Shape, decoded, prompt, reference
 from kvfs_bench.figures import report
+from kvfs_bench.memory_cap import memory_cap
 
 
 def test_contenders_agree(tmp_path):
@@ -38,3 +42,24 @@ def test_reference_is_softmax_over_all_tokens():
     weights = np.exp(keys @ decoded(2, 1).queries[9].astype(float) / 128**0.5)  # query head 9: KV head 2
     expected = weights @ values / weights.sum()
     np.testing.assert_allclose(reference(shape, 1, 3)[9], expected, rtol=1e-9)
+
+
+def _take(num_bytes, cap):
+    cap.join()
+    np.ones(num_bytes, np.uint8)
+
+
+def test_memory_cap_holds():
+    """A cap that holds nobody would have every contender work from the page cache."""
+    with memory_cap("kvfs-test", 64 << 20) as cap:
+        if cap is None:
+            pytest.skip("needs a memory control group: run as root, or in a delegated group")
+        codes = []
+        for num_bytes in (16 << 20, 256 << 20):
+            process = get_context("spawn").Process(target=_take, args=(num_bytes, cap))
+            process.start()
+            process.join()
+            codes.append(process.exitcode)
+        assert codes == [0, -signal.SIGKILL]
+        assert cap.peak_bytes() <= 64 << 20
+    assert not cap.folder.exists()
