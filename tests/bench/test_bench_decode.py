@@ -63,3 +63,13 @@ def test_memory_cap_holds():
         assert codes == [0, -signal.SIGKILL]
         assert cap.peak_bytes() <= 64 << 20
     assert not cap.folder.exists()
+
+
+def test_what_fits_is_not_read(tmp_path):
+    """The plot's left end: K/V that fits in the cap stays there, for every contender."""
+    shape = Shape(cap_bytes=64 << 20, num_layers=2, num_tokens=2048)
+    runs, _, _ = decode.measure_shape(shape, tmp_path, 1, lambda text: None)
+    for name, run in runs.items():
+        assert run.disk_bytes == 0, name
+        error = decode._relative_error(run.out, reference(shape, shape.checked_layer, run.num_steps))
+        assert error < 2e-2, name

@@ -26,11 +26,11 @@ from kvfs_bench.memory_cap import MemoryCap, memory_cap
 
 FULL = Shape(cap_bytes=512 << 20, num_layers=32, num_tokens=16_384)
 QUICK = Shape(cap_bytes=48 << 20, num_layers=24, num_tokens=2048)
-WARM_UP_STEPS = 3  # a cache that learns what is read again knows it by then
-TURNS = 2
+WARM_UP_STEPS = 2  # a cache that learns what is read again knows it by then
+TURNS = 3
 STEPS_PER_TURN = 3  # the first of which does not count
 REST_SECONDS = 0.2  # what others have begun to read ahead has come
-FIO_REQUEST_BYTES = (256 << 10, 1 << 20)
+FIO_REQUEST_BYTES = 256 << 10
 FIO_DEPTHS = (4, 16)
 MB, GB = 1e6, 1e9
 
@@ -57,17 +57,21 @@ class Run:
 
     process: ContenderProcess
     cap: MemoryCap | None
-    steps: list[Step] = field(default_factory=list)  # those that count
+    turns: list[list[Step]] = field(default_factory=list)  # the steps that count
     num_steps: int = 0
     out: np.ndarray | None = None  # of the last step
 
     def take_turn(self, num_uncounted: int, num_counted: int) -> None:
-        for number in range(num_uncounted + num_counted):
-            step = self.process.step(self.num_steps)
+        steps = []
+        for _ in range(num_uncounted + num_counted):
+            steps.append(self.process.step(self.num_steps))
             self.num_steps += 1
-            self.out = step.out
-            if number >= num_uncounted:
-                self.steps.append(step)
+        self.out = steps[-1].out
+        self.turns.append(steps[num_uncounted:])
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for turn in self.turns for step in turn]
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,6 +85,13 @@ class Run:
     @property
     def disk_bandwidth(self) -> float:
         return self.disk_bytes * self.tokens_per_second
+
+    def fraction_of(self, disk: "Disk") -> float:
+        """Of what fio read in the same turn, median of the turns: the disk's speed drifts."""
+        return statistics.median(
+            sum(step.disk_bytes for step in turn) / sum(step.seconds for step in turn) / bandwidth
+            for turn, (bandwidth, _) in zip(self.turns, disk.found, strict=True)
+        )
 
 
 def _write(shape: Shape, folder: Path, status: Callable[[str], None]) -> dict[str, Path]:
@@ -121,7 +132,7 @@ def _written_range(path: Path) -> tuple[int, int]:
 
 
 class Disk:
-    """fio's best direct read of a file, of some requests and depths, found anew in each turn.
+    """fio's best direct read of a file, of some depths, found anew in each turn.
 
     It reads all of the file: below a virtual disk there may be a cache, and who reads a part again and again
     measures that.
@@ -130,29 +141,26 @@ class Disk:
     def __init__(self, path: Path):
         self._path = path
         self._offset, self._size = _written_range(path)
-        self._found: list[tuple[float, str]] = []
+        self.found: list[tuple[float, int]] = []  # bytes/s and the depth, of each turn
 
     def measure(self) -> None:
         """Adds nothing without fio."""
-        tried = []
-        for request_bytes in FIO_REQUEST_BYTES:
-            best = limits.fio_read_bandwidth(
-                self._path, self._offset, self._size, request_bytes, depths=FIO_DEPTHS
-            )
-            if best is not None:
-                tried.append((best[0], f"{request_bytes >> 10} KiB x {best[1]} in flight"))
-        self._found.extend([max(tried)] if tried else [])
+        best = limits.fio_read_bandwidth(
+            self._path, self._offset, self._size, FIO_REQUEST_BYTES, depths=FIO_DEPTHS
+        )
+        self.found.extend([best] if best is not None else [])
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes/s, median; None if unknown."""
-        return statistics.median(found for found, _ in self._found) if self._found else None
+        """Bytes/s, median of the turns; None if unknown."""
+        return statistics.median(found for found, _ in self.found) if self.found else None
 
     @property
     def setting(self) -> str:
-        if not self._found:
+        if not self.found:
             return "its limit is unknown without fio"
-        return "fio, direct: " + ", ".join(f"{how} {found / GB:.2f} GB/s" for found, how in self._found)
+        turns = ", ".join(f"{depth} in flight {bandwidth / GB:.2f} GB/s" for bandwidth, depth in self.found)
+        return f"fio, direct, {FIO_REQUEST_BYTES >> 10} KiB: {turns}"
 
 
 def _relative_error(out: np.ndarray, expected: np.ndarray) -> float:
@@ -244,7 +252,7 @@ def _figures(shape: Shape, runs: dict[str, Run], disk: Disk) -> Iterator[Figure]
         if limit:
             yield Figure(
                 f"decode.{name}.fraction_of_device_bandwidth",
-                run.disk_bandwidth / limit,
+                run.fraction_of(disk),
                 "fraction",
                 goal=0.95 if name == KVFS else None,
             )
