@@ -117,8 +117,8 @@ class LayerTail:
     def _quantized(self, position: int, first_page: int, stop_page: int) -> np.ndarray:
         """uint8 [num_kv_heads, 2, num_pages, page_size]: those pages of a group as they are to lie on flash.
 
-        The image's rows become what comes back of these pages: what is attended over while they are on their way
-        is what will be when they have arrived.
+        The image's rows become what comes back of these pages: what is attended over while they are on their
+        way is what will be when they have arrived.
         """
         layout, image_layout = self._layout, self._image_layout
         geometry, per_page = layout.geometry, layout.tokens_per_page

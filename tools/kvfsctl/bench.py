@@ -143,11 +143,42 @@ def writeback(
     _print("writeback", figures, json_output)
 
 
-def _print(bench: str, figures: list, json_output: bool) -> None:
+@app.command()
+def decode(
+    directory: Annotated[Path, typer.Option(help="Where the files are made: the disk to measure.")] = Path("."),
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file for tokens/s over the size of the KV cache.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """Decoding with a KV cache four times as large as memory, against offloading it in other ways.
+
+    Needs torch, and 9 GiB of disk. Every contender is held to the same memory by a control group where this
+    user may make one. Takes some minutes; --plot needs matplotlib and doubles that.
+    """
+    from kvfs_bench import decode as bench
+
+    status = Console(stderr=True).status("begins")
+    with status:
+        figures, settings = bench.measure(directory, quick, lambda text: status.update(text))
+        if plot is not None:
+            bench.plot(directory, plot, quick, lambda text: status.update(text))
+    _print("decode", figures, json_output, settings)
+
+
+def _print(bench: str, figures: list, json_output: bool, settings: dict[str, str] | None = None) -> None:
+    """settings: how each contender was set up, in words."""
     from kvfs_bench.figures import print_report, report
 
     result = report(bench, figures)
+    if settings is not None:
+        result["settings"] = settings
     if json_output:
         print(json.dumps(result, indent=2))
     else:
         print_report(result)
+        for name, text in (settings or {}).items():
+            print(f"{name}: {text}")
