@@ -22,4 +22,7 @@ def test_schema_and_names(tmp_path):
         assert name in figures
     for dtype in ("float16", "bfloat16", "float32"):
         assert figures[f"attention.accuracy.{dtype}.relative_error_max"]["met"]
+    for dtype, limit in (("float8_e4m3", 0.1), ("int8", 0.02), ("int4", 0.3)):
+        assert 0 < figures[f"attention.{dtype}.error_rms"]["value"] < limit
+        assert figures[f"attention.cold.{dtype}.tokens_per_second"]["rival_value"] > 0
     assert list(tmp_path.iterdir()) == []

@@ -26,8 +26,8 @@ NUM_TOKENS = 16_384
 UNIT_TOKENS = 2048
 PAGE_SIZE = 4096
 GROUP_SIZES = (1, 4, 8)
-RATIO_GOAL = {1: 0.9, 4: 1.5, 8: 1.5}
-FRACTION_GOAL = {1: 0.6}
+RATIO_GOAL = {1: 1.2, 4: 2.5, 8: 4.0}
+FRACTION_GOAL = {1: 0.8, 4: 0.7, 8: 0.6}
 ROUNDS = 11
 REST_SECONDS = 0.05  # OpenMP's threads spin for a while after torch's turn, and would slow whoever is next
 GB = 1e9
@@ -170,7 +170,7 @@ def _group(group_size: int, num_tokens: int, rounds: int, num_threads: int) -> I
         found["float16"] / memory,
         "fraction",
         limit=1.0,
-        goal=FRACTION_GOAL.get(group_size),
+        goal=FRACTION_GOAL[group_size],
     )
 
 
