@@ -47,7 +47,7 @@ def test_pieces(client, sequence, piece_bytes):
             assert client.read(path, step) == client.read(path)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3", "int8", "int4"])
 @pytest.mark.parametrize("head_dim", [64, 96, 256])
 def test_pages_with_slack(store, dtype, head_dim):
     """head_dim 96: pages end in slack, which is none of the file's."""

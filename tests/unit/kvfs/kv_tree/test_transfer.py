@@ -121,6 +121,25 @@ def changed(exported, **changes):
     return with_header(header, data)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int4"])
+def test_quantized_models_export_rows(client, store, dtype):
+    """float16 rows come out of a quantized model, and go into it and into a float16 one."""
+    model = add_model(store, "int8", name="m8")
+    sequence = store.create_sequence(model, "a")
+    append(sequence, 1100)
+    exported = client.read("kv/m8/a/sequence.safetensors")
+    add_model(store, dtype, name="other")
+    if dtype == "float32":
+        assert errno_of(client.write, "kv/other/b.safetensors", exported) == errno.EINVAL
+        return
+    client.write("kv/other/b.safetensors", exported)
+    for layer in range(2):
+        for have, want in zip(store.sequence("b").read(layer), sequence.read(layer), strict=True):
+            assert have.dtype == want.dtype == np.float16
+            assert np.abs(have - want).max() < (0.5 if dtype == "int4" else 0.05)
+    assert np.array_equal(store.sequence("b").tokens, np.arange(1100))
+
+
 BAD_FILES = {
     "too short": lambda file: b"abc",
     "no safetensors": lambda file: b"not a safetensors file at all",
