@@ -86,9 +86,7 @@ def build_descriptor(
         flags |= LINEAR_BIAS
         tables += [scoring.slopes.astype("<f4"), scoring.positions.astype("<u4").reshape(-1)]
     queries_offset = ATTENTION_HEADER.itemsize + sum(table.nbytes for table in tables)
-    header = np.zeros(1, ATTENTION_HEADER)
-    record = header[0]
-    for name, value in {
+    fields = {
         "magic": ATTENTION_MAGIC,
         "version": ATTENTION_VERSION,
         "flags": flags,
@@ -104,10 +102,13 @@ def build_descriptor(
         "num_queries": num_queries,
         "dtype": DTYPE_OF_NAME[geometry.dtype],
         "query_dtype": DTYPE_OF_NAME[query_dtype],
+        "reserved0": 0,
         "scale": scoring.scale,
         "softcap": scoring.softcap,
-    }.items():
-        record[name] = value
+        "reserved": b"",
+    }
+    # a record at once: one field at a time costs a third of all this function does
+    header = np.array([tuple(fields[name] for name in ATTENTION_HEADER.names)], ATTENTION_HEADER)
     # alignment of the parts inside: every record is a multiple of 4 bytes long
     descriptor = np.empty(queries_offset + queries.nbytes, np.uint8)
     offset = 0
