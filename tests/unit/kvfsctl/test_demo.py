@@ -21,13 +21,16 @@ def kvfsctl_demo():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_short_run(kvfsctl_demo, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "context"),
+    [("float16", 512), ("float32", 512), ("int8", 1100)],  # a group of int8 has 992 tokens
+)
+def test_short_run(kvfsctl_demo, tmp_path, dtype, context):
     """Without it: the project's main job is broken and nothing notices."""
     pytest.importorskip("torch", reason="the demo needs torch: pip install torch transformers")
     pytest.importorskip("transformers", reason="the demo needs transformers: pip install torch transformers")
     drive = tmp_path / "drive.kvfs"
-    arguments = ("--context", 512, "--tokens", 8, "--more-tokens", 4, "--dtype", dtype)
+    arguments = ("--context", context, "--tokens", 8, "--more-tokens", 4, "--dtype", dtype)
     result = kvfsctl_demo(*arguments, "--drive", drive, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -35,7 +38,7 @@ def test_short_run(kvfsctl_demo, tmp_path, dtype):
     figures = {figure["name"]: figure for figure in report["figures"]}
     assert figures["demo.tokens_identical"]["value"] == 8 and figures["demo.tokens_identical"]["met"]
     assert figures["demo.tokens_identical_after_reopening"]["value"] == 4
-    assert figures["demo.link_bytes_ratio"]["goal"] == 0.5 * 512 / 5
+    assert figures["demo.link_bytes_ratio"]["goal"] == 0.5 * context / 5
     assert figures["demo.link_bytes_per_token"]["value"] < figures["demo.link_bytes_per_token"]["rival_value"]
     assert figures["demo.tokens_per_second"]["value"] > 0
     assert drive.exists(), "--drive keeps the drive"

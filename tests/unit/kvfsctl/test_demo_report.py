@@ -27,7 +27,7 @@ def outcome():
         "num_kv_heads": 2,
     }
     continued = kvfs | {"tokens": [5, 6], "open_s": 0.5, "tokens_from_flash": 4099}
-    plain = speed | {"tokens": [1, 2, 3, 4, 5, 6], "tokens_per_second": 100.0}
+    plain = speed | {"tokens": [1, 2, 3, 4, 5, 6], "tokens_per_second": 100.0, "loss": 2.5}
     offloading = speed | {"tokens": [1, 2, 3, 4], "link_bytes_per_token": 12_000_000}
     return Outcome("float16", 4096, 4, 2, plain, plain, kvfs, continued, offloading)
 
