@@ -12,11 +12,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from accel.workers import DTYPES, AttentionBatch, UnitRange, load_worker
+from accel.workers import AttentionBatch, UnitRange, load_worker
 from kvfs_bench import limits
 from kvfs_bench.figures import Figure, report
 
@@ -78,14 +77,14 @@ class Work:
         self.out = np.empty((self.num_units, 1, group_size, HEAD_DIM), np.float32)
         self.lse = np.empty((self.num_units, 1, group_size), np.float32)
 
-    def attend(self, worker, threads: ThreadPoolExecutor, num_threads: int) -> None:
+    def attend_seconds(self, worker, num_threads: int) -> float:
+        """Of threads that stay on a CPU each, as the drive's do."""
         units = UnitRange(0, self.num_units)
-        parts = [
-            threads.submit(worker.attend_units, self.batch, units, self.out, self.lse)
-            for _ in range(num_threads)
-        ]
-        for part in parts:
-            part.result()
+
+        def compute(_: int) -> None:
+            worker.attend_units(self.batch, units, self.out, self.lse)
+
+        return limits.run_threads(compute, num_threads)
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -95,7 +94,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _torch_calls(group_size: int, num_tokens: int, num_threads: int) -> dict[str, tuple[int, Callable]]:
-    """dtype -> (bytes of K and V, call of SDPA); empty without torch."""
+    """dtype -> (bytes of K and V, call of SDPA that returns its seconds); empty without torch."""
     try:
         import torch
         from torch.nn.functional import scaled_dot_product_attention
@@ -103,49 +102,48 @@ def _torch_calls(group_size: int, num_tokens: int, num_threads: int) -> dict[str
         return {}
     torch.set_num_threads(num_threads)
     calls = {}
-    for name in DTYPES:
+    for name in STORAGE:
         dtype = getattr(torch, name)
         key, value = (torch.randn(1, NUM_KV_HEADS, num_tokens, HEAD_DIM).to(dtype) for _ in range(2))
         query = torch.randn(1, NUM_KV_HEADS * group_size, 1, HEAD_DIM).to(dtype)
 
         def call(query=query, key=key, value=value):
             with torch.inference_mode():
-                return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+                scaled_dot_product_attention(query, key, value, enable_gqa=True)
 
-        calls[name] = (2 * key.numel() * key.element_size(), call)
+        calls[name] = (2 * key.numel() * key.element_size(), lambda call=call: _seconds(call))
     return calls
 
 
-def _rounds(calls: dict[str, tuple[int, Callable]], rounds: int) -> dict[str, float]:
-    """Median bytes/s of calls taken in turn."""
+def _rounds(calls: dict[str, tuple[int, Callable[[], float]]], rounds: int) -> dict[str, float]:
+    """Median bytes/s of calls taken in turn, which return the seconds that they took."""
     for _, call in calls.values():
         call()  # compiled code, thread pools
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (_, call) in calls.items():
             time.sleep(REST_SECONDS)
-            times[name].append(_seconds(call))
+            times[name].append(call())
     return {name: num_bytes / statistics.median(times[name]) for name, (num_bytes, _) in calls.items()}
 
 
 def _group(group_size: int, num_tokens: int, rounds: int, num_threads: int) -> Iterator[Figure]:
     memory = limits.memory_read_bandwidth(num_threads)
     worker = load_worker("numba")
-    works = {dtype: Work(dtype, group_size, num_tokens) for dtype in DTYPES}
+    works = {dtype: Work(dtype, group_size, num_tokens) for dtype in STORAGE}
     rivals = _torch_calls(group_size, num_tokens, num_threads)
-    with ThreadPoolExecutor(num_threads) as threads:
-        calls = {
-            dtype: (work.num_bytes, lambda work=work: work.attend(worker, threads, num_threads))
-            for dtype, work in works.items()
-        }
-        calls |= {f"torch {dtype}": call for dtype, call in rivals.items()}
-        found = _rounds(calls, rounds)
+    calls = {
+        dtype: (work.num_bytes, lambda work=work: work.attend_seconds(worker, num_threads))
+        for dtype, work in works.items()
+    }
+    calls |= {f"torch {dtype}": call for dtype, call in rivals.items()}
+    found = _rounds(calls, rounds)
     memory = max(memory, limits.memory_read_bandwidth(num_threads))  # the same work before and after
     rival = max((name for name in found if name.startswith("torch")), key=found.get, default=None)
     rival_value = found[rival] if rival else None
     rival_name = f"SDPA: {rival}" if rival else None
     prefix = f"kernel.g{group_size}"
-    for dtype in DTYPES:
+    for dtype in STORAGE:
         yield Figure(
             f"{prefix}.{dtype}.bandwidth",
             found[dtype] / GB,
@@ -176,7 +174,7 @@ def _group(group_size: int, num_tokens: int, rounds: int, num_threads: int) -> I
 
 def _accuracy(num_tokens: int) -> Iterator[Figure]:
     """Largest error against the reference, relative to the largest output."""
-    for dtype in DTYPES:
+    for dtype in STORAGE:
         work = Work(dtype, 4, num_tokens, num_kv_heads=1)
         results = {}
         for name in ("numba", "reference"):
