@@ -158,9 +158,10 @@ class Sequence:
         """Add tokens to one layer.
 
         keys, values: [num_tokens, num_kv_heads, head_dim], NumPy or torch, any float type; rounded to the
-        model's dtype. NaN and infinity are stored as they are. Writing to flash goes on in the background.
+        model's dtype; quantized later, page by page, if that has codes. NaN and infinity are stored as they
+        are, and refused where they have no code. Writing to flash goes on in the background.
 
-        Raises InvalidArgument for a wrong layer, shape or dtype; OutOfSpace with nothing appended.
+        Raises InvalidArgument for a wrong layer, shape, dtype or number; OutOfSpace with nothing appended.
         """
         with self._store._lock:
             self._use()
@@ -295,7 +296,10 @@ class Sequence:
     # reading
 
     def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored."""
+        """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored.
+
+        Of a quantized model float16: what is on flash, or on its way there, as its codes say it.
+        """
         with self._store._lock:
             self._use()
             layer = self._geometry.check_layer(layer)
