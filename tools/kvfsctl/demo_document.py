@@ -35,14 +35,19 @@ def load_model(model_dir):
     return model, PreTrainedTokenizerFast.from_pretrained(model_dir)
 
 
-def document_ids(tokenizer, num_tokens):
-    """The first `num_tokens` ids of the held-out modules' sources on this machine, one after the other."""
+def document_ids(tokenizer, num_tokens, num_more=0):
+    """The first `num_tokens` ids of the held-out modules' sources on this machine, one after the other.
+
+    Behind them come up to num_more, as far as the document goes.
+    """
     ids = []
     for name in HELD_OUT_MODULES:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.origin or not spec.origin.endswith(".py"):
             continue
         ids += tokenizer(Path(spec.origin).read_text(encoding="utf-8"))["input_ids"]
-        if len(ids) >= num_tokens:
-            return ids[:num_tokens]
+        if len(ids) >= num_tokens + num_more:
+            return ids[: num_tokens + num_more]
+    if len(ids) >= num_tokens:
+        return ids
     raise DemoError(f"--context {num_tokens}: the document has {len(ids)} tokens")

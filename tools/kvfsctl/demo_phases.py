@@ -17,16 +17,14 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvfs
 import kvfs.errors
-from kvfs.layout import row_dtype
+from kvfs.layout import default_group_tokens, row_dtype
 from kvfsctl.demo_document import DemoError, document_ids, load_model
 from kvfsctl.demo_load import LoadMeter
 from kvfsctl.demo_processes import Task
-from kvfsctl.demo_rivals import FileCache, rounded_cache
+from kvfsctl.demo_rivals import PAGE_SIZE, FileCache, rounded_cache
 
 SEQUENCE = "demo"
 
-# Enough for every kernel that the measured part needs: a prefill of more than one group, and decode over it.
-WARM_UP_PROMPT_TOKENS = 320
 WARM_UP_NEW_TOKENS = 4
 LOSS_TOKENS = 128  # of the document, behind the prompt
 
@@ -90,9 +88,17 @@ def _generate(model, ids, cache, num_tokens, clock):
     return clock
 
 
-def _warm_up(model, ids, cache):
+def _warm_up_tokens(model, dtype):
+    """Enough for every kernel that the measured part needs: more than a group, so that it is on flash."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return default_group_tokens(dtype, head_dim, PAGE_SIZE) + 64
+
+
+def _warm_up(model, ids, cache, dtype):
     """Compile and load everything that the timed part uses."""
-    _generate(model, ids[:WARM_UP_PROMPT_TOKENS], cache, WARM_UP_NEW_TOKENS, TokenClock(report_progress=False))
+    prompt = ids[: _warm_up_tokens(model, dtype)]
+    _generate(model, prompt, cache, WARM_UP_NEW_TOKENS, TokenClock(report_progress=False))
 
 
 def _result(clock, **more):
@@ -130,9 +136,9 @@ def in_memory_rounded(task):
 def _in_memory(task, new_cache):
     model, tokenizer = load_model(task.model_dir)
     ids = document_ids(tokenizer, task.context_tokens)
-    _warm_up(model, ids, new_cache())
+    _warm_up(model, ids, new_cache(), task.dtype)
     clock = _generate(model, ids, new_cache(), task.new_tokens, TokenClock(report_progress=True))
-    text = document_ids(tokenizer, task.context_tokens + LOSS_TOKENS)
+    text = document_ids(tokenizer, task.context_tokens + 1, LOSS_TOKENS - 1)
     return _result(clock, loss=_loss(model, text, task.context_tokens, new_cache()))
 
 
@@ -162,7 +168,7 @@ def offloading(task):
         )
 
     warm = new_cache("offload-warm-up")
-    _warm_up(model, ids, warm)
+    _warm_up(model, ids, warm, task.dtype)
     warm.close()
     cache = new_cache("offload")
     counted = []
@@ -197,7 +203,7 @@ def kvfs_continue(task):
         stored = sequence.num_tokens
         if stored != len(ids) - 1:
             raise DemoError(f"the drive holds K/V of {stored} tokens and {len(ids)} token ids: cannot continue")
-        _warm_up_store(store, model, document_ids(tokenizer, WARM_UP_PROMPT_TOKENS), task.dtype)
+        _warm_up_store(store, model, document_ids(tokenizer, _warm_up_tokens(model, task.dtype)), task.dtype)
         return _decode_on(store, model, ids, task) | {"open_s": open_s, "tokens_from_flash": stored}
 
 
@@ -205,7 +211,7 @@ def _warm_up_store(store, model, ids, dtype):
     from kvfs.engines.transformers import KvfsCache
 
     cache = KvfsCache(store, "warm-up", dtype=dtype)
-    _warm_up(model, ids, cache)
+    _warm_up(model, ids, cache, dtype)
     store.delete_sequence("warm-up")
 
 
