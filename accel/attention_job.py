@@ -226,7 +226,7 @@ class AttentionJob:
         try:
             if len(span.missing):
                 self._load(span, span.missing)
-            self._compute(UnitRange(span.first_unit, span.stop_unit))
+            self._compute(span, UnitRange(span.first_unit, span.stop_unit))
         finally:
             self._unpin(span)
 
@@ -268,7 +268,7 @@ class AttentionJob:
         def compute(units: UnitRange) -> None:
             with self._stop_on_error("computing"):
                 if not self._stopped:
-                    self._compute(units)
+                    self._compute(span, units)
             if self._stopped:
                 for _ in units:  # nobody else shall
                     pass
@@ -283,9 +283,15 @@ class AttentionJob:
 
         self._engine.workers.submit(UnitRange(first_unit, stop_unit), compute, ended)
 
-    def _compute(self, units: UnitRange) -> None:
+    def _compute(self, span: Span, units: UnitRange) -> None:
         started = perf_counter_ns()
-        self._engine.worker.attend_units(self._batch, units, self._unit_out, self._unit_lse)
+        try:
+            self._engine.worker.attend_units(self._batch, units, self._unit_out, self._unit_lse)
+        except BadScales as error:
+            position = error.page - self._plan.unit_first_page[span.first_unit]
+            lba = int(span.lbas[position + error.of_values * len(span.lbas) // 2])
+            detail = "scales of a page"
+            raise CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=lba, detail=detail) from error
         with self._lock:
             self.kernel_ns += perf_counter_ns() - started
 
@@ -293,10 +299,6 @@ class AttentionJob:
         if span.buffer is None:
             self._engine.cache.release(span.pages)
         self._room.release()
-
-    def lba_of(self, page: int) -> int:
-        """A page of the batch, by logical address; its values' page lies beside it."""
-        return int(self._plan.key_lbas[page])
 
     # the end
 
@@ -343,9 +345,6 @@ class _StopOnError:
     def __exit__(self, kind, error, traceback) -> bool:
         if isinstance(error, CommandFailed):
             self._job.failure = error
-        elif isinstance(error, BadScales):
-            lba = self._job.lba_of(error.page)
-            self._job.failure = CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=lba, detail="scales of a page")
         elif isinstance(error, Exception):
             log.error("attention failed while %s", self._doing, exc_info=error)
             self._job.failure = CommandFailed(Status.INTERNAL_ERROR, detail="see the drive's log")

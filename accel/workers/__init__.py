@@ -25,11 +25,12 @@ GROUP_SIZE_MAX = 16
 
 
 class BadScales(Exception):
-    """A quantized page has a scale that is not finite and above zero. page: its place in the batch's pages."""
+    """A page has a scale that is not finite and above zero. page: its place in the batch's keys, or values."""
 
-    def __init__(self, page: int):
-        super().__init__(f"scales of page {page} of the batch")
+    def __init__(self, page: int, of_values: bool):
+        super().__init__(f"scales of page {page} of the batch's {'values' if of_values else 'keys'}")
         self.page = page
+        self.of_values = of_values
 
 
 def load_worker(name: str):

@@ -188,7 +188,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
         # scratch: float32; scores of a block, then per query its scaled heads and its state: top, total and
         # factor [width], sums [heads, head_dim]; then a query's heads scaled for a quantized page.
-        # Returns NO_PAGE, or the index of the page whose scales do not hold.
+        # Returns NO_PAGE, or twice the index of the page whose scales do not hold, plus 1 if they are of values.
         emitters  # noqa: B018 - makes it part of the key
         num_queries = queries.shape[1]
         list_bytes = 8 * rows.shape[2]
@@ -248,13 +248,12 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                 if is_quantized and count:
                     key_scales = np.int64(key_pages[taken]) + scales_offset
                     value_scales = np.int64(value_pages[taken]) + scales_offset
-                    if not (
-                        scales_hold(key_scales, dtype, head_dim, heads, lanes, accumulators, converts_half)
-                        and scales_hold(
-                            value_scales, dtype, head_dim, heads, lanes, accumulators, converts_half
-                        )
+                    if not scales_hold(key_scales, dtype, head_dim, heads, lanes, accumulators, converts_half):
+                        return 2 * taken
+                    if not scales_hold(
+                        value_scales, dtype, head_dim, heads, lanes, accumulators, converts_half
                     ):
-                        return taken
+                        return 2 * taken + 1
                 for query in range(num_queries if count else 0):
                     lists_at = block_at
                     kept = count
@@ -390,7 +389,7 @@ def attend_units(
         lse,
     )
     if bad_page != NO_PAGE:
-        raise BadScales(int(bad_page))
+        raise BadScales(int(bad_page) // 2, of_values=bool(bad_page % 2))
 
 
 def prepare(dtype: str, head_dim: int, group_size: int) -> float:

@@ -32,8 +32,9 @@ def _codes(address: int, count: int, head_dim: int, dtype: str) -> np.ndarray:
     return np.concatenate([raw & 15, raw >> 4], axis=2).reshape(count, head_dim) - 8.0
 
 
-def _rows(batch: AttentionBatch, pages: slice, addresses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _rows(batch: AttentionBatch, pages: slice, counts: np.ndarray, of_values: bool) -> np.ndarray:
     """float64 [sum of counts, head_dim]: the rows in use of some pages."""
+    addresses = (batch.value_pages if of_values else batch.key_pages)[pages]
     rows = [np.empty((0, batch.head_dim))]
     for place, (address, count) in enumerate(zip(addresses.tolist(), counts.tolist(), strict=True)):
         values = _codes(address, count, batch.head_dim, batch.dtype)
@@ -41,7 +42,7 @@ def _rows(batch: AttentionBatch, pages: slice, addresses: np.ndarray, counts: np
             raw = _memory(address + batch.scales_offset, batch.head_dim * _DTYPES["bfloat16"].itemsize)
             scales = raw.view(_DTYPES["bfloat16"]).astype(np.float64)
             if not ((scales > 0) & np.isfinite(scales)).all():
-                raise BadScales(pages.start + place)
+                raise BadScales(pages.start + place, of_values)
             values = values * scales
         rows.append(values)
     return np.concatenate(rows)
@@ -77,8 +78,8 @@ def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: 
     for unit in units:
         pages = slice(int(batch.unit_first_page[unit]), int(batch.unit_first_page[unit + 1]))
         counts = batch.page_num_tokens[pages]
-        keys = _rows(batch, pages, batch.key_pages[pages], counts)
-        values = _rows(batch, pages, batch.value_pages[pages], counts)
+        keys = _rows(batch, pages, counts, of_values=False)
+        values = _rows(batch, pages, counts, of_values=True)
         first_rows = np.cumsum(counts) - counts
         positions = np.repeat(batch.page_first_token[pages] - first_rows, counts) + np.arange(len(keys))
         item = batch.unit_item[unit]

@@ -142,4 +142,4 @@ def test_bad_scales_are_named(bad, kind, worker):
     pages[kind, 5, PAGE_SIZE - 2 * 77 :][:2] = np.array([bad], ml_dtypes.bfloat16).view(np.uint8)
     with pytest.raises(BadScales) as raised:
         worker.attend_units(batch, UnitRange(0, 2), *empty_results(batch))
-    assert raised.value.page == 5
+    assert (raised.value.page, raised.value.of_values) == (5, bool(kind))

@@ -150,15 +150,24 @@ def test_bad_shapes(store):
         add_model(store, "int2")
 
 
-def test_damaged_scales_are_an_error(store):
-    model = add_model(store, "int8")
-    sequence = store.create_sequence(model, "a")
-    keys, values = random_kv(group_tokens(model))
-    sequence.append(0, keys, values)
-    sequence._wait_for_spills()
-    lba = sequence._groups[0].base_lba + 3
-    page = store._namespace.read(lba, 1)
-    page[-2 * HEAD_DIM :] = 0  # as a host with another idea of the format would write it
-    store._namespace.write(lba, page, 3)
-    with pytest.raises(NvmeStatusError, match="scales of a page"):
-        store.attend(0, random_queries(), sequence)
+@pytest.mark.parametrize("position", [0, 2], ids=["inline", "by the workers"])
+@pytest.mark.parametrize("of_values", [0, 1])
+def test_damaged_scales_are_an_error(path, position, of_values):
+    """Of any page, in a small command or in one that is spread over threads: the block is named."""
+    with kvfs.open(path) as store:
+        model = add_model(store, "int8", num_layers=1, num_kv_heads=4, num_query_heads=8)
+        sequence = store.create_sequence(model, "a")
+        num_tokens = (1 + 4 * position) * group_tokens(model)
+        keys, values = random_kv(num_tokens, num_kv_heads=4)
+        sequence.append(0, keys, values)
+        sequence.flush()
+        layout = model.layout
+        lba = sequence._groups[position].base_lba + (2 * 3 + of_values) * layout.pages_per_head + 5
+        page = store._namespace.read(lba, 1)
+        page[-2 * HEAD_DIM :] = 0  # as a host with another idea of the format would write it
+        store._namespace.write(lba, page, 3)
+        with pytest.raises(NvmeStatusError, match="scales of a page") as raised:
+            store.attend(0, random_queries(), sequence)
+        assert raised.value.lba == lba
+        out, _ = store.attend(0, random_queries(), sequence, window=100)  # which does not see it
+        assert np.isfinite(out).all()
