@@ -15,11 +15,12 @@ from importlib import import_module
 import numpy as np
 
 from accel.workers.unit_range import UnitRange as UnitRange
+from spdk_glue import vendor_command
+from spdk_glue.vendor_command import DTYPE_NAME, INT4_CHANNELS
 
 WORKERS = {"numba": "accel.workers.numba", "reference": "accel.workers.reference"}  # modules, loaded on use
-QUANTIZED = ("float8_e4m3", "int8", "int4")  # pages of codes with a scale per channel
-DTYPES = ("float16", "bfloat16", "float32", *QUANTIZED)
-INT4_CHANNELS = 32  # head_dim of int4 is a multiple of it
+DTYPES = tuple(DTYPE_NAME.values())
+QUANTIZED = tuple(name for dtype, name in DTYPE_NAME.items() if dtype in vendor_command.QUANTIZED)
 HEAD_DIM_MIN, HEAD_DIM_MAX, HEAD_DIM_MULTIPLE = 32, 256, 8
 GROUP_SIZE_MAX = 16
 

@@ -41,20 +41,14 @@ from accel.workers.micro_kernels import (
 )
 from accel.workers.target import Target, host_target
 from accel.workers.unit_range import take_unit
-from accel.workers.vector_ir import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT4, INT8, ITEM_BITS, QUANTIZED
+from accel.workers.vector_ir import ITEM_BITS, QUANTIZED
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 log = logging.getLogger(__name__)
 
 name = "numba"
 
-_DTYPE = {
-    "float16": FLOAT16,
-    "bfloat16": BFLOAT16,
-    "float32": FLOAT32,
-    "float8_e4m3": FLOAT8,
-    "int8": INT8,
-    "int4": INT4,
-}
+_DTYPE = {name: int(dtype) for name, dtype in DTYPE_OF_NAME.items()}
 # Bytes of K in a block, and as many of V. Several queries find both in a first-level cache of 32 KiB; one query
 # reads each once, and gains from longer runs. (tools/bench/kernel.py)
 BLOCK_BYTES, BLOCK_BYTES_ONE_QUERY = 12 << 10, 24 << 10
@@ -188,7 +182,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
         # scratch: float32; scores of a block, then per query its scaled heads and its state: top, total and
         # factor [width], sums [heads, head_dim]; then a query's heads scaled for a quantized page.
-        # Returns NO_PAGE, or twice the index of the page whose scales do not hold, plus 1 if they are of values.
+        # Returns NO_PAGE, or twice the index of the page with bad scales, plus 1 if they are of values.
         emitters  # noqa: B018 - makes it part of the key
         num_queries = queries.shape[1]
         list_bytes = 8 * rows.shape[2]

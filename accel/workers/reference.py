@@ -5,7 +5,8 @@ import ctypes
 import ml_dtypes
 import numpy as np
 
-from accel.workers import INT4_CHANNELS, QUANTIZED, AttentionBatch, BadScales, UnitRange, check_shape
+from accel.workers import QUANTIZED, AttentionBatch, BadScales, UnitRange, check_shape
+from spdk_glue.vendor_command import INT4_CHANNELS
 
 name = "reference"
 

@@ -10,9 +10,12 @@ from collections.abc import Callable
 from llvmlite import ir
 from numba.core import cgutils
 
-FLOAT16, BFLOAT16, FLOAT32, FLOAT8, INT8, INT4 = range(6)
-ITEM_BITS = (16, 16, 32, 8, 8, 4)
-QUANTIZED = (FLOAT8, INT8, INT4)
+from spdk_glue import vendor_command
+from spdk_glue.vendor_command import KvDtype
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT8, INT8, INT4 = (int(dtype) for dtype in KvDtype)
+ITEM_BITS = tuple(vendor_command.ITEM_BITS[dtype] for dtype in KvDtype)
+QUANTIZED = tuple(int(dtype) for dtype in vendor_command.QUANTIZED)
 FLOAT8_FACTOR = 2.0**8  # what `load_codes` of float8 is short of
 
 F32 = ir.FloatType()
