@@ -55,7 +55,16 @@ def remote_kvfs_open(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(kvfs, "open", open_remotely)
 
 
-# the store's own tests, on a client's store; those that look inside, or at files, say nothing about a client
+def for_clients(modules, of_the_owner):
+    """The store's own tests, on a client's store; those that look inside, or at files, say nothing of it."""
+    return {
+        name: test
+        for module in modules
+        for name, test in vars(module).items()
+        if name.startswith("test_") and name not in of_the_owner
+    }
+
+
 _OF_THE_OWNER = {
     "test_attention_leaves_nothing_behind",
     "test_attend_waits_for_no_spill",
@@ -70,12 +79,5 @@ _OF_THE_OWNER = {
     "test_every_error_has_an_errno",
     "test_sizes",
 }
-for module in (test_store, test_bad_input):
-    globals().update(
-        {
-            name: test
-            for name, test in vars(module).items()
-            if name.startswith("test_") and name not in _OF_THE_OWNER
-        }
-    )
+globals().update(for_clients((test_store, test_bad_input), _OF_THE_OWNER))
 sequence = test_bad_input.sequence
