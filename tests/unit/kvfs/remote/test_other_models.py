@@ -1,7 +1,7 @@
 """The store's tests of scores and of quantized models, on a client's store."""
 
 from .. import test_attention_scores, test_quantized_models
-from .test_interface import remote_kvfs_open, for_clients  # noqa: F401 - the first is a fixture of all tests here
+from .test_interface import for_clients, remote_kvfs_open  # noqa: F401 - the first is a fixture of all tests here
 
 _OF_THE_OWNER = {
     "test_a_window_reads_no_more_than_it_sees",
