@@ -386,7 +386,7 @@ def attend_units(
     )
     if is_first and attend.stats.cache_misses:
         log.info(
-            "compiled the kernel for %s, head_dim %d, %d query heads a KV head in %.1f s, once for all",
+            "compiled the kernel for %s, head_dim %d, %d query heads a KV head in %.1f s; kept on disk",
             batch.dtype,
             batch.head_dim,
             batch.group_size,
