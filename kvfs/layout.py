@@ -18,9 +18,8 @@ from spdk_glue import vendor_command
 from spdk_glue.vendor_command import DTYPE_OF_NAME, INT4_CHANNELS, QUANTIZED, KvDtype
 
 DEFAULT_GROUP_TOKENS = 256
-QUANTIZED_RUN_BYTES = (
-    64 << 10
-)  # of one head's K (or V) in a group: what 256 tokens have in float16 at head_dim 128
+# one head's K (or V) in a group, as long as 256 tokens in float16 at head_dim 128
+QUANTIZED_RUN_BYTES = 64 << 10
 QUANTIZED_ROW_DTYPE = "float16"  # finer than any code, and half of float32
 MAX_GROUP_SIZE = 16
 NUMPY_DTYPE = {
