@@ -8,9 +8,11 @@ words, so one pair serves every dtype.
 import numpy as np
 from numba import njit
 
+from accel.quantized_pages import decode_pages
 from kvfs.layout import GroupLayout
 from kvfs.streaming_store import PIECE_BYTES, copy_piece, finish_pieces
 from spdk_glue import dma
+from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 
 @njit(nogil=True, cache=True)
@@ -120,3 +122,14 @@ def unpack(
     for kind, rows in enumerate((keys, values)):
         target, words, per_page, row_words = _words(layout, image, rows, kind)
         _unpack(target, words, first_row, per_page, row_words)
+
+
+def decode(
+    layout: GroupLayout, pages: np.ndarray, first_row: int, keys: np.ndarray, values: np.ndarray
+) -> None:
+    """As `unpack`, from quantized pages, uint8 [num_kv_heads, K | V, num_pages, page_size]."""
+    geometry = layout.geometry
+    rows = decode_pages(pages.reshape(-1, layout.page_size), DTYPE_OF_NAME[geometry.dtype], geometry.head_dim)
+    of_heads = rows.reshape(geometry.num_kv_heads, 2, -1, geometry.head_dim)
+    for kind, target in enumerate((keys, values)):
+        target[:] = of_heads[:, kind, first_row : first_row + len(target)].swapaxes(0, 1)

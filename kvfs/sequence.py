@@ -216,9 +216,8 @@ class Sequence:
             if len(self._groups) <= self._groups_of(num_tokens):
                 num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
                 self._groups.extend(self._store._allocate_now(num_lbas // group_lbas, group_lbas))
-            part_group = (
-                0 if self._groups_of(1) else self._geometry.group_tokens - 1
-            )  # which needs no space yet
+            # a part group that waits in the tail needs no space yet
+            part_group = 0 if self._groups_of(1) else self._geometry.group_tokens - 1
             return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
 
     @property

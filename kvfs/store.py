@@ -441,13 +441,14 @@ class Store:
             num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
             ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
             scoring = scoring_of(geometry, scale, softcap, alibi_slopes, query_positions, ranges[1])
+            sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
             work = (model, layer, queries, sequences)
             answers = [
                 self._attention.run(*work, starts, stops, scoring)
                 for starts, stops in windows(*ranges, window, sink_tokens)
             ]
             out, lse = answers[0] if len(answers) == 1 else merge_states(*answers[0], *answers[1])
-            return (out, lse) if sinks is None else with_sinks(out, lse, head_array(sinks, "sinks", geometry))
+            return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     # what can be seen
 

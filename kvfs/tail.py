@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from accel.quantized_pages import decode_pages, encode_pages
+from accel.quantized_pages import encode_pages
 from kvfs import group_image
 from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout
@@ -122,7 +122,6 @@ class LayerTail:
         """
         layout, image_layout = self._layout, self._image_layout
         geometry, per_page = layout.geometry, layout.tokens_per_page
-        code = DTYPE_OF_NAME[geometry.dtype]
         first_row = first_page * per_page
         num_rows = min(stop_page * per_page, geometry.group_tokens) - first_row
         shape = (geometry.num_kv_heads, 2, stop_page - first_page, layout.page_size)
@@ -132,15 +131,13 @@ class LayerTail:
             image_layout.tokens_per_page,
             first_row,
             num_rows,
-            code,
+            DTYPE_OF_NAME[geometry.dtype],
             geometry.head_dim,
             pages.reshape(-1, *shape[2:]),
         )
-        rows = decode_pages(
-            pages.reshape(-1, layout.page_size), DTYPE_OF_NAME[geometry.dtype], geometry.head_dim
-        )
-        rows = rows.reshape(geometry.num_kv_heads, 2, -1, geometry.head_dim)[:, :, :num_rows]
-        keys, values = np.ascontiguousarray(rows.transpose(1, 2, 0, 3))
+        kv_shape = (num_rows, geometry.num_kv_heads, geometry.head_dim)
+        keys, values = (np.empty(kv_shape, geometry.numpy_dtype) for _ in range(2))
+        group_image.decode(layout, pages, 0, keys, values)
         group_image.pack(image_layout, self.images[position], first_row, keys, values)
         return pages
 

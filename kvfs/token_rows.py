@@ -38,21 +38,9 @@ def read(
             part = slice(low - start, high - start)
             first_row = low - group * group_tokens
             if layout.geometry.is_quantized:
-                _decode(layout, image, first_row, keys[part], values[part])
+                group_image.decode(layout, image, first_row, keys[part], values[part])
             else:
                 group_image.unpack(layout, image, first_row, keys[part], values[part])
-
-
-def _decode(
-    layout: GroupLayout, image: np.ndarray, first_row: int, keys: np.ndarray, values: np.ndarray
-) -> None:
-    geometry = layout.geometry
-    pages = image.reshape(-1, layout.page_size)
-    rows = decode_pages(pages, DTYPE_OF_NAME[geometry.dtype], geometry.head_dim)
-    of_heads = rows.reshape(geometry.num_kv_heads, 2, -1, geometry.head_dim)[
-        :, :, first_row : first_row + len(keys)
-    ]
-    keys[:], values[:] = of_heads[:, 0].swapaxes(0, 1), of_heads[:, 1].swapaxes(0, 1)
 
 
 def as_stored(rows: np.ndarray, dtype: str, page_size: int) -> np.ndarray:
