@@ -434,8 +434,9 @@ def test_mutated_requests(served, client, sequence):
         assert reply.number == sent - 1
         if reply.is_error:
             assert protocol.decode_error(text).args
+    # one of the requests may have spilled the tail: the same rows in other parts, summed in another order
     for have, wanted in zip(client.attend(0, queries, sequence), want, strict=True):
-        np.testing.assert_array_equal(have, wanted)
+        np.testing.assert_allclose(have, wanted, rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(sequence.read(1)[0], keys.astype(np.float16))
     assert client.check() == []
 
