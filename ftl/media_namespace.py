@@ -8,7 +8,6 @@ ignore, so an erase writes zeros over the OOB and deallocates only the payload.
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, ERASE_BLOCK, PAGE_OOB
 from ftl.media_stored import StoredMedia, extent_of
 from spdk_glue import dma
+from spdk_glue.dma import EXTENT
 from spdk_glue.namespace import BlockNamespace
 from spdk_glue.status import NvmeStatusError, Status
 
@@ -46,29 +46,26 @@ class NamespaceBacking:
                 offset = error.lba * self._namespace.block_bytes
             raise backing_error(number, self.name, offset) from error
 
-    def _extents(self, offsets, addresses, lengths) -> list[tuple[int, np.ndarray]]:
-        """(first LBA, memory) of each transfer."""
-        block_bytes = self._namespace.block_bytes
-        places = zip(offsets.tolist(), addresses.tolist(), lengths.tolist(), strict=True)
-        return [(offset // block_bytes, dma.view(address, length)) for offset, address, length in places]
-
-    def _page_extents(self, pages: np.ndarray, addresses: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """As few transfers as possible: pages that follow each other on flash and in memory are one."""
+    def _page_extents(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+        """EXTENT, as few as possible: pages that follow each other on flash and in memory are one."""
         size = self._page_size
         apart = (np.diff(pages) != 1) | (np.diff(addresses) != size)
         starts = np.flatnonzero(np.concatenate([[True], apart]))
-        counts = np.diff(np.append(starts, len(pages)))
-        return self._extents(self._data_start + pages[starts] * size, addresses[starts], counts * size)
+        extents = np.empty(len(starts), EXTENT)
+        extents["address"] = addresses[starts]
+        extents["offset"] = self._data_start + pages[starts] * size
+        extents["length"] = np.diff(np.append(starts, len(pages))) * size
+        return extents
 
     def read_pages(self, pages: np.ndarray, addresses: np.ndarray, crc32c: np.ndarray) -> None:
         if len(pages):
             with self._media_errors(self._data_start + int(pages[0]) * self._page_size):
-                self._namespace.read_scattered(self._page_extents(pages, addresses))
+                self._namespace.read_extents(self._page_extents(pages, addresses))
             crc32c[:] = crc32c_pages(addresses, self._page_size)
 
     def program_pages(self, pages, addresses, oob, oob_pieces, extents) -> None:
         with self._media_errors(self._data_start + int(pages[0]) * self._page_size):
-            self._namespace.write_scattered(self._page_extents(pages, addresses))
+            self._namespace.write_extents(self._page_extents(pages, addresses))
         complete_oob(addresses, self._page_size, oob)
         for first, count, image in oob_pieces.tolist():
             dma.view(image, count * PAGE_OOB.itemsize).view(PAGE_OOB)[:] = oob[first : first + count]
@@ -76,24 +73,19 @@ class NamespaceBacking:
 
     def read_extents(self, extents: np.ndarray) -> None:
         with self._media_errors(int(extents["offset"][0])):
-            self._namespace.read_scattered(
-                self._extents(extents["offset"], extents["address"], extents["length"])
-            )
+            self._namespace.read_extents(extents)
 
     def write_extents(self, extents: np.ndarray) -> None:
         with self._media_errors(int(extents["offset"][0])):
-            self._namespace.write_scattered(
-                self._extents(extents["offset"], extents["address"], extents["length"])
-            )
+            self._namespace.write_extents(extents)
 
     def clear(self, offset: int, length: int) -> None:
         zeros = dma.allocate(min(length, CLEAR_BYTES))
-        bounds = [*range(offset, offset + length, CLEAR_BYTES), offset + length]
-        block_bytes = self._namespace.block_bytes
-        with self._media_errors(offset):
-            self._namespace.write_scattered(
-                [(start // block_bytes, zeros[: stop - start]) for start, stop in pairwise(bounds)]
-            )
+        extents = np.zeros(-(-length // CLEAR_BYTES), EXTENT)
+        extents["address"] = dma.address_of(zeros)
+        extents["offset"] = np.arange(offset, offset + length, CLEAR_BYTES)
+        extents["length"] = np.minimum(offset + length - extents["offset"].astype(np.int64), CLEAR_BYTES)
+        self.write_extents(extents)
 
     def discard(self, offset: int, length: int) -> None:
         block_bytes = self._namespace.block_bytes

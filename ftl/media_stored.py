@@ -14,12 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ftl.direct_io.api import EXTENT, OOB_PIECE
+from ftl.direct_io.api import OOB_PIECE
 from ftl.drive_layout import DriveLayout, damaged_erase_blocks, erase_block_crc32c, round_up
 from ftl.errors import MediaIoError, ReadOnlyMedia
 from ftl.layout import BLOCK_BYTES, ERASE_BLOCK, ERASE_BLOCK_BAD, PAGE_OOB
 from ftl.media import MediaCounters, NandRules
 from spdk_glue import dma
+from spdk_glue.dma import EXTENT
 
 log = logging.getLogger(__name__)
 

@@ -135,8 +135,13 @@ def read(first_lba, num_lbas) -> np.ndarray:
     return _lba_ranges(IoOpcode.READ, first_lba, num_lbas)
 
 
-def write(first_lba, num_lbas, placement_id: int = 0) -> np.ndarray:
-    """As `read`, with a placement hint: data of one placement identifier is expected to die together."""
+def write(first_lba, num_lbas, placement_id: int | None = None) -> np.ndarray:
+    """As `read`, with a placement hint: data of one placement identifier is expected to die together.
+
+    None for a drive without data placement, which would refuse the hint.
+    """
+    if placement_id is None:
+        return _lba_ranges(IoOpcode.WRITE, first_lba, num_lbas)
     return _lba_ranges(
         IoOpcode.WRITE, first_lba, num_lbas, cdw12=DIRECTIVE_DATA_PLACEMENT << 20, cdw13=placement_id << 16
     )

@@ -13,6 +13,9 @@ import numpy as np
 ALIGNMENT = 4096
 HUGE_PAGE = 2 << 20
 
+# Memory to or from one place of a drive or file, in bytes.
+EXTENT = np.dtype([("address", "=u8"), ("offset", "=u8"), ("length", "=u8")])
+
 
 def allocate(size_bytes: int) -> np.ndarray:
     """A zeroed uint8 array of `size_bytes` backed by its own mapping, aligned to 4 KiB.

@@ -16,6 +16,7 @@ import numpy as np
 from spdk_glue import command, dma, status
 from spdk_glue.command import DATASET_RANGE, LBA_STATUS_DESCRIPTOR, LBA_STATUS_HEADER, IoOpcode
 from spdk_glue.controller import ADMIN_QUEUE
+from spdk_glue.dma import EXTENT
 from spdk_glue.identify import (
     CAPABILITIES_SIGNATURE,
     ERROR_LOG_ENTRIES,
@@ -36,7 +37,14 @@ MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS co
 
 
 class Transport(Protocol):
+    """A connection to one namespace of a drive.
+
+    nsid: the namespace's identifier; max_transfer_bytes: of one command, where less than what the drive says
+    """
+
     admin: QueuePair
+    nsid: int
+    max_transfer_bytes: int | None
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair: ...
 
@@ -69,13 +77,17 @@ class BlockNamespace:
         self._idle: list[QueuePair] = []
         self._admin_lock = threading.Lock()
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
-        geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=command.NSID)
-        self.block_bytes = 1 << int(geometry["lbaf"][0]["lbads"])
+        self.nsid = transport.nsid
+        geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=self.nsid)
+        self.block_bytes = 1 << int(geometry["lbaf"][int(geometry["flbas"]) & 0xF]["lbads"])
         self.num_lbas = int(geometry["nsze"])
         # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits
         mdts = int(self.controller["mdts"])
-        limit = (MEMORY_PAGE << mdts) // self.block_bytes if mdts else command.MAX_LBAS_PER_COMMAND
-        self.max_transfer_lbas = min(command.MAX_LBAS_PER_COMMAND, limit)
+        limits = [MEMORY_PAGE << mdts] if mdts else []
+        if transport.max_transfer_bytes:
+            limits.append(transport.max_transfer_bytes)
+        limits = [limit // self.block_bytes for limit in limits]
+        self.max_transfer_lbas = min([command.MAX_LBAS_PER_COMMAND, *limits])
 
     # admin
 
@@ -111,12 +123,39 @@ class BlockNamespace:
                 self._idle.append(queue_pair)
 
     def _run(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
+        entries["nsid"] = self.nsid
         with self._queue_pair() as queue_pair:
             for start in range(0, len(entries), queue_pair.depth):
                 batch = slice(start, start + queue_pair.depth)
                 completions = queue_pair.execute(entries[batch], buffers[batch])
                 self._check(entries[batch], completions)
         return completions
+
+    def read_extents(self, extents: np.ndarray) -> None:
+        """Read EXTENT [n], places of the namespace into memory; offsets and lengths are whole blocks."""
+        self._transfer(command.read, extents)
+
+    def write_extents(self, extents: np.ndarray, placement_id: int | None = None) -> None:
+        """Write EXTENT [n]: memory to places of the namespace."""
+        self._transfer(command.write, extents, placement_id=placement_id)
+
+    def _transfer(self, builder, extents: np.ndarray, **hints) -> None:
+        """All of it at the queue's depth, without an object per command."""
+        if not len(extents):
+            raise ValueError("no extent to transfer")
+        if ((extents["offset"] | extents["length"]) % self.block_bytes).any() or not extents["length"].all():
+            raise ValueError(f"extents are whole blocks of {self.block_bytes} bytes, at least one")
+        addresses, offsets, sizes = (extents[name].astype(np.int64) for name in EXTENT.names)
+        limit = self.max_transfer_lbas * self.block_bytes
+        pieces = -(-sizes // limit)
+        before = (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
+        lengths = np.minimum(np.repeat(sizes, pieces) - before, limit)
+        first_lbas = (np.repeat(offsets, pieces) + before) // self.block_bytes
+        entries = builder(first_lbas, lengths // self.block_bytes, **hints)
+        entries["nsid"] = self.nsid
+        with self._queue_pair() as queue_pair:
+            completions = queue_pair.transfer(entries, np.repeat(addresses, pieces) + before, lengths)
+        self._check(entries, completions)
 
     def _transfers(self, builder, extents, **hints) -> tuple[np.ndarray, list]:
         """(entries, buffers) of the commands that move (first LBA, buffer) pairs, at least one."""
@@ -153,20 +192,25 @@ class BlockNamespace:
         """Read whole blocks into a DMA buffer if the transport has a short way; False if not, with no error."""
         return data.nbytes % self.block_bytes == 0 and self._transport.read_now(first_lba, data)
 
-    def write(self, first_lba: int, data: np.ndarray, placement_id: int = 0) -> None:
+    def write(self, first_lba: int, data: np.ndarray, placement_id: int | None = None) -> None:
         """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""
         self._run(*self._transfers(command.write, [(first_lba, data)], placement_id=placement_id))
 
-    def write_scattered(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> None:
+    def write_scattered(
+        self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int | None = None
+    ) -> None:
         """Write each (first LBA, buffer) pair; the drive gets them as one batch, in order."""
         self._run(*self._transfers(command.write, extents, placement_id=placement_id))
 
-    def submit_write(self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int = 0) -> Pending:
+    def submit_write(
+        self, extents: Sequence[tuple[int, np.ndarray]], placement_id: int | None = None
+    ) -> Pending:
         """As write_scattered, without waiting; `complete` ends it. The buffers must not change meanwhile.
 
         Raises QueueFull for more commands than a queue pair takes, with nothing written.
         """
         entries, buffers = self._transfers(command.write, extents, placement_id=placement_id)
+        entries["nsid"] = self.nsid
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
         queue_pair = queue_pair or self._transport.create_queue_pair(QUEUE_DEPTH)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from spdk_glue import dma
 from spdk_glue.command import COMPLETION_ENTRY
 from spdk_glue.status import QueueFull
 
@@ -27,7 +28,26 @@ class Connection(Protocol):
     def poll(self, wait: bool) -> np.ndarray:
         """Completions that have arrived, at least one when `wait`; COMPLETION_ENTRY [any number]."""
 
+    def transfer(
+        self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
+    ) -> np.ndarray:
+        """As QueuePair.transfer, with at most `depth` commands outstanding."""
+
     def close(self) -> None: ...
+
+
+def execute_in_batches(
+    connection: Connection, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
+) -> np.ndarray:
+    """Connection.transfer for a transport whose data pass as arrays: one batch of `depth` after the other."""
+    completions = np.empty(len(entries), COMPLETION_ENTRY)
+    for start in range(0, len(entries), depth):
+        batch = slice(start, start + depth)
+        places = zip(addresses[batch].tolist(), lengths[batch].tolist(), strict=True)
+        buffers = [dma.view(address, length) for address, length in places]
+        entries["cid"][batch] = range(len(buffers))
+        completions[batch] = connection.execute(entries[batch], buffers)
+    return completions
 
 
 class QueuePair:
@@ -75,6 +95,17 @@ class QueuePair:
         """Submit a batch and wait for it: COMPLETION_ENTRY [n] in the order of the commands."""
         self._assign_cids(entries)
         return self._connection.execute(entries, buffers)
+
+    def transfer(self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Run any number of commands whose data lie at `addresses`, `lengths` bytes each, int64 [n].
+
+        COMPLETION_ENTRY [n] in the order of the commands. As many are outstanding as the queue pair is deep,
+        from the first to the last, without Python in between where the transport is native. The caller keeps
+        the memory. Raises QueueFull while submitted commands are outstanding.
+        """
+        if self._outstanding:
+            raise QueueFull(self.depth)
+        return self._connection.transfer(entries, addresses, lengths, self.depth)
 
     def _collect(self, wait: bool) -> None:
         for completion in self._connection.poll(wait):

@@ -18,7 +18,7 @@ QUEUE_DEPTH = 32
 READ_REQUEST_BYTES = 256 << 10
 WRITE_REQUEST_BYTES = 1 << 20
 
-EXTENT = np.dtype([("address", "=u8"), ("offset", "=u8"), ("length", "=u8")])
+# EXTENT, which is dio_extent here, is spdk_glue.dma's.
 OOB_PIECE = np.dtype([("first", "=u8"), ("num_pages", "=u8"), ("image_address", "=u8")])
 
 # Rings not in use. One job holds one ring, so as many exist as threads were in here at once.

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY, Direction, direction
+from spdk_glue.command import COMPLETION_ENTRY, NSID, SUBMISSION_ENTRY, Direction, direction
 from spdk_glue.controller import ADMIN_QUEUE, Controller
-from spdk_glue.queue_pair import Buffer, QueuePair
+from spdk_glue.queue_pair import Buffer, QueuePair, execute_in_batches
 
 MAX_QUEUE_DEPTH = 1024
 
@@ -38,6 +38,9 @@ class InprocTransport:
 
     read_now: the drive's short way for a Read of a few blocks, see Transport
     """
+
+    nsid = NSID
+    max_transfer_bytes = None
 
     def __init__(
         self,
@@ -108,6 +111,11 @@ class InprocConnection:
 
     def _run(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
         self._arrived.put(self.execute(entries, buffers))
+
+    def transfer(
+        self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
+    ) -> np.ndarray:
+        return execute_in_batches(self, entries, addresses, lengths, depth)
 
     def poll(self, wait: bool) -> np.ndarray:
         arrived = []
