@@ -1,0 +1,46 @@
+"""From a location to the transport that reaches it.
+
+| location | transport |
+|---|---|
+| `spdk:` and a PCIe address, `spdk:0000:01:00.0` | SPDK's driver in this process |
+| `spdk:` and a transport id, `spdk:trtype:TCP traddr:127.0.0.1 trsvcid:4420 subnqn:nqn.2026-11.io:x` | the same |
+| `/dev/ng0n1`, `/dev/nvme0n1` | Linux passthrough |
+
+`inproc:FILE`, a drive that this process embeds, is opened by who embeds it.
+"""
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from spdk_glue.status import NvmeError
+
+if TYPE_CHECKING:
+    from spdk_glue.namespace import Transport
+
+SPDK_SCHEME = "spdk:"
+LINUX_DEVICE = re.compile(r"/dev/(ng|nvme)\d+n\d+")
+
+
+class BadLocation(NvmeError):
+    """No drive can be reached by this; says what is wrong and what would do."""
+
+
+def is_nvme(location: str | os.PathLike) -> bool:
+    """Whether a location names an NVMe namespace rather than a file."""
+    text = os.fspath(location)
+    return text.startswith(SPDK_SCHEME) or LINUX_DEVICE.fullmatch(text) is not None
+
+
+def open_transport(location: str | os.PathLike) -> "Transport":
+    """Connect to the namespace at a location. Raises NvmeError and its relatives, OSError."""
+    text = os.fspath(location)
+    if text.startswith(SPDK_SCHEME):
+        from spdk_glue.transports.spdk import SpdkTransport  # only now: SPDK may not be installed
+
+        return SpdkTransport.connect(text.removeprefix(SPDK_SCHEME))
+    if LINUX_DEVICE.fullmatch(text):
+        from spdk_glue.transports.linux import LinuxTransport
+
+        return LinuxTransport.open(text)
+    raise BadLocation(f"{text}: not spdk:... or an NVMe namespace such as /dev/ng0n1")
