@@ -1,9 +1,19 @@
 """Packaging: five packages with their names and places at the top level, and the cffi glue."""
 
+import runpy
+import sys
+
 from setuptools import find_packages, setup
 
 LIBRARIES = ["kvfs", "ftl", "spdk_glue", "accel"]
 packages = [name for top in LIBRARIES for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
+
+cffi_modules = ["ftl/direct_io/build.py:ffibuilder", "kvfs/mount/fuse_glue/build.py:ffibuilder"]
+_, why_no_spdk = runpy.run_path("spdk_glue/pyspdk/build.py")["find_spdk"]()
+if why_no_spdk:
+    print(f"kvfs: pyspdk is left out, all else is built: {why_no_spdk}", file=sys.stderr)
+else:
+    cffi_modules.append("spdk_glue/pyspdk/build.py:make_ffibuilder")
 
 setup(
     name="kvfs",
@@ -18,8 +28,9 @@ setup(
         "kvfsctl": ["demo_model/*"],
         "ftl.direct_io": ["*.c", "*.h"],
         "kvfs.mount.fuse_glue": ["*.c"],
+        "spdk_glue.pyspdk": ["*.c", "*.h"],
     },
-    cffi_modules=["ftl/direct_io/build.py:ffibuilder", "kvfs/mount/fuse_glue/build.py:ffibuilder"],
+    cffi_modules=cffi_modules,
     setup_requires=["cffi>=1.16"],
     install_requires=[
         "apsw>=3.45",

@@ -80,6 +80,7 @@ class IoOpcode(IntEnum):
     FLUSH = 0x00
     WRITE = 0x01
     READ = 0x02
+    COMPARE = 0x05
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
     # Vendor commands; what they mean is in vendor_command.py.

@@ -5,8 +5,10 @@ project is allocated here. Addresses travel as plain integers in uint64 arrays: 
 arrays (page numbers, addresses), never a Python object per page.
 """
 
+import contextlib
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,14 +19,29 @@ HUGE_PAGE = 2 << 20
 EXTENT = np.dtype([("address", "=u8"), ("offset", "=u8"), ("length", "=u8")])
 
 
+_allocators: list[Callable[[int], np.ndarray]] = []
+
+
+def use_allocator(allocator: Callable[[int], np.ndarray]) -> None:
+    """Have `allocate` take memory from a driver whose drives reach no other, as long as it has some.
+
+    allocator: size in bytes to a zeroed uint8 array of that size, aligned as `allocate` says, or MemoryError
+    """
+    if allocator not in _allocators:
+        _allocators.append(allocator)
+
+
 def allocate(size_bytes: int) -> np.ndarray:
-    """A zeroed uint8 array of `size_bytes` backed by its own mapping, aligned to 4 KiB.
+    """A zeroed uint8 array of `size_bytes`, aligned to 4 KiB, by default backed by its own mapping.
 
     Freed when the last view of it goes. Buffers of a huge page or more are aligned to one and ask for them,
     which makes pinning them for direct I/O and walking them in a kernel cheaper.
     """
     if size_bytes <= 0:
         raise ValueError(f"a DMA buffer needs at least one byte, not {size_bytes}")
+    for allocator in _allocators:
+        with contextlib.suppress(MemoryError):  # the driver copies what lies elsewhere
+            return allocator(size_bytes)
     is_large = size_bytes >= HUGE_PAGE
     # private: Linux gives shared anonymous memory no huge pages unless it is told to system-wide
     mapping = mmap.mmap(

@@ -14,6 +14,7 @@ class Status(IntEnum):
     DATA_TRANSFER_ERROR = 0x0004
     INTERNAL_ERROR = 0x0006
     ABORTED_BY_REQUEST = 0x0007
+    ABORTED_SQ_DELETION = 0x0008  # also what a lost connection took with it
     INVALID_NAMESPACE = 0x000B
     SGL_LENGTH_INVALID = 0x000F
     NAMESPACE_WRITE_PROTECTED = 0x0020
@@ -40,7 +41,8 @@ def encode(status: int, more: bool = False, do_not_retry: bool = False) -> int:
     return (status & 0x7FF) << 1 | (_MORE if more else 0) | (_DO_NOT_RETRY if do_not_retry else 0)
 
 
-def decode(field: int) -> int:
+def decode(field):
+    """Of one status field, or of an array of them."""
     return field >> 1 & 0x7FF
 
 
@@ -108,6 +110,14 @@ class QueueFull(NvmeError):
 
     def __str__(self) -> str:
         return f"the queue pair holds at most {self.depth} outstanding commands"
+
+
+class ConnectionLost(NvmeError):
+    """The drive cannot be reached any more; says which, and what of the work is in doubt."""
+
+
+class QueuePairInUse(NvmeError):
+    """Two threads on one queue pair."""
 
 
 class CommandFailed(NvmeError):

@@ -2,8 +2,8 @@
 
 | location | transport |
 |---|---|
-| `spdk:` and a PCIe address, `spdk:0000:01:00.0` | SPDK's driver in this process |
-| `spdk:` and a transport id, `spdk:trtype:TCP traddr:127.0.0.1 trsvcid:4420 subnqn:nqn.2026-11.io:x` | the same |
+| `spdk:0000:01:00.0` | SPDK's driver in this process, by PCIe address |
+| `spdk:trtype:TCP traddr:127.0.0.1 trsvcid:4420 subnqn:nqn.2026-11.io:x` | the same, by transport id |
 | `/dev/ng0n1`, `/dev/nvme0n1` | Linux passthrough |
 
 `inproc:FILE`, a drive that this process embeds, is opened by who embeds it.
