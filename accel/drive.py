@@ -18,7 +18,7 @@ from accel.workers import load_worker
 from ftl import errors as flash_errors
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
-from ftl.media_file import FileMedia
+from ftl.media_location import create_media, open_media
 from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
 from spdk_glue.transports.inproc import InprocTransport
@@ -84,18 +84,31 @@ class Drive:
         stack.callback(self.transport.close)
 
     @staticmethod
-    def format(path: str | os.PathLike, geometry: Geometry) -> None:
-        """Make an empty drive in a new file. Raises FlashError, or FileExistsError."""
+    def format(
+        location: str | os.PathLike,
+        geometry: Geometry | None = None,
+        *,
+        size_bytes: int | None = None,
+        overwrite: bool = False,
+        **options: int,
+    ) -> None:
+        """Make an empty drive in a new file or on an NVMe namespace: see ftl.media_location.create_media.
+
+        Raises FlashError, NvmeError, OSError (FileExistsError), ValueError.
+        """
         with ExitStack() as stack:
-            media = FileMedia.create(path, geometry)
+            media = create_media(location, geometry, size_bytes, overwrite, **options)
             stack.callback(media.close)
             stack.callback(FlashTranslationLayer.format(media).close)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, config: DriveConfig | None = None) -> "Drive":
-        """Open a drive's file, recovering after an unclean end. Raises FlashError."""
+    def open(cls, location: str | os.PathLike, config: DriveConfig | None = None) -> "Drive":
+        """Open a drive by its location, recovering after an unclean end.
+
+        Raises FlashError, NvmeError, OSError.
+        """
         config = config or DriveConfig()
-        return cls.over(FileMedia.open(path, read_only=config.read_only), config)
+        return cls.over(open_media(location, config.read_only), config)
 
     @classmethod
     def over(cls, media: FlashMedia, config: DriveConfig) -> "Drive":

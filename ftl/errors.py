@@ -41,6 +41,14 @@ class DriveBusy(FlashError):
         super().__init__(f"{path} is in use by {who}")
 
 
+class NamespaceHoldsData(FlashError):
+    """A namespace that is to become a drive is not empty."""
+
+    def __init__(self, location):
+        self.location = location
+        super().__init__(f"{location} holds data: to overwrite it, ask for that")
+
+
 class ReadOnlyMedia(FlashError):
     """A change was asked of a drive that was opened for reading."""
 

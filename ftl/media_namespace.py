@@ -6,6 +6,7 @@ ignore, so an erase writes zeros over the OOB and deallocates only the payload.
 """
 
 import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,9 @@ from ftl.media_stored import StoredMedia, extent_of
 from spdk_glue import dma
 from spdk_glue.dma import EXTENT
 from spdk_glue.namespace import BlockNamespace
-from spdk_glue.status import NvmeStatusError, Status
+from spdk_glue.status import NvmeError, NvmeStatusError, Status
+
+log = logging.getLogger(__name__)
 
 CLEAR_BYTES = 8 << 20  # zeros written at a time
 
@@ -45,6 +48,9 @@ class NamespaceBacking:
             if error.lba is not None:
                 offset = error.lba * self._namespace.block_bytes
             raise backing_error(number, self.name, offset) from error
+        except NvmeError as error:
+            log.error("%s: %s", self.name, error)
+            raise backing_error(errno.EIO, self.name, offset) from error
 
     def _page_extents(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
         """EXTENT, as few as possible: pages that follow each other on flash and in memory are one."""
@@ -107,6 +113,22 @@ class NamespaceMedia(StoredMedia):
     """See FlashMedia. Owns the namespace while open; that nobody else uses it is the caller's promise."""
 
     @staticmethod
+    def geometry_for(namespace: BlockNamespace, size_bytes: int | None = None, **options: int) -> Geometry:
+        """A geometry that fits; size_bytes: of flash, None for as much as there is room for.
+
+        options: see Geometry.for_capacity. Raises ValueError where the namespace is too small.
+        """
+        if size_bytes is not None:
+            return Geometry.for_capacity(size_bytes, **options)
+        size = room = capacity_of(namespace)
+        while True:
+            geometry = Geometry.for_capacity(size, **options)
+            excess = DriveLayout.new(geometry).size_bytes - room
+            if excess <= 0:
+                return geometry
+            size -= max(excess, geometry.superblock_bytes)
+
+    @staticmethod
     def create(namespace: BlockNamespace, geometry: Geometry) -> "NamespaceMedia":
         """Make a drive of erased flash, over whatever the namespace holds.
 
@@ -148,7 +170,7 @@ class NamespaceMedia(StoredMedia):
 
 def name_of(namespace: BlockNamespace) -> str:
     """What errors call a namespace: its drive's serial number."""
-    return f"NVMe drive {namespace.controller['sn'].decode('ascii', 'replace').strip()}"
+    return f"NVMe drive {namespace.serial_number}"
 
 
 def capacity_of(namespace: BlockNamespace) -> int:

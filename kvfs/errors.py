@@ -38,6 +38,15 @@ class DriveExists(KvfsError):
         super().__init__(f"{path} exists already: remove it, or choose another name")
 
 
+class NamespaceHoldsData(KvfsError):
+    def __init__(self, location):
+        self.location = location
+        super().__init__(
+            f"{location} holds data, which formatting would destroy: to do that,"
+            " kvfsctl format --force, kvfs.format(overwrite=True)"
+        )
+
+
 class OutOfSpace(KvfsError):
     def __init__(self, wanted_bytes: int, largest_free_bytes: int):
         self.wanted_bytes, self.largest_free_bytes = wanted_bytes, largest_free_bytes
@@ -171,6 +180,7 @@ ERRNO = {
     DriveBusy: errno.EBUSY,
     MediaFailure: errno.EIO,
     DriveExists: errno.EEXIST,
+    NamespaceHoldsData: errno.EEXIST,
     OutOfSpace: errno.ENOSPC,
     CatalogueFull: errno.ENOSPC,
     CatalogueDamaged: errno.EIO,

@@ -8,29 +8,38 @@ from kvfs.metadata import Catalogue
 from kvfs.metadata_vfs import Volume
 from kvfs.sizes import parse_size
 from spdk_glue.namespace import Namespace
+from spdk_glue.transports.url import is_nvme
+
+DEFAULT_FILE_SIZE = "1GiB"
 
 
 def format(
     path,
-    size="1GiB",
+    size=None,
     *,
     geometry: Geometry | None = None,
     page_size: int = 4096,
     spare_percent: int = 7,
     parity: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Make an empty drive in a new file.
+    """Make an empty drive in a new file, or on an NVMe namespace.
 
-    size: bytes, or text such as "8GiB"; the file is sparse and grows as it is written
+    path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1"
+    size: bytes, or text such as "8GiB"; a file is sparse and grows as it is written. None: 1 GiB in a file, all
+        of a namespace
     geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
     spare_percent: of the flash, 1 to 50, kept from the logical blocks so that collection stays cheap
     parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
+    overwrite: also a namespace that holds data; a file is never overwritten
 
-    Raises DriveExists, MediaFailure, InvalidArgument.
+    Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument.
     """
     try:
         options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
-        format_drive(path, parse_size(size), geometry, **options)
+        if size is None and not is_nvme(path):
+            size = DEFAULT_FILE_SIZE
+        format_drive(path, size if size is None else parse_size(size), geometry, overwrite, **options)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
     drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
@@ -38,7 +47,8 @@ def format(
         format_volume(drive, path)
     except ValueError as error:
         drive.close()
-        os.unlink(path)
+        if not is_nvme(path):
+            os.unlink(path)
         raise InvalidArgument(str(error)) from error
     drive.close()
 

@@ -89,6 +89,10 @@ class BlockNamespace:
         limits = [limit // self.block_bytes for limit in limits]
         self.max_transfer_lbas = min([command.MAX_LBAS_PER_COMMAND, *limits])
 
+    @property
+    def serial_number(self) -> str:
+        return self.controller["sn"].decode("ascii", "replace").strip()
+
     # admin
 
     def _identify(self, cns: int, record: np.dtype, nsid: int = 0) -> np.void:

@@ -60,7 +60,7 @@ class Target:
         """Start it, or start it again: malloc namespaces are empty then, aio ones are what their files hold."""
         self._socket = str(self.folder / f"rpc_{time.monotonic_ns()}.sock")
         memory = 1024 + sum(int(size) >> 20 for kind, size in self.bdevs.values() if kind == "malloc")
-        self._log = open(self.folder / "nvmf_tgt.log", "ab")  # noqa: SIM115: for as long as the process
+        self._log = open(self.folder / "nvmf_tgt.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [
                 "nvmf_tgt",

@@ -9,7 +9,12 @@ from kvfsctl.output import DriveArgument, JsonOption, print_json
 
 def format_drive(
     drive: DriveArgument,
-    size: Annotated[str, typer.Option(help="Flash capacity, such as 500MB or 8GiB.")] = "1GiB",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Flash capacity, such as 500MB or 8GiB: by default 1GiB in a file, all of a namespace."
+        ),
+    ] = None,
     page_size: Annotated[str, typer.Option(help="Flash page and logical block: 4KiB to 64KiB.")] = "4KiB",
     spare_percent: Annotated[
         int, typer.Option(min=1, max=50, help="Share of the flash kept back: more makes collection cheaper.")
@@ -17,11 +22,15 @@ def format_drive(
     parity: Annotated[
         bool, typer.Option("--parity", help="Keep parity across dies: a lost page or die can be given back.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite what an NVMe namespace holds. It cannot be undone.")
+    ] = False,
     json_output: JsonOption = False,
 ):
-    """Make an empty drive in a new file.
+    """Make an empty drive in a new file, or on an NVMe namespace.
 
-    The file is sparse: it takes space as it is written. An existing file is never overwritten. Parity takes
+    A namespace is named by /dev/ng0n1 or, with SPDK, "spdk:0000:01:00.0" or "spdk:trtype:TCP traddr:...".
+    A file is sparse: it takes space as it is written. An existing file is never overwritten. Parity takes
     one die's worth of the flash (an eighth), and lets `kvfsctl scrub` repair what it finds damaged.
     """
     import kvfs
@@ -31,7 +40,7 @@ def format_drive(
         page_bytes = parse_size(page_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--page-size") from error
-    kvfs.format(drive, size, page_size=page_bytes, spare_percent=spare_percent, parity=parity)
+    kvfs.format(drive, size, page_size=page_bytes, spare_percent=spare_percent, parity=parity, overwrite=force)
     with kvfs.open(drive, cache_bytes="8MiB") as store:
         space = store.counters()["space"]
     if json_output:

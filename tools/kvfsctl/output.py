@@ -18,9 +18,12 @@ EXIT_USAGE = 2
 EXIT_DAMAGED = 3
 JSON_SCHEMA = 1
 
-DriveArgument = Annotated[Path, typer.Argument(metavar="DRIVE", help="The drive's file.")]
+DriveArgument = Annotated[
+    Path, typer.Argument(metavar="DRIVE", help="The drive: a file, /dev/ng0n1, or spdk:... (see format).")
+]
 StoreArgument = Annotated[
-    Path, typer.Argument(metavar="DRIVE|MOUNT", help="The drive's file, or the folder where it is mounted.")
+    Path,
+    typer.Argument(metavar="DRIVE|MOUNT", help="The drive, or the folder where it is mounted."),
 ]
 SequenceArgument = Annotated[str, typer.Argument(metavar="SEQUENCE", help="A name, as ls shows it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with plain integers instead of a table.")]
