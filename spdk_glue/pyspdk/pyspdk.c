@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #include <spdk/env.h>
@@ -31,7 +32,8 @@ _Static_assert(sizeof(pyspdk_entry) == sizeof(struct spdk_nvme_cmd), "submission
 _Static_assert(sizeof(pyspdk_completion) == sizeof(struct spdk_nvme_cpl), "completion entry");
 
 #define KEEPER_INTERVAL_MS 100
-#define EMPTY_POLLS_UNTIL_YIELD 8 /* the target may need this CPU */
+#define SPIN_NS 20000  /* of polling without result, until the CPU is given to others */
+#define SLEEP_NS 20000 /* a sleeper comes back before those that compute; who yields waits a whole time slice */
 #define ABORT_MS 1000
 #define DMA_ALIGNMENT 4096
 #define PHASE 1 /* bit 0 of a status, of no meaning beyond the queue */
@@ -59,11 +61,33 @@ static void pyspdk_clear_error(void)
     last_error[0] = 0;
 }
 
-static uint64_t now_ms(void)
+static uint64_t now_ns(void)
 {
     struct timespec at;
     clock_gettime(CLOCK_MONOTONIC, &at);
-    return (uint64_t)at.tv_sec * 1000 + (uint64_t)at.tv_nsec / 1000000;
+    return (uint64_t)at.tv_sec * 1000000000 + (uint64_t)at.tv_nsec;
+}
+
+static uint64_t now_ms(void)
+{
+    return now_ns() / 1000000;
+}
+
+/* One look more that found nothing, `idle_since` (0 at the first of them). */
+static void pause_polling(uint64_t *idle_since)
+{
+    uint64_t now = now_ns();
+    if (!*idle_since)
+        *idle_since = now;
+    if (now - *idle_since < SPIN_NS)
+        return;
+    static __thread bool is_punctual;
+    if (!is_punctual) {
+        prctl(PR_SET_TIMERSLACK, 1000UL); /* 50 us by default */
+        is_punctual = true;
+    }
+    struct timespec shortly = {.tv_nsec = SLEEP_NS};
+    nanosleep(&shortly, NULL);
 }
 
 /* ---- environment and memory ---- */
@@ -332,7 +356,7 @@ static int pyspdk_admin(pyspdk_controller *controller, const pyspdk_entry *entry
         memcpy(command->memory, data, length);
     struct spdk_nvme_cmd cmd;
     memcpy(&cmd, entry, sizeof cmd);
-    uint64_t give_up = now_ms() + timeout_ms;
+    uint64_t give_up = now_ms() + timeout_ms, idle_since = 0;
     pthread_mutex_lock(&controller->admin);
     int result = atomic_load(&controller->lost) ? -ENXIO
                                                 : spdk_nvme_ctrlr_cmd_admin_raw(controller->spdk, &cmd, command->memory,
@@ -351,7 +375,7 @@ static int pyspdk_admin(pyspdk_controller *controller, const pyspdk_entry *entry
         }
         if (!command->done) {
             pthread_mutex_unlock(&controller->admin);
-            sched_yield();
+            pause_polling(&idle_since);
             pthread_mutex_lock(&controller->admin);
         }
     }
@@ -566,21 +590,15 @@ static int reap(pyspdk_queue_pair *queue_pair)
 /* reap, until something came; it gives the CPU away while nothing does. */
 static int reap_some(pyspdk_queue_pair *queue_pair, uint64_t timeout_ms)
 {
-    uint64_t give_up = 0;
-    for (unsigned polls = 0;; polls++) {
+    uint64_t idle_since = 0;
+    for (;;) {
         unsigned before = queue_pair->num_free;
         int result = reap(queue_pair);
         if (result < 0 || queue_pair->num_free != before)
             return result < 0 ? result : 1;
-        if (polls < EMPTY_POLLS_UNTIL_YIELD)
-            continue;
-        sched_yield();
-        if (polls % 64 == 0) {
-            if (!give_up)
-                give_up = now_ms() + timeout_ms;
-            else if (now_ms() > give_up)
-                return abort_all(queue_pair);
-        }
+        pause_polling(&idle_since);
+        if (now_ns() - idle_since > timeout_ms * 1000000)
+            return abort_all(queue_pair);
     }
 }
 

@@ -65,7 +65,7 @@ class Target:
             [
                 "nvmf_tgt",
                 *("-r", self._socket, "-m", self.cpu_mask, "--no-huge", "-s", str(memory), "--no-pci"),
-                *("--silence-noticelog", "--disable-cpumask-locks"),
+                *("--silence-noticelog", "--disable-cpumask-locks", "--interrupt-mode"),
             ],
             stdout=self._log,
             stderr=self._log,
