@@ -37,6 +37,7 @@ class NamespaceBacking:
         self.name = name_of(namespace)
         self._namespace = namespace
         self._page_size = layout.geometry.page_size
+        self._may_deallocate = True
         self._data_start = layout.data_start
 
     @contextmanager
@@ -95,8 +96,14 @@ class NamespaceBacking:
 
     def discard(self, offset: int, length: int) -> None:
         block_bytes = self._namespace.block_bytes
+        if not self._may_deallocate:
+            return
         with self._media_errors(offset):
-            self._namespace.deallocate([(offset // block_bytes, length // block_bytes)])
+            try:
+                self._namespace.deallocate([(offset // block_bytes, length // block_bytes)])
+            except NvmeStatusError as error:  # nothing depends on it: an erase has cleared the OOB
+                log.warning("%s does not deallocate, and is not asked again: %s", self.name, error)
+                self._may_deallocate = False
 
     def written_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield start, stop  # a drive does not tell

@@ -4,8 +4,9 @@
  * cost as much as a command. Every function that may wait is called without the interpreter's lock.
  *
  * A controller has a keeper: a thread that polls the admin queue, so that keep-alives go out however idle or busy
- * Python is, and that resets the controller after its connection was lost. Queue pairs are reconnected by whoever
- * uses them next. Users of queue pairs hold `gate` for reading, the keeper takes it for writing while it resets.
+ * Python is, and that resets the controller after its connection was lost. Before that it frees SPDK's queue pairs,
+ * whose identifiers a reset gives out anew; whoever uses one of ours next makes it another. Users of queue pairs hold
+ * `gate` for reading, the keeper takes it for writing while it resets.
  *
  * Functions return 0 or more, or a negative errno; pyspdk_last_error() has SPDK's latest words in this thread.
  */
@@ -143,13 +144,15 @@ typedef struct pyspdk_controller {
     pthread_rwlock_t gate;
     pthread_mutex_t admin; /* the admin queue's users, and the state below */
     pthread_cond_t changed;
+    struct pyspdk_queue_pair *queue_pairs; /* a list */
     bool stopping;
     atomic_bool lost;
-    atomic_uint generation;     /* of the connection: one more after each reset */
     atomic_ulong writes;        /* that completed; and of those the ones that a flush has made durable */
     unsigned long flushed_writes;
     atomic_bool cache_lost;     /* the connection went with writes that no flush had made durable */
 } pyspdk_controller;
+
+static void free_queue_pairs(pyspdk_controller *controller);
 
 static void lose(pyspdk_controller *controller)
 {
@@ -157,6 +160,18 @@ static void lose(pyspdk_controller *controller)
     pthread_mutex_lock(&controller->admin);
     pthread_cond_broadcast(&controller->changed);
     pthread_mutex_unlock(&controller->admin);
+}
+
+/* Look, rather than wait for the keeper's next look. */
+static bool is_lost(pyspdk_controller *controller)
+{
+    pthread_mutex_lock(&controller->admin);
+    if (!atomic_load(&controller->lost) && spdk_nvme_ctrlr_process_admin_completions(controller->spdk) < 0) {
+        atomic_store(&controller->lost, true);
+        pthread_cond_broadcast(&controller->changed);
+    }
+    pthread_mutex_unlock(&controller->admin);
+    return atomic_load(&controller->lost);
 }
 
 static struct timespec in_ms(uint64_t ms)
@@ -188,9 +203,9 @@ static void *keep(void *argument)
             pthread_mutex_lock(&controller->admin);
             if (controller->has_volatile_cache && controller->flushed_writes != atomic_load(&controller->writes))
                 atomic_store(&controller->cache_lost, true);
+            free_queue_pairs(controller);
             if (spdk_nvme_ctrlr_reset(controller->spdk) == 0) {
                 atomic_store(&controller->lost, false);
-                atomic_fetch_add(&controller->generation, 1);
                 pthread_cond_broadcast(&controller->changed);
             }
             pthread_rwlock_unlock(&controller->gate);
@@ -410,8 +425,10 @@ typedef struct {
 
 typedef struct pyspdk_queue_pair {
     pyspdk_controller *controller;
-    struct spdk_nvme_qpair *spdk;
-    unsigned depth, generation;
+    struct pyspdk_queue_pair *next, **link; /* in the controller's list */
+    struct spdk_nvme_qpair *spdk;           /* NULL after a loss, until it is used again */
+    struct spdk_nvme_io_qpair_opts options;
+    unsigned depth;
     atomic_flag busy;
     slot_t *slots;
     unsigned *free_slots, num_free;
@@ -492,6 +509,35 @@ static unsigned outstanding(const pyspdk_queue_pair *queue_pair)
     return queue_pair->depth - queue_pair->num_free;
 }
 
+/* Under the gate: 0, -ENXIO (the connection is lost), -ENOSPC (no more of them). */
+static int connect_queue_pair(pyspdk_queue_pair *queue_pair)
+{
+    pyspdk_controller *controller = queue_pair->controller;
+    queue_pair->spdk =
+        spdk_nvme_ctrlr_alloc_io_qpair(controller->spdk, &queue_pair->options, sizeof queue_pair->options);
+    if (queue_pair->spdk)
+        return 0;
+    /* no more of them, or the beginning of a loss: the admin queue's end may come a little later */
+    uint64_t idle_since = 0, give_up = now_ms() + ABORT_MS;
+    while (!is_lost(controller) && now_ms() < give_up)
+        pause_polling(&idle_since);
+    return atomic_load(&controller->lost) ? -ENXIO : -ENOSPC;
+}
+
+/* What is outstanding completes as aborted. */
+static void disconnect_queue_pair(pyspdk_queue_pair *queue_pair)
+{
+    if (queue_pair->spdk)
+        spdk_nvme_ctrlr_free_io_qpair(queue_pair->spdk);
+    queue_pair->spdk = NULL;
+}
+
+static void free_queue_pairs(pyspdk_controller *controller)
+{
+    for (pyspdk_queue_pair *queue_pair = controller->queue_pairs; queue_pair; queue_pair = queue_pair->next)
+        disconnect_queue_pair(queue_pair);
+}
+
 static pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller, unsigned depth, int *result)
 {
     pyspdk_clear_error();
@@ -502,27 +548,32 @@ static pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller
         *result = -ENOMEM;
         goto failed;
     }
-    struct spdk_nvme_io_qpair_opts opts;
-    spdk_nvme_ctrlr_get_default_io_qpair_opts(controller->spdk, &opts, sizeof opts);
+    struct spdk_nvme_io_qpair_opts *opts = &queue_pair->options;
+    spdk_nvme_ctrlr_get_default_io_qpair_opts(controller->spdk, opts, sizeof *opts);
     /* A queue of n entries holds n - 1 commands; more requests than that would wait inside SPDK. */
-    opts.io_queue_size = depth + 1 < opts.io_queue_size ? depth + 1 : opts.io_queue_size;
-    opts.io_queue_requests = 2 * opts.io_queue_size;
-    opts.delay_cmd_submit = true; /* one doorbell, or one write to the socket, for a batch */
-    pthread_rwlock_rdlock(&controller->gate);
-    queue_pair->generation = atomic_load(&controller->generation);
-    queue_pair->spdk = spdk_nvme_ctrlr_alloc_io_qpair(controller->spdk, &opts, sizeof opts);
-    pthread_rwlock_unlock(&controller->gate);
-    if (!queue_pair->spdk) {
-        *result = atomic_load(&controller->lost) ? -ENXIO : -ENOSPC;
-        goto failed;
-    }
+    opts->io_queue_size = depth + 1 < opts->io_queue_size ? depth + 1 : opts->io_queue_size;
+    opts->io_queue_requests = 2 * opts->io_queue_size;
+    opts->delay_cmd_submit = true; /* one doorbell, or one write to the socket, for a batch */
     queue_pair->controller = controller;
-    queue_pair->depth = depth < opts.io_queue_size ? depth : opts.io_queue_size - 1;
+    queue_pair->depth = depth < opts->io_queue_size ? depth : opts->io_queue_size - 1;
     for (unsigned index = 0; index < queue_pair->depth; index++) {
         queue_pair->slots[index].queue_pair = queue_pair;
         queue_pair->free_slots[queue_pair->num_free++] = index;
     }
-    return queue_pair;
+    pthread_rwlock_rdlock(&controller->gate);
+    *result = connect_queue_pair(queue_pair);
+    if (!*result) {
+        pthread_mutex_lock(&controller->admin);
+        queue_pair->next = controller->queue_pairs;
+        queue_pair->link = &controller->queue_pairs;
+        if (queue_pair->next)
+            queue_pair->next->link = &queue_pair->next;
+        controller->queue_pairs = queue_pair;
+        pthread_mutex_unlock(&controller->admin);
+    }
+    pthread_rwlock_unlock(&controller->gate);
+    if (!*result)
+        return queue_pair;
 failed:
     if (queue_pair) {
         free(queue_pair->slots);
@@ -538,7 +589,7 @@ static unsigned pyspdk_depth(const pyspdk_queue_pair *queue_pair)
     return queue_pair->depth;
 }
 
-/* Take a queue pair for this thread, connected: 0, -EBUSY (another thread has it), -ENXIO (no connection). */
+/* Take a queue pair for this thread, connected: 0, -EBUSY (another thread has it), -ENXIO (no connection), -ENOSPC. */
 static int enter(pyspdk_queue_pair *queue_pair)
 {
     pyspdk_controller *controller = queue_pair->controller;
@@ -546,13 +597,8 @@ static int enter(pyspdk_queue_pair *queue_pair)
         return -EBUSY;
     pthread_rwlock_rdlock(&controller->gate);
     int result = atomic_load(&controller->lost) ? -ENXIO : 0;
-    if (!result && queue_pair->generation != atomic_load(&controller->generation)) {
-        result = outstanding(queue_pair) ? -ENXIO : spdk_nvme_ctrlr_reconnect_io_qpair(queue_pair->spdk);
-        if (!result)
-            queue_pair->generation = atomic_load(&controller->generation);
-        else
-            result = -ENXIO;
-    }
+    if (!result && !queue_pair->spdk)
+        result = connect_queue_pair(queue_pair);
     if (result) {
         pthread_rwlock_unlock(&controller->gate);
         atomic_flag_clear(&queue_pair->busy);
@@ -569,11 +615,7 @@ static void leave(pyspdk_queue_pair *queue_pair)
 /* What is outstanding completes as aborted; returns -ENXIO. */
 static int abort_all(pyspdk_queue_pair *queue_pair)
 {
-    spdk_nvme_ctrlr_disconnect_io_qpair(queue_pair->spdk);
-    uint64_t give_up = now_ms() + ABORT_MS;
-    while (outstanding(queue_pair) && now_ms() < give_up &&
-           spdk_nvme_qpair_process_completions(queue_pair->spdk, 0) >= 0)
-        sched_yield();
+    disconnect_queue_pair(queue_pair);
     lose(queue_pair->controller);
     return -ENXIO;
 }
@@ -631,7 +673,7 @@ static int pyspdk_poll(pyspdk_queue_pair *queue_pair, pyspdk_completion *complet
         result = enter(queue_pair);
         if (result == -ENXIO && !atomic_flag_test_and_set(&queue_pair->busy)) {
             pthread_rwlock_rdlock(&queue_pair->controller->gate);
-            abort_all(queue_pair);
+            disconnect_queue_pair(queue_pair);
             leave(queue_pair);
         } else if (result) {
             return result;
@@ -688,9 +730,15 @@ static int pyspdk_destroy_queue_pair(pyspdk_queue_pair *queue_pair)
 {
     if (atomic_flag_test_and_set(&queue_pair->busy))
         return -EBUSY;
-    pthread_rwlock_rdlock(&queue_pair->controller->gate);
-    spdk_nvme_ctrlr_free_io_qpair(queue_pair->spdk); /* aborts what is outstanding */
-    pthread_rwlock_unlock(&queue_pair->controller->gate);
+    pyspdk_controller *controller = queue_pair->controller;
+    pthread_rwlock_rdlock(&controller->gate);
+    disconnect_queue_pair(queue_pair);
+    pthread_mutex_lock(&controller->admin);
+    *queue_pair->link = queue_pair->next;
+    if (queue_pair->next)
+        queue_pair->next->link = queue_pair->link;
+    pthread_mutex_unlock(&controller->admin);
+    pthread_rwlock_unlock(&controller->gate);
     free(queue_pair->slots);
     free(queue_pair->free_slots);
     free(queue_pair->ring);

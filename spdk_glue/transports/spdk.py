@@ -72,8 +72,13 @@ class SpdkTransport:
     def create_queue_pair(self, depth: int = 256) -> QueuePair:
         if depth > MAX_QUEUE_DEPTH:
             raise ValueError(f"this transport's queues are at most {MAX_QUEUE_DEPTH} deep, not {depth}")
-        native = self._controller.create_queue_pair(depth, self._namespace)
-        return QueuePair(SpdkConnection(self._controller, native), native.depth)
+        while True:
+            self._controller.wait_connected()
+            try:
+                native = self._controller.create_queue_pair(depth, self._namespace)
+            except ConnectionLost:
+                continue  # just now: wait_connected gives up when it is time
+            return QueuePair(SpdkConnection(self._controller, native), native.depth)
 
     def read_now(self, first_lba: int, data: np.ndarray) -> bool:
         return False  # no way is shorter than a command

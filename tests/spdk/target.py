@@ -57,12 +57,16 @@ class Target:
         return f"spdk:{self.transport_id}"
 
     def start(self) -> None:
-        """Start it, or start it again: malloc namespaces are empty then, aio ones are what their files hold."""
+        """Start it, or start it again: malloc namespaces are empty then, aio ones are what their files hold.
+
+        It ends with the thread that started it.
+        """
         self._socket = str(self.folder / f"rpc_{time.monotonic_ns()}.sock")
         memory = 1024 + sum(int(size) >> 20 for kind, size in self.bdevs.values() if kind == "malloc")
         self._log = open(self.folder / "nvmf_tgt.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [
+                *("setpriv", "--pdeathsig", "KILL"),  # it does not outlive a test run that crashes
                 "nvmf_tgt",
                 *("-r", self._socket, "-m", self.cpu_mask, "--no-huge", "-s", str(memory), "--no-pci"),
                 *("--silence-noticelog", "--disable-cpumask-locks", "--interrupt-mode"),
@@ -77,7 +81,9 @@ class Target:
             if kind == "malloc":
                 self.rpc("bdev_malloc_create", name=name, num_blocks=int(what) // 4096, block_size=4096)
             else:
-                self.rpc("bdev_aio_create", name=name, filename=os.fspath(what), block_size=4096)
+                self.rpc(
+                    "bdev_aio_create", name=name, filename=os.fspath(what), block_size=4096, fallocate=True
+                )
             self.rpc("nvmf_subsystem_add_ns", nqn=SUBSYSTEM, namespace={"bdev_name": name})
         address = {"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": str(self.port)}
         self.rpc("nvmf_subsystem_add_listener", nqn=SUBSYSTEM, listen_address=address)
