@@ -1,6 +1,6 @@
 """Identify data structures and log pages as record types.
 
-Only the fields that kvfs fills or reads are named; the offsets are the specification's, so any NVMe
+Only the fields that kvfs fills, reads or shows are named; the offsets are the specification's, so any NVMe
 host can read them. Source: NVM Express Base Specification 2.0, figures 275 (Identify Controller), 202
 (SMART), 198 (Error Information); NVM Command Set Specification 1.0, figure 97 (Identify Namespace).
 """
@@ -62,21 +62,50 @@ CAPABILITIES_SIGNATURE = b"KVFSATTN"
 IDENTIFY_CONTROLLER = _record(
     4096,
     {
-        "vid": (0, "<u2"),
+        "vid": (0, "<u2"),  # PCI vendor, 0 for a drive without PCI
+        "ssvid": (2, "<u2"),  # PCI subsystem vendor
         "sn": (4, "S20"),
         "mn": (24, "S40"),
         "fr": (64, "S8"),
+        "rab": (72, "u1"),  # recommended arbitration burst, 2**rab commands
+        "ieee": (73, ("u1", 3)),  # OUI, least significant byte first
+        "cmic": (76, "u1"),
         "mdts": (77, "u1"),  # maximum data transfer size, 2**mdts pages; 0 is no limit
         "cntlid": (78, "<u2"),
         "ver": (80, "<u4"),
+        "rtd3r": (84, "<u4"),  # microseconds to resume from, and to enter, runtime D3
+        "rtd3e": (88, "<u4"),
+        "oaes": (92, "<u4"),
+        "ctratt": (96, "<u4"),
+        "cntrltype": (111, "u1"),
         "oacs": (256, "<u2"),
+        "acl": (258, "u1"),  # Abort commands at once, less one
+        "aerl": (259, "u1"),  # Asynchronous Event Requests at once, less one
+        "frmw": (260, "u1"),
+        "lpa": (261, "u1"),
+        "elpe": (262, "u1"),  # entries of the error log, less one
+        "npss": (263, "u1"),  # power states, less one
+        "wctemp": (266, "<u2"),  # kelvin; 0: not told
+        "cctemp": (268, "<u2"),
+        "hmpre": (272, "<u4"),  # host memory buffer wanted, and the least of use, in 4 KiB
+        "hmmin": (276, "<u4"),
+        "tnvmcap": (280, "<u8"),  # bytes of flash, and of them in no namespace: low halves of 128 bits
+        "unvmcap": (296, "<u8"),
+        "kas": (320, "<u2"),  # granularity of Keep Alive, 100 ms
+        "sanicap": (328, "<u4"),
         "sqes": (512, "u1"),
         "cqes": (513, "u1"),
         "maxcmd": (514, "<u2"),
         "nn": (516, "<u4"),
         "oncs": (520, "<u2"),
+        "fuses": (522, "<u2"),
+        "fna": (524, "u1"),
         "vwc": (525, "u1"),
+        "awun": (526, "<u2"),  # blocks written atomically, less one; awupf also in a power failure
+        "awupf": (528, "<u2"),
+        "nwpc": (531, "u1"),
         "sgls": (536, "<u4"),
+        "mnan": (540, "<u4"),
         "subnqn": (768, "S256"),
         "attention": (VENDOR_AREA_OFFSET, ATTENTION_CAPABILITIES),
     },
@@ -96,9 +125,34 @@ IDENTIFY_NAMESPACE = _record(
         "nsfeat": (24, "u1"),
         "nlbaf": (25, "u1"),
         "flbas": (26, "u1"),
+        "mc": (27, "u1"),
+        "dpc": (28, "u1"),
+        "dps": (29, "u1"),
+        "nmic": (30, "u1"),
+        "rescap": (31, "u1"),
+        "fpi": (32, "u1"),
+        "dlfeat": (33, "u1"),
+        "nawun": (34, "<u2"),
+        "nawupf": (36, "<u2"),
+        "nacwu": (38, "<u2"),
+        "noiob": (46, "<u2"),  # blocks between boundaries that commands should not cross; 0: not told
+        "nvmcap": (48, "<u8"),  # bytes of flash: low half of 128 bits
+        # In blocks less one, where nsfeat says that they hold: what suits writes and deallocations best.
+        "npwg": (64, "<u2"),
+        "npwa": (66, "<u2"),
+        "npdg": (68, "<u2"),
+        "npda": (70, "<u2"),
+        "nows": (72, "<u2"),
+        "nsattr": (99, "u1"),
+        "nvmsetid": (100, "<u2"),
+        "endgid": (102, "<u2"),
+        "nguid": (104, "V16"),
+        "eui64": (120, "V8"),
         "lbaf": (128, (LBA_FORMAT, 16)),
     },
 )
+FLBAS_EXTENDED = 1 << 4  # metadata follow each block in the data
+NSATTR_WRITE_PROTECTED = 1 << 0
 
 WARNING_SPARE = 1 << 0
 WARNING_READ_ONLY = 1 << 3
@@ -110,14 +164,23 @@ SMART_LOG = _record(
         "available_spare": (3, "u1"),  # percent of what the drive had when it was made
         "available_spare_threshold": (4, "u1"),
         "percentage_used": (5, "u1"),  # mean erase count over rated cycles; more than 100 is allowed
+        "endurance_group_warning": (6, "u1"),
         # 128-bit counters; the low half is enough for 2**64 units
         "data_units_read": (32, "<u8"),  # thousands of 512 bytes
         "data_units_written": (48, "<u8"),
         "host_read_commands": (64, "<u8"),
         "host_write_commands": (80, "<u8"),
+        "controller_busy_minutes": (96, "<u8"),
+        "power_cycles": (112, "<u8"),
+        "power_on_hours": (128, "<u8"),
         "unsafe_shutdowns": (144, "<u8"),
         "media_errors": (160, "<u8"),
         "num_error_log_entries": (176, "<u8"),
+        "warning_temperature_minutes": (192, "<u4"),
+        "critical_temperature_minutes": (196, "<u4"),
+        "temperature_sensors_kelvin": (200, ("<u2", 8)),  # 0: no such sensor
+        "thermal_transitions": (216, ("<u4", 2)),  # into light and heavy throttling, and seconds spent there
+        "thermal_seconds": (224, ("<u4", 2)),
     },
 )
 
