@@ -14,6 +14,9 @@ from spdk_glue.controller import ErrorLog, Handler, Request
 from spdk_glue.identify import (
     ATTENTION_COUNTERS_LOG,
     CAPABILITIES_SIGNATURE,
+    CONTROLLER_TYPE_IO,
+    DEALLOCATED_READS_ZEROS,
+    ERROR_LOG_ENTRIES,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
     OACS_GET_LBA_STATUS,
@@ -67,6 +70,8 @@ class AdminCommands:
         record["fr"] = b"1"
         record["ver"] = NVME_VERSION
         record["cntlid"] = 1
+        record["cntrltype"] = CONTROLLER_TYPE_IO
+        record["elpe"] = ERROR_LOG_ENTRIES - 1
         record["sqes"], record["cqes"] = 0x66, 0x44  # entries of 2**6 and 2**4 bytes
         record["nn"] = 1
         record["oacs"] = OACS_GET_LBA_STATUS
@@ -93,6 +98,7 @@ class AdminCommands:
         record = np.zeros(1, IDENTIFY_NAMESPACE)
         record["nsze"] = record["ncap"] = self._ftl.num_lbas
         record["nuse"] = self._ftl.mapped_pages
+        record["dlfeat"] = DEALLOCATED_READS_ZEROS
         record["lbaf"][0, 0]["lbads"] = self._ftl.page_size.bit_length() - 1
         return record
 

@@ -71,6 +71,15 @@ class DriveLayout:
         raise NotADrive(name, found[0] if found else "no kvfs header")
 
 
+def has_magic(headers: bytes) -> bool:
+    """Whether the first HEADERS_BYTES of a store are a drive's, whole or damaged."""
+    size = DRIVE_HEADER.itemsize
+    copies = [headers[start : start + size] for start in range(0, HEADERS_BYTES, BLOCK_BYTES)]
+    return any(
+        len(copy) == size and np.frombuffer(copy, DRIVE_HEADER)["magic"][0] == DRIVE_MAGIC for copy in copies
+    )
+
+
 def make_header(geometry: Geometry) -> np.ndarray:
     """DRIVE_HEADER [1] of a new drive."""
     header = np.zeros(1, DRIVE_HEADER)

@@ -1,14 +1,50 @@
 """Starting an embedded drive: the one module of kvfs that reaches below the NVMe seam."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from accel.drive import CollectorOptions, Drive, DriveConfig, Geometry, flash_errors
-from kvfs.errors import DriveBusy, DriveExists, MediaFailure, NamespaceHoldsData, NotADrive
+from accel.drive import (
+    CollectorOptions,
+    Drive,
+    DriveConfig,
+    Geometry,
+    flash_errors,
+    holds_flash,
+    io_uring_works,
+)
+from accel.workers.target import host_target_name
+from kvfs.errors import (
+    DriveBusy,
+    DriveExists,
+    InvalidArgument,
+    MediaFailure,
+    NamespaceHoldsData,
+    NotADrive,
+)
+from spdk_glue.namespace import Transport
 from spdk_glue.status import NvmeError
+from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
 
-__all__ = ["CollectorOptions", "Drive", "DriveConfig", "Geometry", "close_drive", "format_drive", "open_drive"]
+__all__ = [
+    "CollectorOptions",
+    "Drive",
+    "DriveConfig",
+    "Geometry",
+    "close_drive",
+    "format_drive",
+    "holds_flash",
+    "host_target_name",
+    "io_uring_works",
+    "open_drive",
+    "open_transport",
+]
+
+INPROC_SCHEME = "inproc:"
+NVME_DEVICES = ("/dev/nvme", "/dev/ng")
+ADMIN_CACHE_BYTES = 8 << 20
 
 
 def format_drive(
@@ -63,6 +99,36 @@ def close_drive(drive: Drive, path: str | os.PathLike) -> None:
         drive.close()
     except flash_errors.FlashError as error:
         raise MediaFailure(f"{path}: {error}") from error
+
+
+@contextmanager
+def open_transport(location: str | os.PathLike, read_only: bool = False) -> Iterator[Transport]:
+    """The transport to an NVMe namespace, see spdk_glue/transports/url.py, or to the drive in a file.
+
+    The drive in a file, with or without `inproc:` before it, is embedded here meanwhile, without threads.
+    read_only: such a drive is not changed by being opened; others are opened as they are.
+
+    Raises what open_drive raises, NvmeError, InvalidArgument where this installation lacks the transport.
+    """
+    location = os.fspath(location)
+    if not is_nvme(location) and not location.startswith(NVME_DEVICES):
+        path = location.removeprefix(INPROC_SCHEME)
+        drive = open_drive(path, DriveConfig(ADMIN_CACHE_BYTES, 1, "reference", 0, read_only))
+        try:
+            yield drive.transport
+        finally:
+            close_drive(drive, path)
+        return
+    try:
+        transport = url.open_transport(location)
+    except ImportError as error:
+        raise InvalidArgument(f"{location}: {error}; kvfsctl doctor says what is missing") from error
+    except OSError as error:
+        raise MediaFailure(f"{location}: {error.strerror or error}") from error
+    try:
+        yield transport
+    finally:
+        transport.close()
 
 
 def _reason(error: Exception) -> str:

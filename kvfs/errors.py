@@ -6,7 +6,8 @@ Every error carries its facts as attributes and prints as one line that says wha
 import errno
 
 from spdk_glue.namespace import NotAKvfsDrive
-from spdk_glue.status import NvmeStatusError, Status
+from spdk_glue.status import NvmeError, NvmeStatusError, Status
+from spdk_glue.transports.url import BadLocation
 
 
 class KvfsError(Exception):
@@ -170,6 +171,14 @@ class CannotUnmount(KvfsError):
         super().__init__(f"cannot unmount {path}: {why}")
 
 
+class InUse(KvfsError):
+    """A device that holds something, or that something else uses, was not to be overwritten."""
+
+    def __init__(self, location, why: str):
+        self.location, self.why = location, why
+        super().__init__(f"{location} {why}: --force overwrites it all the same")
+
+
 class InvalidArgument(KvfsError, ValueError):
     """A shape, dtype, layer or option that does not fit; says what was given and what is wanted."""
 
@@ -198,8 +207,11 @@ ERRNO = {
     CannotMount: errno.EINVAL,
     AlreadyMounted: errno.EBUSY,
     CannotUnmount: errno.EBUSY,
+    InUse: errno.EBUSY,
     InvalidArgument: errno.EINVAL,
+    NvmeError: errno.EIO,
     NvmeStatusError: errno.EIO,
+    BadLocation: errno.EINVAL,
     NotAKvfsDrive: errno.ENODEV,
 }
 

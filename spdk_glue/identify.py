@@ -110,6 +110,7 @@ IDENTIFY_CONTROLLER = _record(
         "attention": (VENDOR_AREA_OFFSET, ATTENTION_CAPABILITIES),
     },
 )
+CONTROLLER_TYPE_IO = 1
 OACS_GET_LBA_STATUS = 1 << 9
 ONCS_DATASET_MANAGEMENT = 1 << 2
 ONCS_VERIFY = 1 << 7
@@ -152,7 +153,7 @@ IDENTIFY_NAMESPACE = _record(
     },
 )
 FLBAS_EXTENDED = 1 << 4  # metadata follow each block in the data
-NSATTR_WRITE_PROTECTED = 1 << 0
+DEALLOCATED_READS_ZEROS = 1  # dlfeat, bits 2:0
 
 WARNING_SPARE = 1 << 0
 WARNING_READ_ONLY = 1 << 3

@@ -252,6 +252,18 @@ class BlockNamespace:
             data["num_lbas"] = [count for _, count in batch]
             self._run(command.deallocate(len(batch)), [data.view(np.uint8)])
 
+    # what others compose
+
+    def execute(self, entry: np.ndarray, data: np.ndarray | None = None) -> int:
+        """Run one I/O command as it is, with the nsid that it names; CDW0 of its completion.
+
+        Its length is the caller's to check: see kvfs/nvme/raw_command.py.
+        """
+        with self._queue_pair() as queue_pair:
+            completions = queue_pair.execute(entry, [data])
+        self._check(entry, completions)
+        return int(completions["cdw0"][0])
+
     # what the drive holds
 
     def allocated(self) -> Iterator[tuple[int, int]]:
@@ -336,9 +348,13 @@ class BlockNamespace:
         lba = int(newest["lba"])
         return None if lba == LBA_UNKNOWN else lba, newest["detail"].decode("ascii", "replace")
 
+    def close_queue_pairs(self) -> None:
+        """For who goes on with the transport: all operations have ended."""
+        while self._idle:
+            self._idle.pop().close()
+
     def close(self) -> None:
-        for queue_pair in self._idle:
-            queue_pair.close()
+        self.close_queue_pairs()
         self._transport.close()
 
 

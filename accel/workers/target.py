@@ -37,3 +37,14 @@ def host_target() -> Target:
     if features.get("avx2") and features.get("fma") and features.get("f16c"):
         return AVX2
     return PORTABLE
+
+
+def host_target_name() -> str:
+    """What to call it."""
+    names = {
+        AVX512: "AVX-512",
+        AVX2: "AVX2",
+        NEON: "NEON",
+        PORTABLE: "portable, no half-precision instructions",
+    }
+    return names[host_target()]

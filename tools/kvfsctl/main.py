@@ -18,6 +18,7 @@ from kvfsctl import (
     ls,
     mount,
     mv,
+    nvme,
     rm,
     scrub,
     stats,
@@ -53,6 +54,7 @@ app.command("gc")(gc.gc)
 app.command("mount")(mount.mount)
 app.command("umount")(umount.umount)
 app.command("df")(df.df)
+app.add_typer(nvme.app, name="nvme")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
 
