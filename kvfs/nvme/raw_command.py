@@ -70,7 +70,7 @@ class RawCommand:
     @property
     def changes_nothing(self) -> bool:
         """Whether what the drive holds is the same afterwards for sure."""
-        return self.reads or not self.is_admin and self.opcode in (IoOpcode.FLUSH, IoOpcode.VERIFY, COMPARE)
+        return self.reads or (not self.is_admin and self.opcode in (IoOpcode.FLUSH, IoOpcode.VERIFY, COMPARE))
 
     def entry(self, nsid: int) -> np.ndarray:
         """SUBMISSION_ENTRY [1]; nsid: of the namespace that was opened."""
