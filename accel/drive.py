@@ -143,6 +143,6 @@ class Drive:
 
 
 def holds_flash(namespace: BlockNamespace) -> bool:
-    """Whether the blocks of a namespace are the flash of a kvfs drive, whole or damaged. Raises NvmeStatusError."""
+    """Whether a namespace holds the flash of a kvfs drive, whole or damaged. Raises NvmeStatusError."""
     count = min(-(-HEADERS_BYTES // namespace.block_bytes), namespace.num_lbas)
     return has_magic(namespace.read(0, count)[:HEADERS_BYTES].tobytes())

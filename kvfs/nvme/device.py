@@ -66,7 +66,8 @@ class Device:
     def _check_range(self, first_lba: int, num_lbas: int) -> None:
         if self._metadata_bytes:
             raise InvalidArgument(
-                f"{self.location} is formatted with {self._metadata_bytes} bytes of metadata per block: use passthru"
+                f"{self.location} is formatted with {self._metadata_bytes} bytes of metadata per block:"
+                " use passthru"
             )
         if first_lba < 0 or num_lbas < 1 or first_lba + num_lbas > self.num_lbas:
             raise InvalidArgument(

@@ -1,6 +1,6 @@
-"""What Linux knows of NVMe without asking any drive: its namespaces, what uses them, controllers it has given away.
+"""What Linux knows of NVMe without asking any drive: namespaces, what uses them, controllers it has given away.
 
-Everything is read below a root, `/` but in tests: /sys, /proc, and /dev to see whether something claims a device.
+Everything is read below a root, `/` but in tests: /sys, /proc, and /dev to see whether a device is claimed.
 """
 
 import errno
@@ -24,8 +24,8 @@ LARGEST_BLOCK = 4096
 class LinuxNamespace:
     """A namespace of a controller that Linux drives.
 
-    generic: its character device for commands, where the kernel has one; address: PCI, or of a fabric; used_bytes:
-    None where the kernel does not tell; in_use: by what, a phrase each
+    generic: its character device for commands, where the kernel has one; address: PCI, or of a fabric;
+    used_bytes: None where the kernel does not tell; in_use: by what, a phrase each
     """
 
     device: str
@@ -214,7 +214,7 @@ def _processes_with(root: Path, device: str) -> list[int]:
 
 
 def why_in_use(location: str, root: Path = ROOT) -> str | None:
-    """By what a namespace is in use, as far as Linux knows; None if it is not, or the location is none of Linux."""
+    """By what a namespace is in use, as far as Linux knows; None if by nothing, or Linux does not have it."""
     for one in namespaces(root):
         if location in (one.device, one.generic) and one.in_use:
             return ", ".join(one.in_use)

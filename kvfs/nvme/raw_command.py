@@ -1,9 +1,9 @@
 """Raw commands: what is checked before a command that somebody has composed goes to a drive.
 
-A driver maps as much memory as it is told; the controller moves as much as the command says. Where these differ the
-controller writes to memory that is not its buffer, so lengths are compared for every command that tells its own.
-What is larger than the transfer limit may end a queue pair, and what belongs to the driver (queues, asynchronous
-events) would hang it: both are refused.
+A driver maps as much memory as it is told; the controller moves as much as the command says. Where these differ
+the controller writes to memory that is not its buffer, so lengths are compared for every command that tells its
+own. What is larger than the transfer limit may end a queue pair, and what belongs to the driver (queues,
+asynchronous events) would hang it: both are refused.
 """
 
 from dataclasses import dataclass
@@ -86,10 +86,10 @@ class RawCommand:
 def check(
     command: RawCommand, block_bytes: int, max_transfer_bytes: int, separate_metadata: bool = False
 ) -> None:
-    """Raises InvalidArgument for a command that could hang or harm this process, or the queue it goes to.
+    """Raises InvalidArgument for a command that could hang or harm this process, or its queue.
 
-    block_bytes: what moves for one block, with metadata that follow it; separate_metadata: the format has some in
-    a buffer of their own
+    block_bytes: what moves for one block, with metadata that follow it; separate_metadata: the format has some
+    in a buffer of their own
     """
     _check_fields(command)
     whose = "admin" if command.is_admin else "I/O"
@@ -132,9 +132,7 @@ def _check_fields(command: RawCommand) -> None:
 def _check_io(command: RawCommand, name: str, block_bytes: int, separate_metadata: bool) -> None:
     if command.opcode in OF_BLOCKS:
         if separate_metadata:
-            raise InvalidArgument(
-                f"{name}: this format keeps metadata in a buffer of their own, which has none"
-            )
+            raise InvalidArgument(f"{name}: this format has its metadata in a buffer of their own")
         num_lbas = (command.dword("cdw12") & 0xFFFF) + 1
         if command.data_bytes != num_lbas * block_bytes:
             raise InvalidArgument(

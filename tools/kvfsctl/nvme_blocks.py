@@ -69,7 +69,7 @@ def write(
 ):
     """Write whole blocks, as many as the data are.
 
-    A device that is mounted or otherwise in use, or that holds a kvfs drive, is refused unless --force is given.
+    A device that is mounted or otherwise in use, or that holds a kvfs drive, is refused without --force.
     """
     from kvfs.nvme.device import open_device
 
@@ -83,7 +83,7 @@ def write(
         wanted = _num_blocks(device.block_bytes, block_count, data_size)
         if wanted is not None and wanted * device.block_bytes != len(payload):
             fail(
-                f"{len(payload)} bytes of data where {wanted} blocks of {device.block_bytes} bytes are asked for"
+                f"{len(payload)} bytes of data where {wanted} blocks of {device.block_bytes} bytes are wanted"
                 " (--block-count counts from zero)"
             )
         if not force:

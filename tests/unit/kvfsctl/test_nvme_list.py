@@ -85,7 +85,7 @@ def test_what_kvfs_cannot_take(machine, attributes, why):
 
 
 def test_controllers_for_spdk(machine):
-    """Those bound to a driver for user space, or to none; not what the kernel has, nor what another process has."""
+    """Those bound to a driver for user space, or to none; not the kernel's, nor another process's."""
     machine.pcie_controller("0000:01:00.0", "nvme")
     machine.pcie_controller("0000:02:00.0", "vfio-pci", "7")
     machine.pcie_controller("0000:03:00.0", None)
