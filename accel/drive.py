@@ -20,7 +20,7 @@ from ftl.direct_io.api import io_uring_works
 from ftl.drive_layout import HEADERS_BYTES, has_magic
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
-from ftl.media_location import create_media, open_media
+from ftl.media_location import create_media, lock_namespace, open_media
 from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
 from spdk_glue.namespace import BlockNamespace
@@ -35,6 +35,7 @@ __all__ = [
     "flash_errors",
     "holds_flash",
     "io_uring_works",
+    "lock_namespace",
 ]
 
 DEFAULT_CACHE_BYTES = 256 << 20

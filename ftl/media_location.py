@@ -30,7 +30,7 @@ class LockedNamespace(BlockNamespace):
         """Raises DriveBusy, NvmeError and its relatives, OSError."""
         super().__init__(open_transport(location))
         try:
-            self._lock = _lock(f"kvfs:{self.serial_number}:{self.nsid}", location)
+            self._lock = lock_namespace(self, location)
         except BaseException:
             super().close()
             raise
@@ -42,7 +42,9 @@ class LockedNamespace(BlockNamespace):
             self._lock.close()
 
 
-def _lock(name: str, location) -> socket.socket:
+def lock_namespace(namespace: BlockNamespace, location) -> socket.socket:
+    """Make a namespace this process's alone until the socket is closed. Raises DriveBusy."""
+    name = f"kvfs:{namespace.serial_number}:{namespace.nsid}"
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     try:
         holder.bind(f"\0{name}")

@@ -13,6 +13,7 @@ from accel.drive import (
     flash_errors,
     holds_flash,
     io_uring_works,
+    lock_namespace,
 )
 from accel.workers.target import host_target_name
 from kvfs.errors import (
@@ -23,7 +24,7 @@ from kvfs.errors import (
     NamespaceHoldsData,
     NotADrive,
 )
-from spdk_glue.namespace import Transport
+from spdk_glue.namespace import BlockNamespace, Transport
 from spdk_glue.status import NvmeError
 from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
@@ -35,6 +36,7 @@ __all__ = [
     "Geometry",
     "close_drive",
     "format_drive",
+    "hold_alone",
     "holds_flash",
     "host_target_name",
     "io_uring_works",
@@ -129,6 +131,20 @@ def open_transport(location: str | os.PathLike, read_only: bool = False) -> Iter
         yield transport
     finally:
         transport.close()
+
+
+@contextmanager
+def hold_alone(namespace: BlockNamespace, location: str | os.PathLike) -> Iterator[None]:
+    """Keep kvfs of other processes off a namespace of `open_transport`. Raises DriveBusy."""
+    if not is_nvme(location):
+        yield  # the drive in a file has a lock of its own
+        return
+    try:
+        lock = lock_namespace(namespace, location)
+    except flash_errors.DriveBusy as error:
+        raise DriveBusy(location, error.pid) from error
+    with lock:
+        yield
 
 
 def _reason(error: Exception) -> str:

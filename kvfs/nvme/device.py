@@ -2,19 +2,27 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from kvfs.embedded_drive import holds_flash, open_transport
+from kvfs.embedded_drive import hold_alone, holds_flash, open_transport
 from kvfs.errors import InUse, InvalidArgument
 from kvfs.metadata_vfs import VOLUME_HEADER, VOLUME_MAGIC
 from kvfs.nvme import linux_devices
 from kvfs.nvme.meaning import block_bytes_of
 from kvfs.nvme.raw_command import RawCommand, check
 from spdk_glue import command, dma
-from spdk_glue.identify import FLBAS_EXTENDED, IDENTIFY_NAMESPACE, SMART_LOG, Cns, LogPage
+from spdk_glue.identify import (
+    FLBAS_EXTENDED,
+    IDENTIFY_NAMESPACE,
+    SMART_LOG,
+    WARNING_READ_ONLY,
+    Cns,
+    LogPage,
+)
 from spdk_glue.namespace import BlockNamespace, Transport
+from spdk_glue.transports.url import is_nvme
 
 STEP_BYTES = 8 << 20
 
@@ -25,8 +33,9 @@ class Device:
     controller, namespace: IDENTIFY_CONTROLLER and IDENTIFY_NAMESPACE
     """
 
-    def __init__(self, location: str, transport: Transport):
+    def __init__(self, location: str, transport: Transport, read_only: bool):
         self.location = location
+        self._is_embedded_read_only = read_only and not is_nvme(location)
         self._blocks = BlockNamespace(transport)
         self.controller: np.void = self._blocks.controller
         self.nsid = self._blocks.nsid
@@ -41,7 +50,10 @@ class Device:
 
     def smart(self) -> np.void:
         """SMART_LOG of the whole controller."""
-        return self._blocks.log_page(LogPage.SMART, SMART_LOG)[0]
+        record = self._blocks.log_page(LogPage.SMART, SMART_LOG)[0]
+        if self._is_embedded_read_only:  # by us, which is nothing to warn of
+            record["critical_warning"] &= ~WARNING_READ_ONLY & 0xFF
+        return record
 
     # blocks
 
@@ -130,11 +142,11 @@ def contents_of(blocks: BlockNamespace) -> str | None:
 
 @contextmanager
 def open_device(location: str | os.PathLike, read_only: bool = False) -> Iterator[Device]:
-    """See kvfs.embedded_drive.open_transport."""
+    """See kvfs.embedded_drive.open_transport; whoever may change it has it alone. Raises DriveBusy, too."""
     location = os.fspath(location)
-    with open_transport(location, read_only) as transport:
-        device = Device(location, transport)
-        try:
-            yield device
-        finally:
-            device._blocks.close_queue_pairs()
+    with ExitStack() as stack:
+        device = Device(location, stack.enter_context(open_transport(location, read_only)), read_only)
+        stack.callback(device._blocks.close_queue_pairs)
+        if not read_only:
+            stack.enter_context(hold_alone(device._blocks, location))
+        yield device

@@ -20,8 +20,8 @@ from spdk_glue.command import (
     direction,
 )
 
-COMPARE, ZONE_APPEND, ZONE_RECEIVE, RESERVATION_REPORT = 0x05, 0x7D, 0x7A, 0x0E
-OF_BLOCKS = (IoOpcode.READ, IoOpcode.WRITE, COMPARE, ZONE_APPEND)
+ZONE_APPEND, ZONE_RECEIVE, RESERVATION_REPORT = 0x7D, 0x7A, 0x0E
+OF_BLOCKS = (IoOpcode.READ, IoOpcode.WRITE, IoOpcode.COMPARE, ZONE_APPEND)
 IDENTIFY_BYTES = 4096
 DRIVERS_OWN = {
     0x00: "Delete I/O Submission Queue",
@@ -70,7 +70,8 @@ class RawCommand:
     @property
     def changes_nothing(self) -> bool:
         """Whether what the drive holds is the same afterwards for sure."""
-        return self.reads or (not self.is_admin and self.opcode in (IoOpcode.FLUSH, IoOpcode.VERIFY, COMPARE))
+        harmless = (IoOpcode.FLUSH, IoOpcode.VERIFY, IoOpcode.COMPARE)
+        return self.reads or (not self.is_admin and self.opcode in harmless)
 
     def entry(self, nsid: int) -> np.ndarray:
         """SUBMISSION_ENTRY [1]; nsid: of the namespace that was opened."""

@@ -39,7 +39,7 @@ def smart_log(location: LocationArgument, json_output: JsonOption = False):
     from kvfs.nvme.device import open_device
     from kvfs.nvme.meaning import plain, smart_lines
 
-    with open_device(location) as device:  # opened read-only, a kvfs drive would warn that it is
+    with open_device(location, read_only=True) as device:
         smart = device.smart()
     if json_output:
         print_json("nvme smart-log", location=location, smart=plain(smart))
