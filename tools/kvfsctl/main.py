@@ -9,6 +9,7 @@ from kvfsctl import (
     check,
     demo,
     df,
+    doctor,
     export,
     fork,
     format,
@@ -57,6 +58,7 @@ app.command("df")(df.df)
 app.add_typer(nvme.app, name="nvme")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 
 
 def run() -> None:

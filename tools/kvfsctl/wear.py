@@ -1,13 +1,15 @@
 """`kvfsctl wear`: how worn the flash is, and how evenly."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from kvfsctl.opening import open_inspection
 from kvfsctl.output import DriveArgument, JsonOption, fail, print_json, print_table
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_BINS = 16
 
@@ -24,6 +26,8 @@ def wear(
     A superblock's count is that of its most worn block. Wear levelling keeps the counts within 5% of the
     rated cycles of each other.
     """
+
+    import numpy as np
 
     if plot is not None and plot.suffix != ".png":
         raise typer.BadParameter("the plot is a .png file", param_hint="--plot")
@@ -74,8 +78,10 @@ def wear(
             fail(f"{plot}: {error.strerror or error}")
 
 
-def erase_histogram(counts: np.ndarray) -> list[tuple[int, int, int]]:
+def erase_histogram(counts: "np.ndarray") -> list[tuple[int, int, int]]:
     """(lowest count, highest count, superblocks) of at most MAX_BINS bins of equal width."""
+    import numpy as np  # only now: kvfsctl doctor tells when it is missing
+
     low, high = int(counts.min()), int(counts.max())
     width = -(-(high - low + 1) // MAX_BINS)
     numbers = np.bincount((counts - low) // width)
