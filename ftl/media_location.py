@@ -30,7 +30,7 @@ class LockedNamespace(BlockNamespace):
         """Raises DriveBusy, NvmeError and its relatives, OSError."""
         super().__init__(open_transport(location))
         try:
-            self._lock = lock_namespace(self, location)
+            self._held = lock_namespace(self, location)
         except BaseException:
             super().close()
             raise
@@ -39,7 +39,7 @@ class LockedNamespace(BlockNamespace):
         try:
             super().close()
         finally:
-            self._lock.close()
+            self._held.close()
 
 
 def lock_namespace(namespace: BlockNamespace, location) -> socket.socket:
