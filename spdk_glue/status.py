@@ -23,6 +23,7 @@ class Status(IntEnum):
     INVALID_LOG_PAGE = 0x0109
     WRITE_FAULT = 0x0280
     UNRECOVERED_READ_ERROR = 0x0281
+    COMPARE_FAILURE = 0x0285
     DEALLOCATED_BLOCK = 0x0287  # attention over a page that was never written
     # vendor specific
     INVALID_DESCRIPTOR = 0x07C0
