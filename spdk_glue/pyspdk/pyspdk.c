@@ -116,8 +116,8 @@ static int pyspdk_env_start(const pyspdk_env_options *options)
     env.no_pci = !options->pci;
     env.no_huge = !options->hugepages;
     env.hugepage_single_segments = options->hugepages; /* vfio-user hands them to its target */
-    env.unlink_hugepage = options->hugepages;
-    env.env_context = (void *)"--log-level=lib.*:error";
+    /* huge pages without files, which a killed process would leave behind */
+    env.env_context = (void *)(options->hugepages ? "--log-level=lib.*:error --in-memory" : "--log-level=lib.*:error");
     int result = spdk_env_init(&env);
     pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
     return result;

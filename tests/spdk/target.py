@@ -30,14 +30,16 @@ class RpcError(Exception):
 class Target:
     """One nvmf_tgt process with a TCP listener on loopback.
 
+    is_polling: it takes a CPU for itself, rather than sleep while nothing comes
     bdevs: name to ("malloc", bytes) or ("aio", path), each a namespace in this order, with 4096-byte blocks
     """
 
-    def __init__(self, folder, bdevs, *, max_io_size: int = 128 << 10, cpu_mask: str = "0x1"):
+    def __init__(self, folder, bdevs, *, max_io_size: int = 128 << 10, cpu_mask: str = "0x1", is_polling=False):
         self.folder = folder
         self.bdevs = bdevs
         self.max_io_size = max_io_size
         self.cpu_mask = cpu_mask
+        self.is_polling = is_polling
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -69,7 +71,8 @@ class Target:
                 *("setpriv", "--pdeathsig", "KILL"),  # it does not outlive a test run that crashes
                 "nvmf_tgt",
                 *("-r", self._socket, "-m", self.cpu_mask, "--no-huge", "-s", str(memory), "--no-pci"),
-                *("--silence-noticelog", "--disable-cpumask-locks", "--interrupt-mode"),
+                *("--silence-noticelog", "--disable-cpumask-locks"),
+                *([] if self.is_polling else ["--interrupt-mode"]),
             ],
             stdout=self._log,
             stderr=self._log,
@@ -87,6 +90,15 @@ class Target:
             self.rpc("nvmf_subsystem_add_ns", nqn=SUBSYSTEM, namespace={"bdev_name": name})
         address = {"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": str(self.port)}
         self.rpc("nvmf_subsystem_add_listener", nqn=SUBSYSTEM, listen_address=address)
+
+    def listen_on_vfio_user(self) -> str:
+        """Offer the subsystem as a PCIe device in a folder, too; its transport id."""
+        folder = self.folder / "vfio_user"
+        folder.mkdir()
+        self.rpc("nvmf_create_transport", trtype="VFIOUSER")
+        address = {"trtype": "VFIOUSER", "traddr": str(folder), "trsvcid": "0"}
+        self.rpc("nvmf_subsystem_add_listener", nqn=SUBSYSTEM, listen_address=address)
+        return f"trtype:VFIOUSER traddr:{folder} subnqn:{SUBSYSTEM}"
 
     def _wait_for_socket(self) -> None:
         give_up = time.monotonic() + START_SECONDS
