@@ -79,7 +79,9 @@ class Target:
         )
         self._wait_for_socket()
         self.rpc("nvmf_create_transport", trtype="TCP", max_io_size=self.max_io_size, in_capsule_data_size=4096)
-        self.rpc("nvmf_create_subsystem", nqn=SUBSYSTEM, allow_any_host=True, serial_number="KVFSTEST")
+        self.rpc(
+            "nvmf_create_subsystem", nqn=SUBSYSTEM, allow_any_host=True, serial_number=f"KVFSTEST{self.port}"
+        )
         for name, (kind, what) in self.bdevs.items():
             if kind == "malloc":
                 self.rpc("bdev_malloc_create", name=name, num_blocks=int(what) // 4096, block_size=4096)

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,9 @@ NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 2, 2, 4, 64
 
 @pytest.fixture
 def path(tmp_path):
-    """A formatted, empty drive."""
-    path = tmp_path / "drive.kvfs"
-    kvfs.format(path, "48MiB")
+    """A formatted, empty drive: in a file, or at KVFS_TEST_LOCATION, a namespace whose content is lost."""
+    path = os.environ.get("KVFS_TEST_LOCATION") or tmp_path / "drive.kvfs"
+    kvfs.format(path, "48MiB", overwrite=True)
     return path
 
 
