@@ -21,10 +21,9 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from accel.descriptor import AttentionWork
+from accel.attention_work import AttentionWork
 from accel.merge import merge_units
 from accel.page_cache import PageCache
-from accel.page_plan import plan_pages
 from accel.worker_pool import WorkerPool
 from accel.workers import AttentionBatch, BadScales, UnitRange
 from ftl.errors import CorruptPage, FlashError
@@ -100,6 +99,7 @@ class AttentionJob:
         self.pages_from_cache = 0
         self.kernel_ns = 0
         self._engine = engine
+        self._plan = work.plan
         self._ended: Callable[[], None] | None = ended
         self._guard = ExitStack()
         self._room = threading.Semaphore(SPANS_PINNED)
@@ -124,31 +124,31 @@ class AttentionJob:
 
     def _prepare(self) -> None:
         """Arrays for all units."""
-        work = self.work
-        plan = self._plan = plan_pages(work, self._engine.scattered_span_pages)
+        tables, plan = self.work.tables, self._plan
+        # filled as spans are pinned
+        self._addresses = np.empty((2, plan.num_pages), np.uint64)
         self._batch = AttentionBatch(
-            dtype=work.dtype_name,
-            head_dim=work.head_dim,
-            group_size=work.group_size,
-            # a page's address takes the place of its LBA when its span is pinned: see _spans
-            key_pages=plan.key_lbas.view(np.uint64),
-            value_pages=plan.value_lbas.view(np.uint64),
+            dtype=tables.dtype_name,
+            head_dim=tables.head_dim,
+            group_size=tables.group_size,
+            key_pages=self._addresses[0],
+            value_pages=self._addresses[1],
             page_first_token=plan.page_first_token,
             page_num_tokens=plan.page_num_tokens,
             unit_first_page=plan.unit_first_page,
             unit_item=plan.unit_item,
             unit_kv_head=plan.unit_kv_head,
-            queries=work.queries,
-            visible_start=work.visible_start,
-            visible_stop=work.visible_stop,
-            scale=work.scale,
-            softcap=work.softcap,
-            alibi_slopes=work.alibi_slopes,
-            query_position=work.query_position,
-            scales_offset=work.scales_offset,
+            queries=self.work.queries,
+            visible_start=tables.visible_start,
+            visible_stop=tables.visible_stop,
+            scale=tables.scale,
+            softcap=tables.softcap,
+            alibi_slopes=tables.alibi_slopes,
+            query_position=tables.query_position,
+            scales_offset=tables.scales_offset,
         )
-        shape = (plan.num_units, work.num_queries, work.group_size)
-        self._unit_out = np.empty((*shape, work.head_dim), np.float32)
+        shape = (plan.num_units, self.work.queries.shape[1], tables.group_size)
+        self._unit_out = np.empty((*shape, tables.head_dim), np.float32)
         self._unit_lse = np.empty(shape, np.float32)
 
     def _go_on(self, spans: Iterator[Span]) -> None:
@@ -165,12 +165,13 @@ class AttentionJob:
     def _spans(self) -> Iterator[Span]:
         """The plan's units in runs of at most span_pages, each pinned when it is taken."""
         plan, engine = self._plan, self._engine
+        layer_offset = self.work.layer * self.work.tables.layer_lbas
         max_pages = engine.span_pages
         first = 0
         while first < plan.num_units:
             stop = self._cut(first, plan.num_units, max_pages)
             part = slice(plan.unit_first_page[first], plan.unit_first_page[stop])
-            lbas = np.concatenate([plan.key_lbas[part], plan.value_lbas[part]])
+            lbas = (plan.lbas[:, part] + layer_offset).reshape(-1)
             pages = engine.ftl.resolve(lbas)
             if pages.min() < 0:
                 lba = int(lbas[np.argmin(pages)])
@@ -186,9 +187,7 @@ class AttentionJob:
                     continue
                 buffer, addresses = self._private_memory(pages)
                 missing = np.arange(len(pages))
-            half = len(pages) // 2
-            self._batch.key_pages[part] = addresses[:half]
-            self._batch.value_pages[part] = addresses[half:]
+            self._addresses[:, part] = addresses.reshape(2, -1)
             self.pages_from_flash += len(missing)
             self.pages_from_cache += len(pages) - len(missing)
             yield Span(first, stop, pages, lbas, addresses, missing, stop - first, buffer)
@@ -319,14 +318,14 @@ class AttentionJob:
             self.failure = CommandFailed(Status.ATTENTION_CANCELLED)
         if self.failure is None:
             with self._stop_on_error("merging"):
-                plan, work = self._plan, self.work
+                plan, tables = self._plan, self.work.tables
                 self.out, self.lse = merge_units(
                     self._unit_out,
                     self._unit_lse,
                     plan.unit_item,
                     plan.unit_kv_head,
-                    len(work.items),
-                    work.num_kv_heads,
+                    len(tables.items),
+                    tables.num_kv_heads,
                 )
         ended, self._ended = self._ended, None  # or job and ticket would wait for the garbage collector
         ended()

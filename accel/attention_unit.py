@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from accel import descriptor
 from accel.attention_job import AttentionJob, Engine
+from accel.attention_work import DescriptorReader
 from accel.page_cache import PageCache
 from accel.worker_pool import WorkerPool
 from spdk_glue.status import CommandFailed, Status
@@ -50,7 +50,6 @@ class AttentionUnit:
     """Attention over the drive's pages. `ftl` resolves and reads; `worker` computes."""
 
     def __init__(self, ftl, cache: PageCache, worker, num_workers: int):
-        self._ftl = ftl
         self.num_workers = num_workers
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
@@ -62,13 +61,14 @@ class AttentionUnit:
             ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kvfs-reader"),
             WorkerPool(num_workers),
         )
+        self._descriptors = DescriptorReader(ftl.page_size, ftl.num_lbas, self._engine.scattered_span_pages)
         self.counters = AttentionCounters()
         ftl.on_erase(cache.drop)
 
     def submit(self, ticket_id: int, data: np.ndarray) -> None:
         """Start a descriptor's work. Raises CommandFailed for a bad one or too many tickets."""
-        work = descriptor.parse(data, self._ftl.page_size, self._ftl.num_lbas)
         ticket = Ticket(time.perf_counter_ns())
+        work = self._descriptors.read(data)
         ticket.job = AttentionJob(self._engine, work, lambda: self._end(ticket))
         with self._lock:
             if ticket_id in self._tickets:
@@ -86,7 +86,7 @@ class AttentionUnit:
             counters.commands += 1
             counters.cancelled += job.cancelled
             counters.failed += job.failure is not None
-            counters.items += len(job.work.items)
+            counters.items += len(job.work.tables.items)
             counters.pages_from_flash += job.pages_from_flash
             counters.pages_from_cache += job.pages_from_cache
             counters.kernel_ns += job.kernel_ns
@@ -100,7 +100,7 @@ class AttentionUnit:
         if ticket is None:
             raise CommandFailed(Status.UNKNOWN_TICKET, detail=f"ticket {ticket_id}")
         job = ticket.job
-        size = job.work.answer_bytes
+        size = job.work.tables.answer_bytes
         if answer.nbytes < size:
             raise CommandFailed(Status.SGL_LENGTH_INVALID, detail=f"answer has {size} bytes")
         ticket.done.wait()

@@ -1,6 +1,7 @@
 """Reading an attention descriptor: every field checked before anything is done with it.
 
-A descriptor comes from outside the drive, so whatever it holds must end in a status code.
+A descriptor comes from outside the drive, so whatever it holds must end in a status code. What it holds but for
+its layer and its queries is checked apart: layer after layer, and often token after token, it is the same.
 """
 
 import math
@@ -25,6 +26,7 @@ from spdk_glue.vendor_command import (
     KvDtype,
     answer_bytes,
     pages_per_head,
+    record_struct,
     row_bytes,
     scale_bytes,
     tokens_per_page,
@@ -39,23 +41,26 @@ HEAD_DIM_STEP = 8
 MAX_GROUP_TOKENS = 1 << 16
 MAX_TRANSFER_BYTES = 256 << 20
 _SLOPE, _POSITION = np.dtype("<f4"), np.dtype("<u4")
+_HEADER = record_struct(ATTENTION_HEADER)
+_LAYER_AT = ATTENTION_HEADER.fields["layer"][1]
+_NO_LAYER = bytes(ATTENTION_HEADER["layer"].itemsize)
 
 
 @dataclass(frozen=True)
-class AttentionWork:
-    """A checked descriptor.
+class AttentionTables:
+    """A checked descriptor but for its layer and queries.
 
     items: ATTENTION_ITEM [num_items]; extents: GROUP_EXTENT [num_extents]
-    queries: float32 [num_items, num_queries, num_query_heads, head_dim]
     visible_start, visible_stop: int64 [num_items, num_queries]
     alibi_slopes: float32 [num_query_heads], query_position: int64 [num_items, num_queries]; empty: no bias
     """
 
-    layer: int
+    num_layers: int
     num_kv_heads: int
     group_size: int
     head_dim: int
     dtype: KvDtype
+    query_dtype: KvDtype
     scale: float
     softcap: float
     group_tokens: int
@@ -66,19 +71,15 @@ class AttentionWork:
     scales_offset: int  # in a quantized page
     items: np.ndarray
     extents: np.ndarray
-    queries: np.ndarray
     visible_start: np.ndarray
     visible_stop: np.ndarray
     alibi_slopes: np.ndarray
     query_position: np.ndarray
 
     @property
-    def num_queries(self) -> int:
-        return self.queries.shape[1]
-
-    @property
-    def num_query_heads(self) -> int:
-        return self.queries.shape[2]
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """[num_items, num_queries, num_query_heads, head_dim]"""
+        return *self.visible_start.shape, self.num_kv_heads * self.group_size, self.head_dim
 
     @property
     def dtype_name(self) -> str:
@@ -86,7 +87,7 @@ class AttentionWork:
 
     @property
     def answer_bytes(self) -> int:
-        return answer_bytes(len(self.items), self.num_queries, self.num_query_heads, self.head_dim)
+        return answer_bytes(*self.query_shape)
 
 
 def _demand(condition: bool, detail: str) -> None:
@@ -103,11 +104,35 @@ def widen(raw: np.ndarray, dtype: KvDtype) -> np.ndarray:
     return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
-    """Check a descriptor's bytes. Raises CommandFailed(INVALID_DESCRIPTOR) naming the field at fault."""
-    _demand(data.nbytes >= ATTENTION_HEADER.itemsize, "shorter than its header")
-    fields = data[: ATTENTION_HEADER.itemsize].view(ATTENTION_HEADER)[0].item()
-    header = dict(zip(ATTENTION_HEADER.names, fields, strict=True))
+def split(data: np.ndarray) -> tuple[bytes, int, np.ndarray]:
+    """(header and tables with layer 0, the layer, the rest with the queries) of a descriptor's bytes.
+
+    The first is a copy: the host may reuse its buffer. Raises CommandFailed(INVALID_DESCRIPTOR).
+    """
+    _demand(data.nbytes >= _HEADER.size, "shorter than its header")
+    header = _fields(data)
+    start = header["queries_offset"]
+    _demand(start % 4 == 0 and _HEADER.size <= start <= data.nbytes, "queries_offset")
+    tables = bytearray(data[:start])
+    tables[_LAYER_AT : _LAYER_AT + len(_NO_LAYER)] = _NO_LAYER
+    return bytes(tables), header["layer"], data[start:]
+
+
+def _fields(data) -> dict:
+    return dict(zip(ATTENTION_HEADER.names, _HEADER.unpack_from(data), strict=True))
+
+
+def read_queries(tables: AttentionTables, raw: np.ndarray) -> np.ndarray:
+    """float32 [num_items, num_queries, num_query_heads, head_dim], a copy. Raises as `split`."""
+    shape = tables.query_shape
+    num_bytes = math.prod(shape[:3]) * row_bytes(shape[3], tables.query_dtype)
+    _demand(num_bytes <= raw.nbytes, "shorter than its queries")
+    return widen(raw[:num_bytes].copy(), tables.query_dtype).reshape(shape)
+
+
+def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
+    """Check what `split` gives. Raises CommandFailed(INVALID_DESCRIPTOR) naming the field at fault."""
+    header, raw = _fields(data), np.frombuffer(data, np.uint8)
     _demand(header["magic"] == ATTENTION_MAGIC, "magic")
     _demand(header["version"] == ATTENTION_VERSION, "version")
     _demand(not header["flags"] & ~(EXPLICIT_RANGES | LINEAR_BIAS), "flags")
@@ -117,14 +142,14 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(query_dtype not in QUANTIZED, "query_dtype")
     num_items, num_extents, num_queries = header["num_items"], header["num_extents"], header["num_queries"]
     num_kv_heads, group_size, head_dim = header["num_kv_heads"], header["group_size"], header["head_dim"]
-    num_layers, layer, group_tokens = header["num_layers"], header["layer"], header["group_tokens"]
+    num_layers, group_tokens = header["num_layers"], header["group_tokens"]
     _demand(1 <= num_items <= MAX_ITEMS, "num_items")
     _demand(1 <= num_queries <= MAX_QUERIES, "num_queries")
+    _demand(num_layers >= 1, "num_layers")
     _demand(num_kv_heads >= 1, "num_kv_heads")
     _demand(1 <= group_size <= MAX_GROUP_SIZE, "group_size")
     _demand(HEAD_DIM_MIN <= head_dim <= HEAD_DIM_MAX and head_dim % HEAD_DIM_STEP == 0, "head_dim")
     _demand(dtype != KvDtype.INT4 or head_dim % INT4_CHANNELS == 0, "head_dim of int4")
-    _demand(layer < num_layers, "layer")
     _demand(1 <= group_tokens <= MAX_GROUP_TOKENS, "group_tokens")
     _demand(math.isfinite(header["scale"]), "scale")
     _demand(math.isfinite(header["softcap"]) and header["softcap"] >= 0, "softcap")
@@ -138,17 +163,13 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     has_bias = bool(header["flags"] & LINEAR_BIAS)
     num_slopes, num_positions = (num_heads, num_items * num_queries) if has_bias else (0, 0)
     tables += num_slopes * _SLOPE.itemsize + num_positions * _POSITION.itemsize
-    query_shape = (num_items, num_queries, num_heads, head_dim)
-    query_bytes = math.prod(query_shape[:3]) * row_bytes(head_dim, query_dtype)
-    start = header["queries_offset"]
-    _demand(start % 4 == 0 and offset + tables <= start, "queries_offset")
-    _demand(start + query_bytes <= data.nbytes, "shorter than its tables and queries")
+    _demand(offset + tables <= len(data), "queries_offset")
 
     def table(record: np.dtype, count: int) -> np.ndarray:
         nonlocal offset
-        view = data[offset : offset + count * record.itemsize].view(record)
+        found = raw[offset : offset + count * record.itemsize].view(record)
         offset += count * record.itemsize
-        return view.copy()  # the host may reuse its buffer once the command completes
+        return found
 
     items, extents, ranges = (
         table(ATTENTION_ITEM, num_items),
@@ -165,14 +186,13 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
     _demand(fault == NO_FAULT, _FAULTS[fault])
     visible_start, visible_stop = (np.empty((num_items, num_queries), np.int64) for _ in range(2))
     _visibility(item_words, range_words, visible_start, visible_stop)
-    # a copy for the same reason as the tables
-    queries = widen(data[start : start + query_bytes].copy(), query_dtype).reshape(query_shape)
-    return AttentionWork(
-        layer=layer,
+    return AttentionTables(
+        num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         group_size=group_size,
         head_dim=head_dim,
         dtype=dtype,
+        query_dtype=query_dtype,
         scale=header["scale"],
         softcap=header["softcap"],
         group_tokens=group_tokens,
@@ -183,10 +203,9 @@ def parse(data: np.ndarray, page_size: int, num_lbas: int) -> AttentionWork:
         scales_offset=page_size - scale_bytes(head_dim, dtype),
         items=items,
         extents=extents,
-        queries=queries,
         visible_start=visible_start,
         visible_stop=visible_stop,
-        alibi_slopes=slopes,
+        alibi_slopes=slopes.copy(),  # a read-only array is another type to a kernel, compiled anew
         query_position=positions.astype(np.int64).reshape(-1, num_queries),
     )
 

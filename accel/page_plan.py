@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from accel.descriptor import AttentionWork
+from accel.descriptor import AttentionTables
 
 UNIT_TOKENS = 2048  # long enough to amortise a kernel call, short enough to split between workers
 
@@ -18,12 +18,12 @@ UNIT_TOKENS = 2048  # long enough to amortise a kernel call, short enough to spl
 class PagePlan:
     """Pages of all units, concatenated: the logical addresses of K and of V (page numbers in a host's memory).
 
-    key_lbas, value_lbas, page_first_token: int64 [num_pages]; page_num_tokens: int32 [num_pages]
+    lbas: int64 [2, num_pages], of K and of V
+    page_first_token: int64 [num_pages]; page_num_tokens: int32 [num_pages]
     unit_first_page: int64 [num_units + 1]; unit_item, unit_kv_head: int32 [num_units]
     """
 
-    key_lbas: np.ndarray
-    value_lbas: np.ndarray
+    lbas: np.ndarray
     page_first_token: np.ndarray
     page_num_tokens: np.ndarray
     unit_first_page: np.ndarray
@@ -36,7 +36,11 @@ class PagePlan:
 
     @property
     def num_pages(self) -> int:
-        return len(self.key_lbas)
+        return self.lbas.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
 
 
 @njit(nogil=True, cache=True)
@@ -55,8 +59,7 @@ def _plan(
     per_page,
     group_tokens,
     unit_groups,
-    key_lbas,
-    value_lbas,
+    lbas,
     page_first_token,
     page_num_tokens,
     unit_first_page,
@@ -94,8 +97,8 @@ def _plan(
                         behind += 1
                         keys = base + layer_offset + head * 2 * per_head
                         for page in range(first, last + 1):
-                            key_lbas[num_pages] = keys + page
-                            value_lbas[num_pages] = keys + per_head + page
+                            lbas[0, num_pages] = keys + page
+                            lbas[1, num_pages] = keys + per_head + page
                             page_first_token[num_pages] = origin + page * per_page
                             page_num_tokens[num_pages] = min(
                                 per_page, min(group_tokens, stop - origin) - page * per_page
@@ -113,8 +116,7 @@ def _plan(
 def _plan_arrays(num_units: int, num_pages: int) -> tuple[np.ndarray, ...]:
     """PagePlan's fields, to be filled."""
     return (
-        np.empty(num_pages, np.int64),
-        np.empty(num_pages, np.int64),
+        np.empty((2, num_pages), np.int64),
         np.empty(num_pages, np.int64),
         np.empty(num_pages, np.int32),
         np.empty(num_units + 1, np.int64),
@@ -171,23 +173,23 @@ def plan_units(
     return PagePlan(*filled)
 
 
-def plan_pages(work: AttentionWork, max_unit_pages: int) -> PagePlan:
-    """The pages that the queries of `work` see, by logical address."""
-    # what no extent names cannot be read; descriptor.parse holds num_tokens to the extents' end
-    first_group = work.items["first_group"].astype(np.int64)
-    start = np.maximum(work.visible_start.min(axis=1), first_group * work.group_tokens)
+def plan_pages(tables: AttentionTables, max_unit_pages: int) -> PagePlan:
+    """The pages that a command's queries see in layer 0, by logical address."""
+    # what no extent names cannot be read; descriptor.check_tables holds num_tokens to the extents' end
+    first_group = tables.items["first_group"].astype(np.int64)
+    start = np.maximum(tables.visible_start.min(axis=1), first_group * tables.group_tokens)
     return plan_units(
         start,
-        work.visible_stop.max(axis=1),
-        work.items["first_extent"].astype(np.int64),
+        tables.visible_stop.max(axis=1),
+        tables.items["first_extent"].astype(np.int64),
         first_group,
-        work.extents["base_lba"].astype(np.int64),
-        work.extents["num_groups"].astype(np.int64),
-        group_pages=work.group_lbas,
-        layer_offset=work.layer * work.layer_lbas,
-        num_kv_heads=work.num_kv_heads,
-        pages_per_head=work.pages_per_head,
-        tokens_per_page=work.tokens_per_page,
-        group_tokens=work.group_tokens,
+        tables.extents["base_lba"].astype(np.int64),
+        tables.extents["num_groups"].astype(np.int64),
+        group_pages=tables.group_lbas,
+        layer_offset=0,
+        num_kv_heads=tables.num_kv_heads,
+        pages_per_head=tables.pages_per_head,
+        tokens_per_page=tables.tokens_per_page,
+        group_tokens=tables.group_tokens,
         max_unit_pages=max_unit_pages,
     )

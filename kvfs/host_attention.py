@@ -37,15 +37,15 @@ def attend_tails(
     num_items, num_queries = starts.shape
     spilled = np.array([tail.num_spilled for tail in tails], np.int64)
     images = [tail.image_addresses() for tail in tails]
-    addresses = [address for _, addresses in images for address in addresses]
+    image_addresses = [address for _, addresses in images for address in addresses]
     num_images = [len(addresses) for _, addresses in images]
     plan = plan_units(
         np.maximum(starts.min(axis=1), spilled),
         np.minimum(stops.max(axis=1), [tail.num_tokens for tail in tails]),
         np.cumsum([0, *num_images[:-1]]),
         np.array([first_group for first_group, _ in images], np.int64),
-        np.array(addresses, np.int64) // page_size,
-        np.ones(len(addresses), np.int64),
+        np.array(image_addresses, np.int64) // page_size,
+        np.ones(len(image_addresses), np.int64),
         group_pages=layout.layer_lbas,
         layer_offset=0,
         num_kv_heads=geometry.num_kv_heads,
@@ -57,12 +57,13 @@ def attend_tails(
     if not plan.num_units:
         lse = np.full((num_items, num_queries, queries.shape[2]), -np.inf, np.float32)
         return np.zeros(queries.shape, np.float32), lse
+    addresses = (plan.lbas * page_size).view(np.uint64)
     batch = AttentionBatch(
         dtype=geometry.dtype,
         head_dim=geometry.head_dim,
         group_size=geometry.gqa_group_size,
-        key_pages=(plan.key_lbas * page_size).view(np.uint64),
-        value_pages=(plan.value_lbas * page_size).view(np.uint64),
+        key_pages=addresses[0],
+        value_pages=addresses[1],
         page_first_token=plan.page_first_token,
         page_num_tokens=plan.page_num_tokens,
         unit_first_page=plan.unit_first_page,

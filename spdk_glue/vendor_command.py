@@ -23,9 +23,19 @@ float8 e4m3, int8 (-127 to 127), or int4 (-7 to 7, stored plus 8): byte i of 16 
 (low half) and 16 + i of 32.
 """
 
+import struct
 from enum import IntEnum
 
 import numpy as np
+
+_STRUCT_CODE = {"|u1": "B", "<u2": "H", "<u4": "I", "<u8": "Q", "<f4": "f"}
+
+
+def record_struct(record: np.dtype) -> struct.Struct:
+    """A record's fields for `struct`, which takes a tenth of NumPy's time for a single one."""
+    fields = (record[name] for name in record.names)
+    codes = (_STRUCT_CODE.get(field.str) or f"{field.itemsize}s" for field in fields)
+    return struct.Struct("<" + "".join(codes))
 
 
 class KvDtype(IntEnum):

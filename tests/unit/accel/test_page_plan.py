@@ -64,5 +64,5 @@ def test_pages_of_scattered_groups(seed):
             of_head = pages[found.unit_item[unit]][found.unit_kv_head[unit]]
             token = found.page_first_token[page]
             assert token not in of_head
-            of_head[token] = (found.key_lbas[page], found.value_lbas[page], found.page_num_tokens[page])
+            of_head[token] = (*found.lbas[:, page], found.page_num_tokens[page])
     assert pages == [w[2] for w in wanted]
