@@ -19,6 +19,9 @@ class Attention:
     def __init__(self, namespace: Namespace, worker):
         self._namespace = namespace
         self._worker = worker
+        limits = namespace.attention
+        self._max_items, self._max_queries = int(limits["max_items"]), int(limits["max_queries"])
+        self._max_transfer_bytes = int(limits["max_transfer_bytes"])
 
     def run(self, model: Model, layer, queries, sequences, starts, stops, scoring: Scoring):
         """(out, lse) of checked arguments, in as many commands as the drive needs; see Store.attend."""
@@ -39,9 +42,12 @@ class Attention:
             return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
         wire_queries, query_dtype = to_query(queries)
         tails = [sequence._layers[layer] for sequence in sequences]
-        spilled = np.array([tail.num_spilled for tail in tails])[:, None]
-        sees_flash = bool((np.minimum(stops, spilled) > starts).any())
-        sees_tail = bool((stops > np.maximum(starts, spilled)).any())
+        seen = [
+            (min(own_starts), max(own_stops), tail.num_spilled)
+            for own_starts, own_stops, tail in zip(starts.tolist(), stops.tolist(), tails, strict=True)
+        ]
+        sees_flash = any(start < min(stop, spilled) for start, stop, spilled in seen)
+        sees_tail = any(max(start, spilled) < stop for start, stop, spilled in seen)
         ticket = None
         if sees_flash or not sees_tail:
             parts = [
@@ -63,13 +69,11 @@ class Attention:
 
     def _items_per_command(self, model: Model, queries: np.ndarray) -> int:
         """How many sequences fit in one command of this drive."""
-        capabilities = self._namespace.attention
-        if queries.shape[1] > int(capabilities["max_queries"]):
-            raise InvalidArgument(f"at most {int(capabilities['max_queries'])} queries, not {queries.shape[1]}")
-        per_item = 8 * (queries[0].size + queries.shape[1] * queries.shape[2])
-        return max(
-            1, min(int(capabilities["max_items"]), int(capabilities["max_transfer_bytes"]) // (2 * per_item))
-        )
+        _, num_queries, num_heads, head_dim = queries.shape
+        if num_queries > self._max_queries:
+            raise InvalidArgument(f"at most {self._max_queries} queries, not {num_queries}")
+        per_item = 8 * num_queries * num_heads * (head_dim + 1)
+        return max(1, min(self._max_items, self._max_transfer_bytes // (2 * per_item)))
 
 
 def common_model(sequences, store) -> Model:
@@ -111,10 +115,11 @@ def visible(num_tokens: list[int], num_queries: int, causal: bool, token_ranges)
             raise InvalidArgument(f"token_ranges lie within 0 and the layer's tokens ({int(limits.min())})")
         return starts, stops
     starts = np.zeros((len(num_tokens), num_queries), np.int64)
-    behind = np.arange(num_queries - 1, -1, -1, dtype=np.int64) if causal else np.zeros(num_queries, np.int64)
-    if causal and num_queries > int(limits.min()):
-        raise InvalidArgument(f"{num_queries} causal queries over {int(limits.min())} tokens")
-    return starts, limits - behind
+    if not causal:
+        return starts, starts + limits
+    if num_queries > min(num_tokens):
+        raise InvalidArgument(f"{num_queries} causal queries over {min(num_tokens)} tokens")
+    return starts, limits - np.arange(num_queries - 1, -1, -1, dtype=np.int64)
 
 
 def windows(starts: np.ndarray, stops: np.ndarray, window: int | None, sink_tokens: int):

@@ -18,7 +18,10 @@ from spdk_glue.vendor_command import (
     GROUP_EXTENT,
     LINEAR_BIAS,
     TOKEN_RANGE,
+    record_struct,
 )
+
+_HEADER, _ITEM, _EXTENT = (record_struct(of) for of in (ATTENTION_HEADER, ATTENTION_ITEM, GROUP_EXTENT))
 
 
 @dataclass(frozen=True)
@@ -58,41 +61,40 @@ def build_descriptor(
     geometry = layout.geometry
     group_tokens = geometry.group_tokens
     num_items, num_queries = starts.shape
-    limits = np.array([part.num_tokens for part in parts], np.int64)[:, None]
-    starts, stops = np.minimum(starts, limits), np.clip(stops, 0, limits)
+    ranges, flags = b"", 0
+    if num_queries > 1:
+        limits = np.array([part.num_tokens for part in parts], np.int64)[:, None]
+        starts, stops = np.minimum(starts, limits), np.clip(stops, 0, limits)
+        if (starts != starts[:, :1]).any() or (stops != stops[:, :1]).any():
+            ranges, flags = np.empty(starts.size, TOKEN_RANGE), EXPLICIT_RANGES
+            ranges["start"], ranges["stop"] = starts.reshape(-1), stops.reshape(-1)
     items = []
     extents: list[tuple[int, int, int]] = []
-    for part, first_token, stop_token, start, stop in zip(
-        parts,
-        starts.min(axis=1).tolist(),
-        stops.max(axis=1).tolist(),
-        starts[:, -1].tolist(),
-        stops[:, -1].tolist(),
-        strict=True,
-    ):
+    for part, own_starts, own_stops in zip(parts, starts.tolist(), stops.tolist(), strict=True):
+        first_token = min(part.num_tokens, *own_starts)
+        stop_token = min(part.num_tokens, max(0, *own_stops))
         first_group, stop_group = first_token // group_tokens, -(-stop_token // group_tokens)
         wanted = _extents(part.groups, first_group, stop_group)
         num_tokens = min(part.num_tokens, max(stop_group, first_group) * group_tokens)
-        items.append((len(extents), len(wanted), first_group, num_tokens, start, stop, 0, 0))
+        items.append((len(extents), len(wanted), first_group, num_tokens, first_token, stop_token, 0, 0))
         extents.extend(wanted)
-    ranges = np.empty(0, TOKEN_RANGE)
-    same = num_queries == 1 or bool((starts == starts[:, -1:]).all() and (stops == stops[:, -1:]).all())
-    if not same:
-        ranges = np.empty(num_items * num_queries, TOKEN_RANGE)
-        ranges["start"], ranges["stop"] = starts.reshape(-1), stops.reshape(-1)
-    tables = [np.array(items, ATTENTION_ITEM), np.array(extents, GROUP_EXTENT), ranges]
-    flags = 0 if same else EXPLICIT_RANGES
+    bias = []
     if scoring.slopes is not None:
         flags |= LINEAR_BIAS
-        tables += [scoring.slopes.astype("<f4"), scoring.positions.astype("<u4").reshape(-1)]
-    queries_offset = ATTENTION_HEADER.itemsize + sum(table.nbytes for table in tables)
+        bias = [scoring.slopes.astype("<f4"), scoring.positions.astype("<u4")]
+    tables = [
+        *(_ITEM.pack(*item) for item in items),
+        *(_EXTENT.pack(*extent) for extent in extents),
+        ranges,
+        *bias,
+    ]
     fields = {
         "magic": ATTENTION_MAGIC,
         "version": ATTENTION_VERSION,
         "flags": flags,
         "num_items": num_items,
         "num_extents": len(extents),
-        "queries_offset": queries_offset,
+        "queries_offset": _HEADER.size + sum(memoryview(table).nbytes for table in tables),
         "group_tokens": group_tokens,
         "num_layers": geometry.num_layers,
         "layer": layer,
@@ -107,15 +109,9 @@ def build_descriptor(
         "softcap": scoring.softcap,
         "reserved": b"",
     }
-    # a record at once: one field at a time costs a third of all this function does
-    header = np.array([tuple(fields[name] for name in ATTENTION_HEADER.names)], ATTENTION_HEADER)
-    # alignment of the parts inside: every record is a multiple of 4 bytes long
-    descriptor = np.empty(queries_offset + queries.nbytes, np.uint8)
-    offset = 0
-    for part in (header, *tables, queries.reshape(-1)):
-        descriptor[offset : offset + part.nbytes] = part.view(np.uint8)
-        offset += part.nbytes
-    return descriptor
+    header = _HEADER.pack(*(fields[name] for name in ATTENTION_HEADER.names))
+    # every record is a multiple of 4 bytes long, so its parts are aligned as they follow each other
+    return np.frombuffer(bytearray().join((header, *tables, queries.view(np.uint8))), np.uint8)
 
 
 def parse_answer(answer: np.ndarray, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:

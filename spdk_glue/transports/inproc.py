@@ -19,6 +19,7 @@ from spdk_glue.controller import ADMIN_QUEUE, Controller
 from spdk_glue.queue_pair import Buffer, QueuePair, execute_in_batches
 
 MAX_QUEUE_DEPTH = 1024
+_DRIVE_TO_HOST = int(Direction.DRIVE_TO_HOST)  # an IntEnum compares at a tenth of an int's speed
 
 
 @dataclass
@@ -76,14 +77,18 @@ class InprocTransport:
         return True
 
     def _count(self, entries: np.ndarray, buffers: Sequence[Buffer], completions: np.ndarray) -> None:
-        sizes = np.array([0 if buffer is None else buffer.nbytes for buffer in buffers])
-        directions, succeeded = direction(entries["opcode"]), completions["status"] >> 1 == 0
-        to_drive = int(sizes[directions == Direction.HOST_TO_DRIVE].sum())
-        from_drive = int(sizes[(directions == Direction.DRIVE_TO_HOST) & succeeded].sum())
+        moved = [0] * 4  # bytes in each direction
+        opcodes, statuses = entries["opcode"].tolist(), completions["status"].tolist()
+        for opcode, status, buffer in zip(opcodes, statuses, buffers, strict=True):
+            way = direction(opcode)
+            if buffer is not None and (status <= 1 or way != _DRIVE_TO_HOST):  # bit 0 is the phase
+                moved[way] += buffer.nbytes
         with self._lock:
             self.counters.commands += len(entries)
-            self.counters.bytes_to_drive += to_drive + len(entries) * SUBMISSION_ENTRY.itemsize
-            self.counters.bytes_from_drive += from_drive + len(entries) * COMPLETION_ENTRY.itemsize
+            self.counters.bytes_to_drive += (
+                moved[Direction.HOST_TO_DRIVE] + len(entries) * SUBMISSION_ENTRY.itemsize
+            )
+            self.counters.bytes_from_drive += moved[_DRIVE_TO_HOST] + len(entries) * COMPLETION_ENTRY.itemsize
 
     def close(self) -> None:
         if self._threads is not None:
