@@ -36,16 +36,17 @@ int pyspdk_namespace(pyspdk_controller *controller, uint32_t nsid, uint64_t *num
 int pyspdk_admin(pyspdk_controller *controller, const pyspdk_entry *entry, uint8_t *data, uint32_t length,
                  uint64_t timeout_ms, pyspdk_completion *completion);
 
-pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller, unsigned depth, int *result);
+pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller, unsigned depth, uint32_t nsid,
+                                            uint32_t block_bytes, int *result);
 int pyspdk_destroy_queue_pair(pyspdk_queue_pair *queue_pair);
 unsigned pyspdk_depth(const pyspdk_queue_pair *queue_pair);
 int pyspdk_submit(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, const uint64_t *addresses,
-                  const uint64_t *lengths, size_t n);
+                  const uint64_t *lengths, size_t n, size_t *wrong);
 int pyspdk_poll(pyspdk_queue_pair *queue_pair, pyspdk_completion *completions, unsigned max, int wait,
                 uint64_t timeout_ms);
 int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, const uint64_t *addresses,
                     const uint64_t *lengths, size_t n, unsigned depth, pyspdk_completion *completions,
-                    uint64_t timeout_ms);
+                    uint64_t timeout_ms, size_t *wrong);
 """
 
 

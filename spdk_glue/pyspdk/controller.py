@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spdk_glue.command import COMPLETION_ENTRY, Direction, IoOpcode
+from spdk_glue.command import COMPLETION_ENTRY
 from spdk_glue.pyspdk import environment
 from spdk_glue.pyspdk.environment import last_error, library
 from spdk_glue.status import ConnectionLost, NvmeError, QueuePairInUse
@@ -20,7 +20,6 @@ from spdk_glue.status import ConnectionLost, NvmeError, QueuePairInUse
 COMMAND_TIMEOUT_MS = 30_000
 RECONNECT_MS = 15_000
 MAX_QUEUE_DEPTH = 1024
-BLOCK_OPCODES = [IoOpcode.WRITE, IoOpcode.READ, IoOpcode.COMPARE]
 
 
 class ConnectionRefused(NvmeError):
@@ -185,9 +184,12 @@ class QueuePair:
     def __init__(self, controller: Controller, depth: int, blocks_of: NamespaceFacts | None):
         self._controller = controller
         self._ffi, self._lib = library()
-        self._blocks_of = blocks_of
+        self._wrong = self._ffi.new("size_t *")  # index of a command that C has refused
         result = self._ffi.new("int *")
-        self._handle = self._lib.pyspdk_create_queue_pair(controller._open_handle, depth, result)
+        nsid, block_bytes = (0, 0) if blocks_of is None else (blocks_of.nsid, blocks_of.block_bytes)
+        self._handle = self._lib.pyspdk_create_queue_pair(
+            controller._open_handle, depth, nsid, block_bytes, result
+        )
         if self._handle == self._ffi.NULL:
             self._handle = None
             if result[0] == -errno.ENXIO:
@@ -202,21 +204,25 @@ class QueuePair:
             raise ValueError("the queue pair is closed")
         return self._handle
 
-    def _check_lengths(self, entries: np.ndarray, lengths: np.ndarray) -> None:
-        limit = self._controller.max_transfer_bytes
-        if len(lengths) and int(lengths.max()) > limit:
-            raise ValueError(f"{int(lengths.max())} bytes are more than one command moves ({limit})")
-        if self._blocks_of is not None:
-            moves_blocks = np.isin(entries["opcode"], BLOCK_OPCODES) & (entries["nsid"] == self._blocks_of.nsid)
-            wanted = ((entries["cdw12"] & 0xFFFF).astype(np.int64) + 1) * self._blocks_of.block_bytes
-            wrong = moves_blocks & (wanted != lengths)
-            if wrong.any():
-                first = int(np.argmax(wrong))
-                raise ValueError(
-                    f"a command of {int(wanted[first])} bytes with {int(lengths[first])} bytes of memory"
-                )
-        if ((lengths > 0) & (entries["opcode"] & 3 == Direction.NONE)).any():
-            raise ValueError("data for a command whose opcode moves none")
+    def _result(self, result: int, entries=None, lengths=None) -> int:
+        if result >= 0:
+            return result
+        if result == -errno.EBUSY:
+            raise QueuePairInUse("a queue pair is one thread's at a time: make one for each thread")
+        if result == -errno.ENXIO:
+            raise self._controller.lost("the connection was lost, not back")
+        if result in (-errno.EMSGSIZE, -errno.EINVAL, -errno.EPROTOTYPE) and entries is not None:
+            entry, length = entries[self._wrong[0]], int(lengths[self._wrong[0]])
+            if result == -errno.EMSGSIZE:
+                limit = self._controller.max_transfer_bytes
+                raise ValueError(f"{length} bytes are more than one command moves ({limit})")
+            if result == -errno.EINVAL:
+                num_blocks = int(entry["cdw12"] & 0xFFFF) + 1
+                raise ValueError(f"a command of {num_blocks} blocks with {length} bytes of memory")
+            raise ValueError(f"{length} bytes for opcode {int(entry['opcode']):#04x}, which moves none")
+        raise NvmeError(
+            f"{self._controller.transport_id}: {os.strerror(-result)}: {last_error('no reason given')}"
+        )
 
     def _pointers(self, entries, addresses, lengths):
         return (
@@ -238,10 +244,9 @@ class QueuePair:
 
         Raises ConnectionLost with none started, QueuePairInUse, ValueError.
         """
-        self._check_lengths(entries, np.asarray(lengths, np.int64))
         arrays = self._as_arrays(entries, addresses, lengths)
-        result = self._lib.pyspdk_submit(self._open(), *self._pointers(*arrays), len(entries))
-        return self._result(result)
+        result = self._lib.pyspdk_submit(self._open(), *self._pointers(*arrays), len(entries), self._wrong)
+        return self._result(result, entries, lengths)
 
     def poll(self, wait: bool, max_completions: int = 256) -> np.ndarray:
         """Completions that have come, COMPLETION_ENTRY [n]; at least one if `wait` and any is outstanding.
@@ -261,7 +266,6 @@ class QueuePair:
         (COMPLETION_ENTRY [n] in their order, whether the connection was lost meanwhile). What was lost has
         status 08h (aborted). Raises QueuePairInUse, ValueError, NvmeError.
         """
-        self._check_lengths(entries, np.asarray(lengths, np.int64))
         arrays = self._as_arrays(entries, addresses, lengths)
         completions = np.empty(len(entries), COMPLETION_ENTRY)
         result = self._lib.pyspdk_transfer(
@@ -271,22 +275,12 @@ class QueuePair:
             min(depth or self.depth, self.depth),
             self._ffi.from_buffer("pyspdk_completion *", completions),
             COMMAND_TIMEOUT_MS,
+            self._wrong,
         )
         if result == -errno.ENXIO:
             return completions, True
-        self._result(result)
+        self._result(result, entries, lengths)
         return completions, False
-
-    def _result(self, result: int) -> int:
-        if result >= 0:
-            return result
-        if result == -errno.EBUSY:
-            raise QueuePairInUse("a queue pair is one thread's at a time: make one for each thread")
-        if result == -errno.ENXIO:
-            raise self._controller.lost("the connection was lost, not back")
-        raise NvmeError(
-            f"{self._controller.transport_id}: {os.strerror(-result)}: {last_error('no reason given')}"
-        )
 
     def close(self) -> None:
         """Give it back; commands under way are aborted. Raises QueuePairInUse."""

@@ -429,6 +429,7 @@ typedef struct pyspdk_queue_pair {
     struct spdk_nvme_qpair *spdk;           /* NULL after a loss, until it is used again */
     struct spdk_nvme_io_qpair_opts options;
     unsigned depth;
+    uint32_t nsid, block_bytes; /* of the namespace whose Reads and Writes are checked; 0 for none */
     atomic_flag busy;
     slot_t *slots;
     unsigned *free_slots, num_free;
@@ -437,7 +438,7 @@ typedef struct pyspdk_queue_pair {
     unsigned ring_head, ring_count;
 } pyspdk_queue_pair;
 
-enum { OPCODE_FLUSH = 0, OPCODE_READ = 2 };
+enum { OPCODE_FLUSH = 0, OPCODE_WRITE = 1, OPCODE_READ = 2, OPCODE_COMPARE = 5 };
 
 static void io_done(void *argument, const struct spdk_nvme_cpl *found)
 {
@@ -504,6 +505,27 @@ static int submit_one(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entry, 
     return 0;
 }
 
+/* What a raw command has wrong would cost the connection. 0; -EMSGSIZE: more than one command moves; -EINVAL: not
+ * as many bytes as blocks; -EPROTOTYPE: data, and an opcode that moves none. *wrong is the command's index. */
+static int check_lengths(const pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, const uint64_t *lengths,
+                         size_t n, size_t *wrong)
+{
+    for (*wrong = 0; *wrong < n; ++*wrong) {
+        const uint32_t *dwords = entries[*wrong].dwords;
+        uint64_t length = lengths[*wrong];
+        uint8_t opcode = (uint8_t)dwords[0];
+        if (length > queue_pair->controller->max_transfer_bytes)
+            return -EMSGSIZE;
+        bool moves_blocks = opcode == OPCODE_WRITE || opcode == OPCODE_READ || opcode == OPCODE_COMPARE;
+        if (moves_blocks && queue_pair->block_bytes && dwords[1] == queue_pair->nsid &&
+            length != ((uint64_t)(dwords[12] & 0xFFFF) + 1) * queue_pair->block_bytes)
+            return -EINVAL;
+        if (length && !(opcode & 3))
+            return -EPROTOTYPE;
+    }
+    return 0;
+}
+
 static unsigned outstanding(const pyspdk_queue_pair *queue_pair)
 {
     return queue_pair->depth - queue_pair->num_free;
@@ -538,7 +560,8 @@ static void free_queue_pairs(pyspdk_controller *controller)
         disconnect_queue_pair(queue_pair);
 }
 
-static pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller, unsigned depth, int *result)
+static pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller, unsigned depth, uint32_t nsid,
+                                                   uint32_t block_bytes, int *result)
 {
     pyspdk_clear_error();
     pyspdk_queue_pair *queue_pair = calloc(1, sizeof *queue_pair);
@@ -555,6 +578,8 @@ static pyspdk_queue_pair *pyspdk_create_queue_pair(pyspdk_controller *controller
     opts->io_queue_requests = 2 * opts->io_queue_size;
     opts->delay_cmd_submit = true; /* one doorbell, or one write to the socket, for a batch */
     queue_pair->controller = controller;
+    queue_pair->nsid = nsid;
+    queue_pair->block_bytes = block_bytes;
     queue_pair->depth = depth < opts->io_queue_size ? depth : opts->io_queue_size - 1;
     for (unsigned index = 0; index < queue_pair->depth; index++) {
         queue_pair->slots[index].queue_pair = queue_pair;
@@ -646,9 +671,11 @@ static int reap_some(pyspdk_queue_pair *queue_pair, uint64_t timeout_ms)
 
 /* Start a batch: as many were started as it returns, or -EBUSY, -ENXIO. The data stay where they are until then. */
 static int pyspdk_submit(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, const uint64_t *addresses,
-                         const uint64_t *lengths, size_t n)
+                         const uint64_t *lengths, size_t n, size_t *wrong)
 {
-    int result = enter(queue_pair);
+    int result = check_lengths(queue_pair, entries, lengths, n, wrong);
+    if (!result)
+        result = enter(queue_pair);
     if (result)
         return result;
     size_t started = 0;
@@ -695,11 +722,13 @@ static int pyspdk_poll(pyspdk_queue_pair *queue_pair, pyspdk_completion *complet
  * connection (-ENXIO) aborted or never let begin are marked as aborted (status code 08h). */
 static int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, const uint64_t *addresses,
                            const uint64_t *lengths, size_t n, unsigned depth, pyspdk_completion *completions,
-                           uint64_t timeout_ms)
+                           uint64_t timeout_ms, size_t *wrong)
 {
     for (size_t index = 0; index < n; index++)
         completions[index] = (pyspdk_completion){.status = SPDK_NVME_SC_ABORTED_SQ_DELETION << 1};
-    int result = enter(queue_pair);
+    int result = check_lengths(queue_pair, entries, lengths, n, wrong);
+    if (!result)
+        result = enter(queue_pair);
     if (result)
         return result;
     if (outstanding(queue_pair) || queue_pair->ring_count) {

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.spdk.target import Target, why_no_spdk
+from kvfs_bench.nvmf_target import Target, why_no_spdk
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_bench.nvmf_target import Target
 from spdk_glue.pyspdk.environment import free_hugepages_mb
-from tests.spdk.target import Target
 
 NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 WORK = textwrap.dedent(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import kvfs
-from tests.spdk.target import Target, why_no_spdk
+from kvfs_bench.nvmf_target import Target, why_no_spdk
 
 pytestmark = [pytest.mark.spdk, pytest.mark.skipif(bool(why_no_spdk()), reason=why_no_spdk())]
 BLOCK = 4096

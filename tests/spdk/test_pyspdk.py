@@ -142,7 +142,7 @@ def test_lengths_are_checked(controller):
     entry = command.read(0, too_large.nbytes // BLOCK)
     with pytest.raises(ValueError, match="more than one command moves"):
         queue_pair.transfer(entry, *places([too_large]))
-    with pytest.raises(ValueError, match="8192 bytes with 4096 bytes of memory"):
+    with pytest.raises(ValueError, match="2 blocks with 4096 bytes of memory"):
         queue_pair.transfer(command.read(0, 2), *places([dma.allocate(BLOCK)]))
     with pytest.raises(ValueError, match="moves none"):
         queue_pair.transfer(command.flush(), *places([dma.allocate(BLOCK)]))

@@ -77,6 +77,26 @@ def ftl(
 
 
 @app.command()
+def nvme(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """pyspdk and attention over SPDK, beside spdk_nvme_perf on the same target.
+
+    Needs an installed SPDK with nvmf_tgt and spdk_nvme_perf in PATH; starts a target of its own.
+    """
+    from kvfs_bench import nvme as bench
+
+    try:
+        figures = bench.measure(quick)
+    except bench.SpdkMissing as error:
+        fail(f"bench nvme: {error}")
+    _print("nvme", figures, json_output)
+
+
+@app.command()
 def mount(
     directory: Annotated[
         Path, typer.Option(help="Where drive and folder are made: the disk to measure.")

@@ -1,4 +1,4 @@
-"""SPDK's own NVMe over fabrics target, started for a test and set up over its JSON-RPC socket."""
+"""SPDK's own NVMe over fabrics target, started for a benchmark or a test, set up over its JSON-RPC socket."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SUBSYSTEM = "nqn.2026-11.io.kvfs:test"
 
 
 def why_no_spdk() -> str:
-    """Why tests with SPDK cannot run here; empty if they can."""
+    """Why nothing with SPDK can run here; empty if it can."""
     usable, why_not = pyspdk.available()
     if not usable:
         return why_not
