@@ -61,7 +61,7 @@ def perf(target: Target, io_bytes: int, pattern: str, depth: int, seconds: float
 
 
 def pyspdk_rate(transport_id: str, io_bytes: int, is_random: bool, depth: int, seconds: float) -> float:
-    """Commands per second: batches of BATCH, at most `depth` outstanding, on the second CPU of its own process."""
+    """Commands per second: batches of BATCH, `depth` outstanding at most, on its process's second CPU."""
     from spdk_glue import command, dma
     from spdk_glue.pyspdk.controller import Controller
 
