@@ -65,9 +65,10 @@ class FlashMedia(Protocol):
     def programmed_superblocks(self) -> np.ndarray:
         """int64: superblocks that may hold programmed pages."""
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         """Program pages with their PAGE_OOB [n], whose checksum fields are filled in here.
 
+        stream: any number; what is programmed with one will probably be erased together. A hint.
         Raises ProgramFailed: nothing more is to be programmed in that superblock before it is erased.
         """
 

@@ -31,6 +31,10 @@ class FileBacking(DirectFile):
         super().__init__(descriptor, os.fspath(path), layout.geometry.page_size, layout.data_start)
         self.name = self.path
 
+    def program_pages(self, pages, addresses, oob, oob_pieces, extents, stream: int) -> None:
+        # a file system takes no placement hints
+        super().program_pages(pages, addresses, oob, oob_pieces, extents)
+
     def clear(self, offset: int, length: int) -> None:
         if not self.punch_hole(offset, length):
             zeros = dma.allocate(length)

@@ -61,7 +61,7 @@ class CountingMedia:
         per_superblock = self.oob["magic"].reshape(self.geometry.num_superblocks, -1)
         return np.flatnonzero((per_superblock != 0).any(axis=1))
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         self._check_writable("program")
         self._rules.program(pages)
         self._checksum(addresses, oob)

@@ -39,6 +39,7 @@ class NamespaceBacking:
         self._page_size = layout.geometry.page_size
         self._may_deallocate = True
         self._data_start = layout.data_start
+        self._placement_ids = namespace.placement_identifiers().tolist()
 
     @contextmanager
     def _media_errors(self, offset: int):
@@ -70,9 +71,19 @@ class NamespaceBacking:
                 self._namespace.read_extents(self._page_extents(pages, addresses))
             crc32c[:] = crc32c_pages(addresses, self._page_size)
 
-    def program_pages(self, pages, addresses, oob, oob_pieces, extents) -> None:
+    def _placement_id(self, stream: int) -> int | None:
+        """Where the drive is to place a stream; None where it does not ask.
+
+        What has no identifier goes by the drive's first: tables and OOB, which are overwritten in place. So the
+        streams share the others.
+        """
+        if len(self._placement_ids) < 2:
+            return self._placement_ids[0] if self._placement_ids else None
+        return self._placement_ids[1 + stream % (len(self._placement_ids) - 1)]
+
+    def program_pages(self, pages, addresses, oob, oob_pieces, extents, stream: int) -> None:
         with self._media_errors(self._data_start + int(pages[0]) * self._page_size):
-            self._namespace.write_extents(self._page_extents(pages, addresses))
+            self._namespace.write_extents(self._page_extents(pages, addresses), self._placement_id(stream))
         complete_oob(addresses, self._page_size, oob)
         for first, count, image in oob_pieces.tolist():
             dma.view(image, count * PAGE_OOB.itemsize).view(PAGE_OOB)[:] = oob[first : first + count]

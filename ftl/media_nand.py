@@ -196,7 +196,7 @@ class NandMedia(MemoryMedia):
     def read_counts(self) -> np.ndarray:
         return self._reads.max(axis=1)
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         cut = self._step()
         if not cut:
             self._program(pages, addresses, oob)

@@ -36,8 +36,8 @@ class Backing(Protocol):
     def read_pages(self, pages: np.ndarray, addresses: np.ndarray, crc32c: np.ndarray) -> None:
         """Read pages; fills uint32 [n] with the CRC32C of each. Thread-safe, without the GIL."""
 
-    def program_pages(self, pages, addresses, oob, oob_pieces, extents) -> None:
-        """Write pages and then their OOB: see direct_io.api.DirectFile."""
+    def program_pages(self, pages, addresses, oob, oob_pieces, extents, stream: int) -> None:
+        """Write pages and then their OOB: see direct_io.api.DirectFile, and media.FlashMedia for the stream."""
 
     def read_extents(self, extents: np.ndarray) -> None: ...
 
@@ -169,7 +169,7 @@ class StoredMedia:
             found[(start - oob_start) // stride : -(-(stop - oob_start) // stride)] = True
         return np.flatnonzero(found)
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         self._check_writable("program")
         if not len(pages):
             return
@@ -181,7 +181,7 @@ class StoredMedia:
         try:
             images = {superblock: self._oob_image(superblock) for superblock in changed}
             pieces, extents = self._oob_writes(pages, superblocks, images)
-            self._backing.program_pages(pages, addresses, oob, pieces, extents)
+            self._backing.program_pages(pages, addresses, oob, pieces, extents, stream)
         except MediaIoError:
             # the images may hold records of pages that are not there
             self._forget_images(changed)

@@ -12,7 +12,7 @@ from ftl.checkpoint import Checkpoint
 from ftl.errors import OutOfFlash, ProgramFailed
 from ftl.layout import CHECKPOINT_SUPERBLOCK, DEALLOCATION, SESSION, PageKind
 from ftl.open_superblock import OpenSuperblock
-from ftl.page_writer import PageWriter, log_oob
+from ftl.page_writer import CHECKPOINT_STREAM, LOG_STREAM, PageWriter, log_oob
 from ftl.provisioning import GC_RESERVE
 from ftl.state import FlashState
 from ftl.superblocks import State
@@ -25,9 +25,10 @@ MARK_PAGES = 256  # programs since the last durable mark after which a flush lea
 class LogSuperblocks:
     """Metadata pages of one purpose, in order, over as many superblocks as they need."""
 
-    def __init__(self, state: FlashState, writer: PageWriter, superblocks: list[int]):
+    def __init__(self, state: FlashState, writer: PageWriter, superblocks: list[int], stream: int):
         self._state = state
         self._writer = writer
+        self._stream = stream
         self.superblocks = superblocks  # oldest first; the last is being written
         self._open: OpenSuperblock | None = None
         if superblocks:
@@ -36,7 +37,7 @@ class LogSuperblocks:
     def _opened(self, superblock: int) -> OpenSuperblock:
         found = self._state.superblocks
         bad, fill = found.bad_planes[superblock], int(found.fill[superblock])
-        return OpenSuperblock(superblock, self._state.geometry, bad, fill, found.keeps_parity)
+        return OpenSuperblock(superblock, self._state.geometry, bad, fill, found.keeps_parity, self._stream)
 
     @property
     def num_left(self) -> int:
@@ -92,7 +93,7 @@ class MetadataLog:
         """checkpoint_pages: programmed between two checkpoints, at least."""
         self._state = state
         self._writer = writer
-        self._log = LogSuperblocks(state, writer, log_superblocks)
+        self._log = LogSuperblocks(state, writer, log_superblocks, LOG_STREAM)
         self._checkpoint_superblocks = checkpoint_superblocks
         self._checkpoint_pages = checkpoint_pages
         self._checkpoint_due = state.next_program_number + checkpoint_pages
@@ -190,7 +191,7 @@ class MetadataLog:
             needed = -(-len(pages) // state.pages_per_superblock) + 1
             if state.superblocks.count(State.FREE) <= GC_RESERVE + needed:
                 return
-            taken_by = LogSuperblocks(state, self._writer, [])
+            taken_by = LogSuperblocks(state, self._writer, [], CHECKPOINT_STREAM)
             try:
                 taken_by.append(PageKind.CHECKPOINT, pages, taken.sequence_number)
                 if state.geometry.parity:

@@ -15,9 +15,16 @@ class OpenSuperblock:
     """Made when a superblock is opened, or found part-filled by recovery (`fill` pages into it)."""
 
     def __init__(
-        self, superblock: int, geometry: Geometry, bad_planes: np.ndarray, fill: int, with_parity: bool
+        self,
+        superblock: int,
+        geometry: Geometry,
+        bad_planes: np.ndarray,
+        fill: int,
+        with_parity: bool,
+        stream: int = 0,
     ):
         self.superblock = superblock
+        self.stream = stream  # that writes here now
         self.is_busy = False  # pages of it are being programmed
         self.last_used = 0
         self.has_data = fill > 0

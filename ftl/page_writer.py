@@ -57,15 +57,16 @@ class PageWriter:
         state = self._state
         if stream in self._open or (stream not in INTERNAL_STREAMS and self._num_open() >= self._num_streams):
             return
-        found = self._open_superblock(superblock)
+        found = self._open_superblock(superblock, stream)
         if found.num_left:
             state.superblocks.states[superblock] = State.OPEN
             self._open[stream] = found
 
-    def _open_superblock(self, superblock: int) -> OpenSuperblock:
+    def _open_superblock(self, superblock: int, stream: int) -> OpenSuperblock:
         superblocks = self._state.superblocks
         bad, fill = superblocks.bad_planes[superblock], int(superblocks.fill[superblock])
-        found = OpenSuperblock(superblock, self._state.geometry, bad, fill, superblocks.keeps_parity)
+        keeps_parity = superblocks.keeps_parity
+        found = OpenSuperblock(superblock, self._state.geometry, bad, fill, keeps_parity, stream)
         if found.parity is not None:
             self._state.begun[superblock] = found
         return found
@@ -117,8 +118,9 @@ class PageWriter:
         if not idle:
             self._state.changed.wait()
             return None
-        self._open[stream] = self._open.pop(min(idle)[1])
-        return self._open[stream]
+        found = self._open[stream] = self._open.pop(min(idle)[1])
+        found.stream = stream
+        return found
 
     def _open_new(self, stream: int) -> OpenSuperblock | None:
         """A free superblock for the stream; None if the stream, or all streams, got one meanwhile."""
@@ -133,7 +135,7 @@ class PageWriter:
         superblock = self.take_free(State.OPEN, most_worn=stream == GC_STREAM)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))
-        self._open[stream] = self._open_superblock(superblock)
+        self._open[stream] = self._open_superblock(superblock, stream)
         return self._open[stream]
 
     def take_free(self, becomes: State, most_worn: bool = False) -> int | None:
@@ -218,7 +220,7 @@ class PageWriter:
                 oob = np.concatenate([oob, parity.oob])[order]
         else:
             found.chain.link(oob)
-        self.program(found.superblock, pages, sources, oob)
+        self.program(found, pages, sources, oob)
         found.has_data = True
 
     def _prepare_parity(self, parity: ParityPages) -> None:
@@ -242,7 +244,7 @@ class PageWriter:
         try:
             self._prepare_parity(parity)
             pages = found.superblock * self._state.pages_per_superblock + parity.pages
-            self.program(found.superblock, pages, parity.addresses, parity.oob)
+            self.program(found, pages, parity.addresses, parity.oob)
             if not found.num_left:
                 self._close(found.superblock)
         except ProgramFailed as failure:
@@ -257,10 +259,10 @@ class PageWriter:
         _number(oob, state.next_program_number, state.session, state.durable_program_number)
         state.next_program_number += len(oob)
 
-    def program(self, superblock: int, pages, sources, oob) -> None:
+    def program(self, found: OpenSuperblock, pages, sources, oob) -> None:
         """Program pages of one superblock, ascending, with the lock released. Their records have just got the
         newest program numbers, in any order. Raises what the media raises."""
-        state = self._state
+        state, superblock = self._state, found.superblock
         last = state.next_program_number - 1
         first = last - len(oob) + 1
         state.has_changed = True
@@ -274,7 +276,7 @@ class PageWriter:
         superblocks.newest[superblock] = last
         try:
             with state.unlocked():
-                state.media.program(pages, sources, oob)
+                state.media.program(pages, sources, oob, found.stream)
         finally:
             self._programming.discard(first)
             state.changed.notify_all()

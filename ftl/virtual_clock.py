@@ -222,9 +222,9 @@ class TimedMedia:
         self.clock.read(np.ascontiguousarray(pages, np.int64), PAGE_OOB.itemsize)
         return self._media.read_oob_pages(pages)
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         self.clock.program(np.ascontiguousarray(pages, np.int64))
-        self._media.program(pages, addresses, oob)
+        self._media.program(pages, addresses, oob, stream)
 
     def erase(self, superblock: int) -> None:
         self.clock.erase(np.flatnonzero(~self._media.bad_blocks()[superblock]))

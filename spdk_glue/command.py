@@ -1,8 +1,9 @@
 """NVMe submission and completion queue entries, opcodes, and builders of the commands that kvfs sends.
 
 Source: NVM Express Base Specification 2.0, figures 87 and 91 (entries), and NVM Command Set
-Specification 1.0 (Read, Write, Dataset Management, Verify, Get LBA Status). Entries are NumPy records, so a
-batch of commands is one array and the bytes are the ones that go on a wire.
+Specification 1.0 (Read, Write, Dataset Management, Verify, Get LBA Status); Base Specification 2.1 (Get Features
+1Dh and I/O Management Receive: flexible data placement). Entries are NumPy records, so a batch of commands is one
+array and the bytes are the ones that go on a wire.
 """
 
 from enum import IntEnum
@@ -63,6 +64,7 @@ DATASET_DEALLOCATE = 1 << 2  # CDW11 bit AD
 class AdminOpcode(IntEnum):
     GET_LOG_PAGE = 0x02
     IDENTIFY = 0x06
+    GET_FEATURES = 0x0A
     GET_LBA_STATUS = 0x86
     # Vendor command; see FORMAT.md.
     FLASH_MAINTENANCE = 0xC0
@@ -83,11 +85,33 @@ class IoOpcode(IntEnum):
     COMPARE = 0x05
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
+    IO_MANAGEMENT_RECEIVE = 0x12
     # Vendor commands; what they mean is in vendor_command.py.
     ATTENTION_SUBMIT = 0x81
     ATTENTION_FETCH = 0x82
     ATTENTION_CANCEL = 0x84
     SEAL_GROUPS = 0x85
+
+
+class Feature(IntEnum):
+    FLEXIBLE_DATA_PLACEMENT = 0x1D
+
+
+FDP_ENABLED = 1 << 0  # CDW0 of the completion of Get Features
+
+# What I/O Management Receive returns of reclaim unit handles: the header, then so many descriptors.
+RECLAIM_UNIT_HANDLE_STATUS = 1  # management operation
+HANDLE_STATUS_HEADER = np.dtype([("reserved", "V14"), ("num_descriptors", "<u2")])
+HANDLE_STATUS_DESCRIPTOR = np.dtype(
+    [
+        ("placement_id", "<u2"),
+        ("handle", "<u2"),
+        ("active_reclaim_unit_time", "<u4"),  # estimated, seconds
+        ("available_lbas", "<u8"),  # left in the reclaim unit that the handle points to
+        ("reserved", "V16"),
+    ]
+)
+assert HANDLE_STATUS_HEADER.itemsize == 16 and HANDLE_STATUS_DESCRIPTOR.itemsize == 32
 
 
 class Direction(IntEnum):
@@ -96,6 +120,10 @@ class Direction(IntEnum):
     NONE = 0
     HOST_TO_DRIVE = 1
     DRIVE_TO_HOST = 2
+
+
+# Of a data transfer command, those whose variants may have no data.
+MAY_MOVE_NOTHING = {AdminOpcode.GET_FEATURES}
 
 
 def direction(opcode: int) -> int:
@@ -166,6 +194,16 @@ def deallocate(num_ranges: int) -> np.ndarray:
 
 def identify(cns: int, nsid: int = 0) -> np.ndarray:
     return _entry(AdminOpcode.IDENTIFY, nsid, cdw10=cns)
+
+
+def get_features(feature: Feature, cdw11: int = 0) -> np.ndarray:
+    return _entry(AdminOpcode.GET_FEATURES, 0, cdw10=feature, cdw11=cdw11)
+
+
+def reclaim_unit_handle_status(size_bytes: int) -> np.ndarray:
+    """As many of the namespace's handles as fit into `size_bytes`."""
+    num_dwords = size_bytes // 4 - 1
+    return _entry(IoOpcode.IO_MANAGEMENT_RECEIVE, NSID, cdw10=RECLAIM_UNIT_HANDLE_STATUS, cdw11=num_dwords)
 
 
 def get_log_page(log_id: int, size_bytes: int, offset_bytes: int = 0, nsid: int = NSID_ALL) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 from spdk_glue import status as nvme_status
 from spdk_glue.command import (
     COMPLETION_ENTRY,
+    MAY_MOVE_NOTHING,
     NSID,
     NSID_ALL,
     Direction,
@@ -151,7 +152,11 @@ class Controller:
         """Checks that hold for every command; a refused one gets its status here."""
         if direction(request.opcode) == 3:
             request.fail(CommandFailed(Status.INVALID_OPCODE, detail="bidirectional"))
-        elif direction(request.opcode) != Direction.NONE and request.data is None:
+        elif (
+            direction(request.opcode) != Direction.NONE
+            and request.data is None
+            and request.opcode not in MAY_MOVE_NOTHING
+        ):
             request.fail(CommandFailed(Status.DATA_TRANSFER_ERROR, detail="no data buffer"))
         elif queue_id != ADMIN_QUEUE and request.nsid not in (NSID, NSID_ALL):
             request.fail(CommandFailed(Status.INVALID_NAMESPACE, detail=f"nsid {request.nsid}"))

@@ -14,11 +14,20 @@ from typing import Protocol
 import numpy as np
 
 from spdk_glue import command, dma, status
-from spdk_glue.command import DATASET_RANGE, LBA_STATUS_DESCRIPTOR, LBA_STATUS_HEADER, IoOpcode
+from spdk_glue.command import (
+    DATASET_RANGE,
+    HANDLE_STATUS_DESCRIPTOR,
+    HANDLE_STATUS_HEADER,
+    LBA_STATUS_DESCRIPTOR,
+    LBA_STATUS_HEADER,
+    Feature,
+    IoOpcode,
+)
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.dma import EXTENT
 from spdk_glue.identify import (
     CAPABILITIES_SIGNATURE,
+    CTRATT_FLEXIBLE_DATA_PLACEMENT,
     ERROR_LOG_ENTRIES,
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
@@ -81,6 +90,7 @@ class BlockNamespace:
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=self.nsid)
         self.block_bytes = 1 << int(geometry["lbaf"][int(geometry["flbas"]) & 0xF]["lbads"])
         self.num_lbas = int(geometry["nsze"])
+        self._endurance_group = int(geometry["endgid"])
         # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits
         mdts = int(self.controller["mdts"])
         limits = [MEMORY_PAGE << mdts] if mdts else []
@@ -112,6 +122,26 @@ class BlockNamespace:
             completions = self._transport.admin.execute(entry, [data])
         self._check(entry, completions, ADMIN_QUEUE)
         return int(completions["cdw0"][0])
+
+    def placement_identifiers(self) -> np.ndarray:
+        """uint16: what Write takes as placement identifiers; none on a drive without flexible data placement, or
+        where it is not enabled."""
+        none = np.empty(0, np.uint16)
+        if not int(self.controller["ctratt"]) & CTRATT_FLEXIBLE_DATA_PLACEMENT or not self._endurance_group:
+            return none
+        feature = command.get_features(Feature.FLEXIBLE_DATA_PLACEMENT, self._endurance_group)
+        if not self.admin(feature) & command.FDP_ENABLED:
+            return none
+        count = 0
+        while True:  # with no room for descriptors at first, to learn how many there are
+            data = dma.allocate(HANDLE_STATUS_HEADER.itemsize + count * HANDLE_STATUS_DESCRIPTOR.itemsize)
+            self._run(command.reclaim_unit_handle_status(data.nbytes), [data])
+            header = data[: HANDLE_STATUS_HEADER.itemsize].view(HANDLE_STATUS_HEADER)
+            found = int(header["num_descriptors"][0])
+            if found <= count:
+                descriptors = data[HANDLE_STATUS_HEADER.itemsize :].view(HANDLE_STATUS_DESCRIPTOR)
+                return descriptors["placement_id"][:found].copy()
+            count = found
 
     # blocks
 

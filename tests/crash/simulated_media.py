@@ -55,7 +55,7 @@ class SimulatedMedia(NandMedia):
         self.failed_with_data.clear()
         super().reboot()
 
-    def program(self, pages, addresses, oob):
+    def program(self, pages, addresses, oob, stream=0):
         self._operate(b"program" + pages.tobytes(), lambda: NandMedia.program(self, pages, addresses, oob))
 
     def erase(self, superblock):

@@ -32,7 +32,7 @@ WEAR_GOAL = 0.10
 class NoMedia(CountingMedia):
     """Programs that do nothing: what is left is mapping, allocation and OOB records."""
 
-    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
+    def program(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray, stream: int = 0) -> None:
         pass
 
 

@@ -8,12 +8,14 @@ from ftl.errors import BackingFull, MediaIoError, NotADrive, TruncatedDrive
 from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, OOB_MAGIC, PAGE_OOB
 from ftl.media_namespace import NamespaceMedia
+from ftl.page_writer import GC_STREAM, LOG_STREAM
+from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.namespace import BlockNamespace, Namespace, NotAKvfsDrive
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.transports.inproc import InprocTransport
-from tests.unit.spdk_glue.memory_drive import MemoryDrive
+from tests.unit.spdk_glue.memory_drive import MemoryDrive, PlacementDrive
 
 GEOMETRY = Geometry(num_channels=4, pages_per_erase_block=8, num_superblocks=8)
 PER_SUPERBLOCK = GEOMETRY.pages_per_superblock
@@ -41,13 +43,13 @@ def drive():
     return OtherDrive(mdts=3)
 
 
-def program(media, pages, seed=0):
+def program(media, pages, seed=0, stream=0):
     pages = np.asarray(pages)
     buffer = dma.allocate(len(pages) * GEOMETRY.page_size)
     buffer[:] = np.random.default_rng(seed).integers(1, 256, buffer.size, np.uint8)
     oob = np.zeros(len(pages), PAGE_OOB)
     oob["magic"], oob["lba"] = OOB_MAGIC, pages
-    media.program(pages, dma.page_addresses(buffer, GEOMETRY.page_size), oob)
+    media.program(pages, dma.page_addresses(buffer, GEOMETRY.page_size), oob, stream)
     return buffer
 
 
@@ -148,4 +150,74 @@ def test_errors_of_the_drive(drive, status, expected):
         read(media, np.arange(6))
     with pytest.raises(MediaIoError):
         NamespaceMedia.open(drive.host())
+    media.close()
+
+
+def placed(drive, media, superblock):
+    """Placement identifiers of a superblock's payload."""
+    first, stop = (media.layout.data_of(number) // drive.block_bytes for number in (superblock, superblock + 1))
+    return set(drive.placed[first:stop].tolist()) - {drive.NEVER}
+
+
+@pytest.mark.parametrize(
+    ("placement_ids", "expected"),
+    [
+        ([3, 9, 4], {0: 9, 1: 4, 2: 9, 253: 4}),  # the first is for what is overwritten in place
+        ([7], {0: 7, 5: 7}),
+        ([], {0: PlacementDrive.UNPLACED}),
+        (list(range(40, 60)), {0: 41, 18: 59, 19: 41}),
+    ],
+)
+def test_streams_are_placed(placement_ids, expected):
+    """What dies together lies together on the drive below, too; metadata lie apart from it."""
+    drive = PlacementDrive(placement_ids)
+    media = NamespaceMedia.create(BlockNamespace(drive.transport), GEOMETRY)
+    for superblock, (stream, placement_id) in enumerate(expected.items()):
+        program(media, superblock * PER_SUPERBLOCK + np.arange(5), stream=stream)
+        assert placed(drive, media, superblock) == {placement_id}
+    metadata = set(drive.placed[: media.layout.oob_end // 512].tolist())
+    assert metadata == {drive.UNPLACED}
+    media.close()
+
+
+@pytest.mark.parametrize("change", ["disabled", "no group", "no such drive"])
+def test_without_data_placement_no_directive_is_sent(change):
+    """Drives refuse a directive that they do not know."""
+    drive = PlacementDrive(is_enabled=change != "disabled")
+    if change == "no group":
+        drive.namespace["endgid"] = 0
+    if change == "no such drive":
+        drive.controller["ctratt"] = 0
+    media = NamespaceMedia.create(BlockNamespace(drive.transport), GEOMETRY)
+    program(media, np.arange(5), stream=3)
+    assert placed(drive, media, 0) == {drive.UNPLACED}
+    media.close()
+
+
+def test_placement_of_the_whole_layer():
+    """Each stream goes by one identifier: the host's, collection and the log, resumed streams too."""
+    geometry = Geometry(num_channels=4, pages_per_erase_block=2, num_superblocks=40)
+    drive = PlacementDrive(range(1, 254), block_bytes=4096)
+    media = NamespaceMedia.create(BlockNamespace(drive.transport), geometry)
+    ftl = FlashTranslationLayer.format(media)
+    buffer = dma.allocate(5 * 4096)
+    addresses = dma.page_addresses(buffer, 4096)
+    random = np.random.default_rng(1)
+    streams = set()
+    for number in range(300):
+        ftl.write(int(random.integers(ftl.num_lbas - 5)) + np.arange(5), addresses, stream=number % 3)
+        for stream, found in ftl._writer._open.items():
+            last = int(ftl._state.superblocks.fill[found.superblock]) - 1
+            if last >= 0:
+                lba = media.layout.data_of(found.superblock) // 4096 + last
+                assert drive.placed[lba] == drive.placement_ids[1 + stream % 252]
+                streams.add(stream)
+        if number % 50 == 25:
+            ftl.deallocate([[number % ftl.num_lbas, 1]])
+            ftl.close()
+            ftl = FlashTranslationLayer.open(media)
+    assert streams == {0, 1, 2, GC_STREAM}
+    log = ftl._log._log.superblocks[-1]
+    assert placed(drive, media, log) >= {drive.placement_ids[1 + LOG_STREAM % 252]}
+    ftl.close()
     media.close()

@@ -258,7 +258,7 @@ class OrderedMedia(MemoryMedia):
         super().sync()
         self._erased.clear()
 
-    def program(self, pages, addresses, oob):
+    def program(self, pages, addresses, oob, stream=0):
         assert not self._erased & set((pages // self.geometry.pages_per_superblock).tolist())
         super().program(pages, addresses, oob)
 

@@ -4,10 +4,22 @@ import threading
 
 import numpy as np
 
-from spdk_glue.command import DATASET_RANGE, NSID, AdminOpcode, IoOpcode
+from spdk_glue.command import (
+    DATASET_RANGE,
+    DIRECTIVE_DATA_PLACEMENT,
+    FDP_ENABLED,
+    HANDLE_STATUS_DESCRIPTOR,
+    HANDLE_STATUS_HEADER,
+    NSID,
+    RECLAIM_UNIT_HANDLE_STATUS,
+    AdminOpcode,
+    Feature,
+    IoOpcode,
+)
 from spdk_glue.controller import Controller
 from spdk_glue.identify import (
     CAPABILITIES_SIGNATURE,
+    CTRATT_FLEXIBLE_DATA_PLACEMENT,
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
@@ -39,7 +51,7 @@ class MemoryDrive:
         self.namespace = np.zeros(1, IDENTIFY_NAMESPACE)
         self.namespace["nsze"] = NUM_LBAS
         self.namespace["lbaf"][0, 0]["lbads"] = block_bytes.bit_length() - 1
-        io_handlers = {
+        self.io_handlers = {
             IoOpcode.READ: self.read,
             IoOpcode.WRITE: self.write,
             IoOpcode.FLUSH: self.note,
@@ -49,8 +61,8 @@ class MemoryDrive:
             IoOpcode.ATTENTION_CANCEL: self.cancel,
             IoOpcode.SEAL_GROUPS: self.note,
         }
-        admin_handlers = {AdminOpcode.IDENTIFY: self.identify, AdminOpcode.GET_LOG_PAGE: self.log_page}
-        self.device = Controller(io_handlers, admin_handlers)
+        self.admin_handlers = {AdminOpcode.IDENTIFY: self.identify, AdminOpcode.GET_LOG_PAGE: self.log_page}
+        self.device = Controller(self.io_handlers, self.admin_handlers)
         self.transport = InprocTransport(self.device)
 
     def note(self, requests):
@@ -119,3 +131,53 @@ class MemoryDrive:
                 continue
             assert request.data.nbytes % ERROR_LOG_ENTRY.itemsize == 0
             request.data[:] = self.device.error_log.page()[: request.data.nbytes]
+
+
+class PlacementDrive(MemoryDrive):
+    """A drive of somebody else's with flexible data placement. `placed` has, by LBA, the placement identifier
+    it was last written with: UNPLACED with none, NEVER where it was not written."""
+
+    NEVER, UNPLACED = -2, -1
+    ENDURANCE_GROUP = 5
+
+    def __init__(self, placement_ids=(3, 9, 4), is_enabled: bool = True, **options):
+        super().__init__(signature=b"", **options)
+        self.placement_ids, self.is_enabled = list(placement_ids), is_enabled
+        self.placed = np.full(NUM_LBAS, self.NEVER)
+        self.controller["ctratt"] = CTRATT_FLEXIBLE_DATA_PLACEMENT
+        self.namespace["endgid"] = self.ENDURANCE_GROUP
+        io_handlers = self.io_handlers | {IoOpcode.IO_MANAGEMENT_RECEIVE: self.handle_status}
+        admin_handlers = self.admin_handlers | {AdminOpcode.GET_FEATURES: self.get_features}
+        self.device = Controller(io_handlers, admin_handlers)
+        self.transport = InprocTransport(self.device)
+
+    def get_features(self, requests):
+        for request in requests:
+            if (request.cdw10, request.cdw11) != (Feature.FLEXIBLE_DATA_PLACEMENT, self.ENDURANCE_GROUP):
+                request.fail(CommandFailed(Status.INVALID_FIELD))
+            else:
+                request.result = FDP_ENABLED if self.is_enabled else 0
+
+    def handle_status(self, requests):
+        for request in requests:
+            assert (
+                request.cdw10 == RECLAIM_UNIT_HANDLE_STATUS and (request.cdw11 + 1) * 4 == request.data.nbytes
+            )
+            header = np.zeros(1, HANDLE_STATUS_HEADER)
+            header["num_descriptors"] = len(self.placement_ids)
+            descriptors = np.zeros(len(self.placement_ids), HANDLE_STATUS_DESCRIPTOR)
+            descriptors["placement_id"] = self.placement_ids
+            raw = np.concatenate([header.view(np.uint8), descriptors.view(np.uint8)])
+            request.data[:] = raw[: request.data.nbytes]
+
+    def write(self, requests):
+        super().write(requests)
+        for request in requests:
+            directive, placement_id = request.cdw12 >> 20 & 0xF, self.UNPLACED
+            if directive == DIRECTIVE_DATA_PLACEMENT:
+                placement_id = request.cdw13 >> 16
+            if directive not in (0, DIRECTIVE_DATA_PLACEMENT) or (
+                directive and (not self.is_enabled or placement_id not in self.placement_ids)
+            ):
+                request.fail(CommandFailed(Status.INVALID_FIELD, detail=f"placement {placement_id}"))
+            self.placed[request.first_lba : request.first_lba + request.num_lbas] = placement_id

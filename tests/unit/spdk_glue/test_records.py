@@ -14,6 +14,8 @@ SIZES = [
     (command.SUBMISSION_ENTRY, 64),
     (command.COMPLETION_ENTRY, 16),
     (command.DATASET_RANGE, 16),
+    (command.HANDLE_STATUS_HEADER, 16),
+    (command.HANDLE_STATUS_DESCRIPTOR, 32),
     (identify.IDENTIFY_CONTROLLER, 4096),
     (identify.IDENTIFY_NAMESPACE, 4096),
     (identify.LBA_FORMAT, 4),
@@ -56,6 +58,16 @@ LAYOUTS = {
     "DATASET_RANGE": (
         command.DATASET_RANGE,
         {"attributes": (0, 4), "num_lbas": (4, 4), "first_lba": (8, 8)},
+    ),
+    "HANDLE_STATUS_HEADER": (command.HANDLE_STATUS_HEADER, {"num_descriptors": (14, 2)}),
+    "HANDLE_STATUS_DESCRIPTOR": (
+        command.HANDLE_STATUS_DESCRIPTOR,
+        {
+            "placement_id": (0, 2),
+            "handle": (2, 2),
+            "active_reclaim_unit_time": (4, 4),
+            "available_lbas": (8, 8),
+        },
     ),
     "IDENTIFY_CONTROLLER": (
         identify.IDENTIFY_CONTROLLER,
@@ -347,3 +359,11 @@ def test_dtype_names():
         name = vendor_command.DTYPE_NAME[dtype]
         assert vendor_command.DTYPE_OF_NAME[name] is dtype
         assert int(re.search(r"\d+", name)[0]) == vendor_command.ITEM_BITS[dtype]
+
+
+def test_data_placement():
+    """Get Features names feature 1Dh and the endurance group; I/O Management Receive counts dwords from 0."""
+    entry = command.get_features(command.Feature.FLEXIBLE_DATA_PLACEMENT, 7)
+    assert (raw(entry)[0], dwords(entry, count=2)) == (0x0A, [0x1D, 7])
+    entry = command.reclaim_unit_handle_status(16 + 3 * 32)
+    assert (raw(entry)[0], dwords(entry, count=2)) == (0x12, [1, 27])
