@@ -1,9 +1,9 @@
 """NVMe submission and completion queue entries, opcodes, and builders of the commands that kvfs sends.
 
-Source: NVM Express Base Specification 2.0, figures 87 and 91 (entries), and NVM Command Set
-Specification 1.0 (Read, Write, Dataset Management, Verify, Get LBA Status); Base Specification 2.1 (Get Features
-1Dh and I/O Management Receive: flexible data placement). Entries are NumPy records, so a batch of commands is one
-array and the bytes are the ones that go on a wire.
+Source: NVM Express Base Specification 2.0, figures 87 and 91 (entries), and 2.1 (flexible data placement: Get
+Features 1Dh, I/O Management Receive); NVM Command Set Specification 1.0 (Read, Write, Dataset Management,
+Verify, Get LBA Status); Zoned Namespace Command Set Specification 1.1 (Zone Management Send and Receive).
+Entries are NumPy records, so a batch of commands is one array and the bytes are the ones that go on a wire.
 """
 
 from enum import IntEnum
@@ -86,6 +86,8 @@ class IoOpcode(IntEnum):
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
     IO_MANAGEMENT_RECEIVE = 0x12
+    ZONE_MANAGEMENT_SEND = 0x79
+    ZONE_MANAGEMENT_RECEIVE = 0x7A
     # Vendor commands; what they mean is in vendor_command.py.
     ATTENTION_SUBMIT = 0x81
     ATTENTION_FETCH = 0x82
@@ -114,6 +116,53 @@ HANDLE_STATUS_DESCRIPTOR = np.dtype(
 assert HANDLE_STATUS_HEADER.itemsize == 16 and HANDLE_STATUS_DESCRIPTOR.itemsize == 32
 
 
+class CommandSet(IntEnum):
+    """Command set identifiers."""
+
+    NVM = 0
+    ZONED = 2
+
+
+class ZoneAction(IntEnum):
+    """Of Zone Management Send."""
+
+    CLOSE = 1
+    FINISH = 2
+    OPEN = 3
+    RESET = 4
+
+
+class ZoneState(IntEnum):
+    EMPTY = 0x1
+    IMPLICITLY_OPEN = 0x2
+    EXPLICITLY_OPEN = 0x3
+    CLOSED = 0x4
+    READ_ONLY = 0xD
+    FULL = 0xE
+    OFFLINE = 0xF
+
+
+# What Zone Management Receive returns: the header, then so many descriptors.
+REPORT_ZONES = 0  # action
+REPORT_PARTIAL = 1 << 16  # CDW13: the header counts the descriptors that are there, not all that there would be
+ZONE_REPORT_HEADER = np.dtype([("num_zones", "<u8"), ("reserved", "V56")])
+ZONE_DESCRIPTOR = np.dtype(
+    [
+        ("type", "u1"),  # bits 3:0: ZONE_SEQUENTIAL
+        ("state", "u1"),  # bits 7:4: ZoneState
+        ("attributes", "u1"),
+        ("attributes_information", "u1"),
+        ("reserved0", "V4"),
+        ("capacity", "<u8"),  # LBAs that can be written; what is left of the zone's size cannot
+        ("first_lba", "<u8"),
+        ("write_pointer", "<u8"),  # an LBA; says nothing of zones that are full, read-only or offline
+        ("reserved1", "V32"),
+    ]
+)
+assert ZONE_REPORT_HEADER.itemsize == 64 and ZONE_DESCRIPTOR.itemsize == 64
+ZONE_SEQUENTIAL = 2  # sequential write required, the only type there is
+
+
 class Direction(IntEnum):
     """Opcode bits 1:0: which way data moves. Bidirectional (3) is not carried by any fabric."""
 
@@ -123,7 +172,7 @@ class Direction(IntEnum):
 
 
 # Of a data transfer command, those whose variants may have no data.
-MAY_MOVE_NOTHING = {AdminOpcode.GET_FEATURES}
+MAY_MOVE_NOTHING = {AdminOpcode.GET_FEATURES, IoOpcode.ZONE_MANAGEMENT_SEND}
 
 
 def direction(opcode: int) -> int:
@@ -185,6 +234,24 @@ def flush() -> np.ndarray:
     return _entry(IoOpcode.FLUSH, NSID)
 
 
+def report_zones(first_lba: int, size_bytes: int) -> np.ndarray:
+    """The zones from the one with `first_lba` on, as many as fit into `size_bytes`."""
+    return _entry(
+        IoOpcode.ZONE_MANAGEMENT_RECEIVE,
+        NSID,
+        cdw10=first_lba & 0xFFFFFFFF,
+        cdw11=first_lba >> 32,
+        cdw12=size_bytes // 4 - 1,
+        cdw13=REPORT_ZONES | REPORT_PARTIAL,
+    )
+
+
+def manage_zone(first_lba: int, action: ZoneAction) -> np.ndarray:
+    return _entry(
+        IoOpcode.ZONE_MANAGEMENT_SEND, NSID, cdw10=first_lba & 0xFFFFFFFF, cdw11=first_lba >> 32, cdw13=action
+    )
+
+
 def deallocate(num_ranges: int) -> np.ndarray:
     """Dataset Management with the deallocate attribute; the data are `num_ranges` DATASET_RANGE records."""
     if not 1 <= num_ranges <= MAX_DATASET_RANGES:
@@ -192,8 +259,8 @@ def deallocate(num_ranges: int) -> np.ndarray:
     return _entry(IoOpcode.DATASET_MANAGEMENT, NSID, cdw10=num_ranges - 1, cdw11=DATASET_DEALLOCATE)
 
 
-def identify(cns: int, nsid: int = 0) -> np.ndarray:
-    return _entry(AdminOpcode.IDENTIFY, nsid, cdw10=cns)
+def identify(cns: int, nsid: int = 0, command_set: int = CommandSet.NVM) -> np.ndarray:
+    return _entry(AdminOpcode.IDENTIFY, nsid, cdw10=cns, cdw11=command_set << 24)
 
 
 def get_features(feature: Feature, cdw11: int = 0) -> np.ndarray:

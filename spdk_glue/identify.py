@@ -1,8 +1,9 @@
 """Identify data structures and log pages as record types.
 
-Only the fields that kvfs fills, reads or shows are named; the offsets are the specification's, so any NVMe
-host can read them. Source: NVM Express Base Specification 2.0, figures 275 (Identify Controller), 202
-(SMART), 198 (Error Information); NVM Command Set Specification 1.0, figure 97 (Identify Namespace).
+Only the fields that kvfs fills, reads or shows are named; the offsets are the specification's, so any NVMe host
+can read them. Source: NVM Express Base Specification 2.0, figures 275 (Identify Controller), 202 (SMART), 198
+(Error Information); NVM Command Set Specification 1.0, figure 97 (Identify Namespace); Zoned Namespace
+Command Set Specification 1.1 (Identify Namespace of that command set).
 """
 
 from enum import IntEnum
@@ -14,6 +15,8 @@ class Cns(IntEnum):
     NAMESPACE = 0x00
     CONTROLLER = 0x01
     ACTIVE_NAMESPACES = 0x02
+    NAMESPACE_DESCRIPTORS = 0x03
+    COMMAND_SET_NAMESPACE = 0x05
 
 
 class LogPage(IntEnum):
@@ -155,6 +158,24 @@ IDENTIFY_NAMESPACE = _record(
 )
 FLBAS_EXTENDED = 1 << 4  # metadata follow each block in the data
 DEALLOCATED_READS_ZEROS = 1  # dlfeat, bits 2:0
+
+# The namespace identification descriptor list: headers, `length` bytes after each, ended by type 0.
+NAMESPACE_DESCRIPTOR = np.dtype([("type", "u1"), ("length", "u1"), ("reserved", "V2")])
+NAMESPACE_DESCRIPTOR_COMMAND_SET = 4  # of one byte: the command set identifier
+
+# Identify Namespace of the Zoned Namespace Command Set.
+LBA_FORMAT_EXTENSION = np.dtype([("zsze", "<u8"), ("zdes", "u1"), ("reserved", "V7")])
+IDENTIFY_ZONED_NAMESPACE = _record(
+    4096,
+    {
+        "zoc": (0, "<u2"),
+        "ozcs": (2, "<u2"),
+        "mar": (4, "<u4"),  # active zones at once, minus one; ZONES_UNLIMITED
+        "mor": (8, "<u4"),  # open zones at once, minus one; ZONES_UNLIMITED
+        "lbafe": (2816, (LBA_FORMAT_EXTENSION, 64)),
+    },
+)
+ZONES_UNLIMITED = 0xFFFFFFFF
 
 WARNING_SPARE = 1 << 0
 WARNING_READ_ONLY = 1 << 3

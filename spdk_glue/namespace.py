@@ -20,8 +20,12 @@ from spdk_glue.command import (
     HANDLE_STATUS_HEADER,
     LBA_STATUS_DESCRIPTOR,
     LBA_STATUS_HEADER,
+    ZONE_DESCRIPTOR,
+    ZONE_REPORT_HEADER,
+    CommandSet,
     Feature,
     IoOpcode,
+    ZoneAction,
 )
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.dma import EXTENT
@@ -32,7 +36,10 @@ from spdk_glue.identify import (
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
+    IDENTIFY_ZONED_NAMESPACE,
     LBA_UNKNOWN,
+    NAMESPACE_DESCRIPTOR,
+    NAMESPACE_DESCRIPTOR_COMMAND_SET,
     Cns,
     LogPage,
 )
@@ -41,6 +48,7 @@ from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
 QUEUE_DEPTH = 1024
 STATUS_DESCRIPTORS = 4095  # of one Get LBA Status: with its header 64 KiB less 8 bytes
+ZONES_REPORTED = 1023  # at once: with the header 64 KiB
 VERIFY_STEP_MIN = 32  # blocks read again at most for each lost one
 MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS counts
 
@@ -88,7 +96,9 @@ class BlockNamespace:
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
         self.nsid = transport.nsid
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=self.nsid)
-        self.block_bytes = 1 << int(geometry["lbaf"][int(geometry["flbas"]) & 0xF]["lbads"])
+        self._format = int(geometry["flbas"]) & 0xF
+        self._zoned: tuple[np.void, int] | None = None
+        self.block_bytes = 1 << int(geometry["lbaf"][self._format]["lbads"])
         self.num_lbas = int(geometry["nsze"])
         self._endurance_group = int(geometry["endgid"])
         # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits
@@ -105,10 +115,30 @@ class BlockNamespace:
 
     # admin
 
-    def _identify(self, cns: int, record: np.dtype, nsid: int = 0) -> np.void:
+    def _identify(
+        self, cns: int, record: np.dtype, nsid: int = 0, command_set: int = CommandSet.NVM
+    ) -> np.void:
         data = np.zeros(record.itemsize, np.uint8)
-        self.admin(command.identify(cns, nsid), data)
+        self.admin(command.identify(cns, nsid, command_set), data)
         return data.view(record)[0]
+
+    def command_set(self) -> int:
+        """Of the namespace: a CommandSet, or one that is not known here."""
+        data = np.zeros(4096, np.uint8)
+        try:
+            self.admin(command.identify(Cns.NAMESPACE_DESCRIPTORS, self.nsid), data)
+        except NvmeStatusError as error:
+            if error.status != Status.INVALID_FIELD:
+                raise
+            return CommandSet.NVM  # a drive from before there were others
+        start = 0
+        while start + NAMESPACE_DESCRIPTOR.itemsize < len(data) and data[start]:
+            kind, length = data[start : start + 2].tolist()
+            start += NAMESPACE_DESCRIPTOR.itemsize
+            if kind == NAMESPACE_DESCRIPTOR_COMMAND_SET:
+                return int(data[start])
+            start += length
+        return CommandSet.NVM
 
     def log_page(self, log_id: int, record: np.dtype, count: int = 1) -> np.ndarray:
         """`count` records of a log page."""
@@ -124,8 +154,8 @@ class BlockNamespace:
         return int(completions["cdw0"][0])
 
     def placement_identifiers(self) -> np.ndarray:
-        """uint16: what Write takes as placement identifiers; none on a drive without flexible data placement, or
-        where it is not enabled."""
+        """uint16: what Write takes as placement identifiers; none where there is no flexible data placement, or
+        it is not enabled."""
         none = np.empty(0, np.uint16)
         if not int(self.controller["ctratt"]) & CTRATT_FLEXIBLE_DATA_PLACEMENT or not self._endurance_group:
             return none
@@ -173,8 +203,25 @@ class BlockNamespace:
         """Write EXTENT [n]: memory to places of the namespace."""
         self._transfer(command.write, extents, placement_id=placement_id)
 
+    def write_in_order(self, extents: np.ndarray) -> None:
+        """As write_extents, each command after the end of the one before: what a zone takes. Commands that are
+        outstanding together may be executed in any order."""
+        entries, *places = self._commands(command.write, extents)
+        with self._queue_pair() as queue_pair:
+            for one in range(len(entries)):
+                part = slice(one, one + 1)
+                completions = queue_pair.transfer(entries[part], *(place[part] for place in places))
+                self._check(entries[part], completions)
+
     def _transfer(self, builder, extents: np.ndarray, **hints) -> None:
         """All of it at the queue's depth, without an object per command."""
+        entries, *places = self._commands(builder, extents, **hints)
+        with self._queue_pair() as queue_pair:
+            completions = queue_pair.transfer(entries, *places)
+        self._check(entries, completions)
+
+    def _commands(self, builder, extents: np.ndarray, **hints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(SUBMISSION_ENTRY [n], int64 [n] addresses, int64 [n] bytes), none larger than the drive takes."""
         if not len(extents):
             raise ValueError("no extent to transfer")
         if ((extents["offset"] | extents["length"]) % self.block_bytes).any() or not extents["length"].all():
@@ -187,9 +234,7 @@ class BlockNamespace:
         first_lbas = (np.repeat(offsets, pieces) + before) // self.block_bytes
         entries = builder(first_lbas, lengths // self.block_bytes, **hints)
         entries["nsid"] = self.nsid
-        with self._queue_pair() as queue_pair:
-            completions = queue_pair.transfer(entries, np.repeat(addresses, pieces) + before, lengths)
-        self._check(entries, completions)
+        return entries, np.repeat(addresses, pieces) + before, lengths
 
     def _transfers(self, builder, extents, **hints) -> tuple[np.ndarray, list]:
         """(entries, buffers) of the commands that move (first LBA, buffer) pairs, at least one."""
@@ -293,6 +338,44 @@ class BlockNamespace:
             completions = queue_pair.execute(entry, [data])
         self._check(entry, completions)
         return int(completions["cdw0"][0])
+
+    # zones
+
+    def zoned(self) -> tuple[np.void, int]:
+        """(IDENTIFY_ZONED_NAMESPACE record, LBAs from the start of a zone to the start of the next) of a zoned
+        namespace."""
+        if self._zoned is None:
+            record, cns = IDENTIFY_ZONED_NAMESPACE, Cns.COMMAND_SET_NAMESPACE
+            found = self._identify(cns, record, self.nsid, CommandSet.ZONED)
+            self._zoned = found, int(found["lbafe"][self._format]["zsze"])
+        return self._zoned
+
+    def zones(self, first_lba: int = 0, max_zones: int | None = None) -> np.ndarray:
+        """ZONE_DESCRIPTOR [n]: the zones from the one with `first_lba` on, up to a number of them."""
+        _, zone_lbas = self.zoned()
+        wanted = -(-(self.num_lbas - first_lba) // zone_lbas)
+        wanted = wanted if max_zones is None else min(wanted, max_zones)
+        size = self.max_transfer_lbas * self.block_bytes - ZONE_REPORT_HEADER.itemsize
+        at_once = min(ZONES_REPORTED, size // ZONE_DESCRIPTOR.itemsize)
+        found = np.empty(0, ZONE_DESCRIPTOR)
+        while len(found) < wanted:
+            count = min(at_once, wanted - len(found))
+            data = dma.allocate(ZONE_REPORT_HEADER.itemsize + count * ZONE_DESCRIPTOR.itemsize)
+            entry = command.report_zones(first_lba + len(found) * zone_lbas, data.nbytes)
+            self._run(entry, [data])
+            count = int(data[: ZONE_REPORT_HEADER.itemsize].view(ZONE_REPORT_HEADER)["num_zones"][0])
+            if not count:
+                break
+            found = np.append(found, data[ZONE_REPORT_HEADER.itemsize :].view(ZONE_DESCRIPTOR)[:count])
+        return found
+
+    def reset_zone(self, first_lba: int) -> None:
+        """Empty a zone: its blocks are gone, and it is written from its start again."""
+        self._run(command.manage_zone(first_lba, ZoneAction.RESET), [None])
+
+    def finish_zone(self, first_lba: int) -> None:
+        """Make a zone full, whatever was written of it: it is not active any more."""
+        self._run(command.manage_zone(first_lba, ZoneAction.FINISH), [None])
 
     # what the drive holds
 

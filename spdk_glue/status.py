@@ -1,7 +1,8 @@
 """NVMe status codes, and the error that carries one.
 
-A code here is `sct << 8 | sc` (status code type, status code). Source: NVM Express Base Specification
-2.0, section 3.3.3.2.1; status code type 7 is vendor specific.
+A code here is `sct << 8 | sc` (status code type, status code). Source: NVM Express Base Specification 2.0,
+section 3.3.3.2.1; Zoned Namespace Command Set Specification 1.1 (01B8h to 01BFh); status code type 7 is
+vendor specific.
 """
 
 from enum import IntEnum
@@ -21,6 +22,14 @@ class Status(IntEnum):
     LBA_OUT_OF_RANGE = 0x0080
     CAPACITY_EXCEEDED = 0x0081
     INVALID_LOG_PAGE = 0x0109
+    ZONE_BOUNDARY_ERROR = 0x01B8
+    ZONE_IS_FULL = 0x01B9
+    ZONE_IS_READ_ONLY = 0x01BA
+    ZONE_IS_OFFLINE = 0x01BB
+    ZONE_INVALID_WRITE = 0x01BC
+    TOO_MANY_ACTIVE_ZONES = 0x01BD
+    TOO_MANY_OPEN_ZONES = 0x01BE
+    INVALID_ZONE_STATE_TRANSITION = 0x01BF
     WRITE_FAULT = 0x0280
     UNRECOVERED_READ_ERROR = 0x0281
     COMPARE_FAILURE = 0x0285

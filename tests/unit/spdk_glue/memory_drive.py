@@ -36,9 +36,15 @@ MAX_TRANSFER_BYTES = 1 << 16
 class MemoryDrive:
     """`seen` has every I/O request in the order of arrival; writes wait for `gate`."""
 
-    def __init__(self, block_bytes: int = 512, mdts: int = 0, signature: bytes = CAPABILITIES_SIGNATURE):
-        self.block_bytes = block_bytes
-        self.blocks = np.zeros((NUM_LBAS, block_bytes), np.uint8)
+    def __init__(
+        self,
+        block_bytes: int = 512,
+        mdts: int = 0,
+        signature: bytes = CAPABILITIES_SIGNATURE,
+        num_lbas: int = NUM_LBAS,
+    ):
+        self.block_bytes, self.num_lbas = block_bytes, num_lbas
+        self.blocks = np.zeros((num_lbas, block_bytes), np.uint8)
         self.seen = []
         self.answers = {}  # ticket to the length that its answer has
         self.gate, self.entered = threading.Event(), threading.Event()
@@ -49,8 +55,9 @@ class MemoryDrive:
         self.controller["attention"]["signature"] = signature
         self.controller["attention"]["max_transfer_bytes"] = MAX_TRANSFER_BYTES
         self.namespace = np.zeros(1, IDENTIFY_NAMESPACE)
-        self.namespace["nsze"] = NUM_LBAS
+        self.namespace["nsze"] = num_lbas
         self.namespace["lbaf"][0, 0]["lbads"] = block_bytes.bit_length() - 1
+        self.identities = {Cns.CONTROLLER: self.controller, Cns.NAMESPACE: self.namespace}
         self.io_handlers = {
             IoOpcode.READ: self.read,
             IoOpcode.WRITE: self.write,
@@ -70,7 +77,7 @@ class MemoryDrive:
 
     def _blocks(self, request):
         stop = request.first_lba + request.num_lbas
-        if stop > NUM_LBAS:
+        if stop > self.num_lbas:
             request.fail(CommandFailed(Status.LBA_OUT_OF_RANGE, lba=request.first_lba, detail="past the end"))
         elif request.data.nbytes != request.num_lbas * self.block_bytes:
             request.fail(CommandFailed(Status.SGL_LENGTH_INVALID))
@@ -121,8 +128,10 @@ class MemoryDrive:
             if request.cdw10 == Cns.NAMESPACE and request.nsid != NSID:
                 request.fail(CommandFailed(Status.INVALID_NAMESPACE, detail=f"nsid {request.nsid}"))
                 continue
-            record = {Cns.CONTROLLER: self.controller, Cns.NAMESPACE: self.namespace}[Cns(request.cdw10)]
-            request.data[:] = record.view(np.uint8)
+            if request.cdw10 not in self.identities:
+                request.fail(CommandFailed(Status.INVALID_FIELD, detail=f"CNS {request.cdw10}"))
+                continue
+            request.data[:] = self.identities[request.cdw10].view(np.uint8)
 
     def log_page(self, requests):
         for request in requests:
