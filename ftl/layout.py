@@ -116,6 +116,33 @@ CHECKPOINT_SUPERBLOCK = np.dtype(
 )
 assert CHECKPOINT_SUPERBLOCK.itemsize == 24
 
+ZONE_RECORD_MAGIC = 0x525A564B  # "KVZR"
+ZONE_EXTENTS_MAX = 252
+
+# On a zoned namespace, of what is not pages: what a record says of blocks that follow each other.
+ZONE_EXTENT = np.dtype([("first_block", "<u8"), ("num_blocks", "<u4"), ("is_zero", "<u4")])
+assert ZONE_EXTENT.itemsize == 16
+
+# The block that starts a record; the blocks of its extents follow, in their order, but for those that are zero.
+ZONE_RECORD = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("crc32c", "<u4"),
+        ("sequence_number", "<u8"),  # of two records with a block the one with the higher number counts
+        ("place", "<u8"),  # where this record is, in blocks of the namespace
+        ("previous", "<u8"),  # where the one before it in this zone is; its own place in the first
+        ("num_blocks", "<u4"),  # that follow
+        ("blocks_crc32c", "<u4"),  # of all of them
+        ("num_zones", "<u4"),  # of the namespace's first zones, that hold such records
+        ("num_extents", "<u4"),
+        ("space_blocks", "<u8"),  # blocks that there are to name
+        ("is_copy", "<u4"),  # 1: of what lies in a zone that is being emptied
+        ("reserved", "V4"),
+        ("extents", ZONE_EXTENT, ZONE_EXTENTS_MAX),
+    ]
+)
+assert ZONE_RECORD.itemsize == BLOCK_BYTES
+
 DRIVE_MAGIC = 0x4456_5246_5356_4B00 | 0x31  # "1KVSFRVD" read as a little-endian u8
 
 DRIVE_HEADER = np.dtype(

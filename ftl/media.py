@@ -52,6 +52,7 @@ class FlashMedia(Protocol):
     read_only: bool
     uuid: bytes  # 16 bytes, the drive's identity
     plain_file: DirectFile | None  # where reading is nothing but reading this file; else None
+    max_open_superblocks: int | None  # that may be partly programmed and not closed; None for any number
 
     def read(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
         """Read pages; uint32 [n], the CRC32C of what was found. Thread-safe, without the GIL."""
@@ -71,6 +72,9 @@ class FlashMedia(Protocol):
         stream: any number; what is programmed with one will probably be erased together. A hint.
         Raises ProgramFailed: nothing more is to be programmed in that superblock before it is erased.
         """
+
+    def closed(self, superblock: int) -> None:
+        """Nothing more will be programmed in a superblock before its erase."""
 
     def erase(self, superblock: int) -> None:
         """Erase the superblock's good blocks. Raises EraseFailed for those that could not be."""

@@ -19,6 +19,7 @@ class CountingMedia:
     """
 
     plain_file = None
+    max_open_superblocks: int | None = None
 
     def __init__(self, geometry: Geometry, uuid: bytes | None = None):
         self.geometry = geometry
@@ -73,6 +74,9 @@ class CountingMedia:
 
     def _store(self, pages: np.ndarray, addresses: np.ndarray, oob: np.ndarray) -> None:
         self.oob[pages] = oob
+
+    def closed(self, superblock: int) -> None:
+        """Nothing to do: any number may be written at once."""
 
     def erase(self, superblock: int) -> None:
         self._check_writable("erase")

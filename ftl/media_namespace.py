@@ -5,23 +5,24 @@ placement and recovery of this one without a file system in between. Deallocatio
 ignore, so an erase writes zeros over the OOB and deallocates only the payload.
 """
 
-import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
-from ftl.direct_io.api import complete_oob, crc32c_pages
+from ftl.direct_io.api import crc32c_pages
 from ftl.drive_layout import HEADERS_BYTES, DriveLayout, new_table
-from ftl.errors import NotADrive, TruncatedDrive, backing_error
+from ftl.errors import NotADrive, TruncatedDrive
 from ftl.geometry import Geometry
-from ftl.layout import BLOCK_BYTES, ERASE_BLOCK, PAGE_OOB
-from ftl.media_stored import StoredMedia, extent_of
+from ftl.layout import BLOCK_BYTES, ERASE_BLOCK
+from ftl.media_stored import StoredMedia, complete_oob_images, extent_of
+from ftl.media_zoned import ZonedMedia
+from ftl.raw_namespace import capacity_of, joined, media_errors, name_of
 from spdk_glue import dma
+from spdk_glue.command import CommandSet
 from spdk_glue.dma import EXTENT
 from spdk_glue.namespace import BlockNamespace
-from spdk_glue.status import NvmeError, NvmeStatusError, Status
+from spdk_glue.status import NvmeStatusError
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +42,13 @@ class NamespaceBacking:
         self._data_start = layout.data_start
         self._placement_ids = namespace.placement_identifiers().tolist()
 
-    @contextmanager
     def _media_errors(self, offset: int):
-        try:
-            yield
-        except NvmeStatusError as error:
-            number = errno.ENOSPC if error.status == Status.CAPACITY_EXCEEDED else errno.EIO
-            if error.lba is not None:
-                offset = error.lba * self._namespace.block_bytes
-            raise backing_error(number, self.name, offset) from error
-        except NvmeError as error:
-            log.error("%s: %s", self.name, error)
-            raise backing_error(errno.EIO, self.name, offset) from error
+        return media_errors(self._namespace, offset)
 
     def _page_extents(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
         """EXTENT, as few as possible: pages that follow each other on flash and in memory are one."""
-        size = self._page_size
-        apart = (np.diff(pages) != 1) | (np.diff(addresses) != size)
-        starts = np.flatnonzero(np.concatenate([[True], apart]))
-        extents = np.empty(len(starts), EXTENT)
-        extents["address"] = addresses[starts]
-        extents["offset"] = self._data_start + pages[starts] * size
-        extents["length"] = np.diff(np.append(starts, len(pages))) * size
-        return extents
+        offsets = self._data_start + pages * self._page_size
+        return joined(addresses, offsets, self._page_size)
 
     def read_pages(self, pages: np.ndarray, addresses: np.ndarray, crc32c: np.ndarray) -> None:
         if len(pages):
@@ -84,9 +69,7 @@ class NamespaceBacking:
     def program_pages(self, pages, addresses, oob, oob_pieces, extents, stream: int) -> None:
         with self._media_errors(self._data_start + int(pages[0]) * self._page_size):
             self._namespace.write_extents(self._page_extents(pages, addresses), self._placement_id(stream))
-        complete_oob(addresses, self._page_size, oob)
-        for first, count, image in oob_pieces.tolist():
-            dma.view(image, count * PAGE_OOB.itemsize).view(PAGE_OOB)[:] = oob[first : first + count]
+        complete_oob_images(addresses, self._page_size, oob, oob_pieces)
         self.write_extents(extents)
 
     def read_extents(self, extents: np.ndarray) -> None:
@@ -128,7 +111,10 @@ class NamespaceBacking:
 
 
 class NamespaceMedia(StoredMedia):
-    """See FlashMedia. Owns the namespace while open; that nobody else uses it is the caller's promise."""
+    """See FlashMedia. Owns the namespace while open; that nobody else uses it is the caller's promise.
+
+    On a zoned namespace it is ZonedMedia that is made and opened.
+    """
 
     @staticmethod
     def geometry_for(namespace: BlockNamespace, size_bytes: int | None = None, **options: int) -> Geometry:
@@ -147,11 +133,13 @@ class NamespaceMedia(StoredMedia):
             size -= max(excess, geometry.superblock_bytes)
 
     @staticmethod
-    def create(namespace: BlockNamespace, geometry: Geometry) -> "NamespaceMedia":
+    def create(namespace: BlockNamespace, geometry: Geometry) -> StoredMedia:
         """Make a drive of erased flash, over whatever the namespace holds.
 
         Raises ValueError where the geometry does not fit, MediaIoError.
         """
+        if _is_zoned(namespace):
+            return ZonedMedia.create(namespace, geometry)
         layout = DriveLayout.new(geometry)
         wanted, found = layout.size_bytes, capacity_of(namespace)
         if wanted > found or BLOCK_BYTES % namespace.block_bytes:
@@ -171,26 +159,21 @@ class NamespaceMedia(StoredMedia):
         return media
 
     @staticmethod
-    def open(namespace: BlockNamespace, read_only: bool = False) -> "NamespaceMedia":
+    def open(namespace: BlockNamespace, read_only: bool = False) -> StoredMedia:
         """Open a drive. Raises NotADrive and its relatives, MediaIoError."""
+        if _is_zoned(namespace):
+            return ZonedMedia.open(namespace, read_only)
         name = name_of(namespace)
         if BLOCK_BYTES % namespace.block_bytes or capacity_of(namespace) < HEADERS_BYTES:
             raise NotADrive(name, f"{namespace.num_lbas} blocks of {namespace.block_bytes} bytes")
-        try:
+        with media_errors(namespace, 0):
             headers = namespace.read(0, HEADERS_BYTES // namespace.block_bytes)
-        except NvmeStatusError as error:
-            raise backing_error(errno.EIO, name, 0) from error
         layout = DriveLayout.read(name, headers.tobytes())
         if capacity_of(namespace) < layout.size_bytes:
             raise TruncatedDrive(name, layout.size_bytes, capacity_of(namespace))
         return NamespaceMedia(NamespaceBacking(namespace, layout), layout, read_only)
 
 
-def name_of(namespace: BlockNamespace) -> str:
-    """What errors call a namespace: its drive's serial number."""
-    return f"NVMe drive {namespace.serial_number}"
-
-
-def capacity_of(namespace: BlockNamespace) -> int:
-    """Bytes."""
-    return namespace.num_lbas * namespace.block_bytes
+def _is_zoned(namespace: BlockNamespace) -> bool:
+    with media_errors(namespace, 0):
+        return namespace.command_set() == CommandSet.ZONED

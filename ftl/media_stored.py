@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ftl.direct_io.api import OOB_PIECE
+from ftl.direct_io.api import OOB_PIECE, complete_oob
 from ftl.drive_layout import DriveLayout, damaged_erase_blocks, erase_block_crc32c, round_up
 from ftl.errors import MediaIoError, ReadOnlyMedia
 from ftl.layout import BLOCK_BYTES, ERASE_BLOCK, ERASE_BLOCK_BAD, PAGE_OOB
@@ -62,10 +62,18 @@ def extent_of(buffer: np.ndarray, offset: int) -> np.ndarray:
     return np.array([(dma.address_of(buffer), offset, buffer.nbytes)], EXTENT)
 
 
+def complete_oob_images(addresses: np.ndarray, page_size: int, oob: np.ndarray, pieces: np.ndarray) -> None:
+    """Fill in the checksums of PAGE_OOB [n], and put them where OOB_PIECE says, to be written."""
+    complete_oob(addresses, page_size, oob)
+    for first, count, image in pieces.tolist():
+        dma.view(image, count * PAGE_OOB.itemsize).view(PAGE_OOB)[:] = oob[first : first + count]
+
+
 class StoredMedia:
     """See FlashMedia. With a damaged erase-block table it opens, but read-only."""
 
     plain_file = None
+    max_open_superblocks: int | None = None
 
     def __init__(self, backing: Backing, layout: DriveLayout, read_only: bool):
         self.geometry = layout.geometry
@@ -255,6 +263,9 @@ class StoredMedia:
         except MediaIoError:
             self._forget_images([superblock])
             raise
+
+    def closed(self, superblock: int) -> None:
+        """Nothing to do: any number may be written at once."""
 
     def sync(self) -> None:
         """As FlashMedia. A failure is final: the store may have dropped what it could not write, so no later

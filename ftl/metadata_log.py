@@ -48,8 +48,15 @@ class LogSuperblocks:
         superblock = self._writer.take_free(State.LOG)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))
+        self.close()
         self._open = self._opened(superblock)
         self.superblocks.append(superblock)
+
+    def close(self) -> None:
+        """Nothing more is written into the last one."""
+        if self._open is not None:
+            self._state.media.closed(self._open.superblock)
+            self._open = None
 
     def append(self, kind: PageKind, payload: np.ndarray, sequence_number: int) -> None:
         """Program uint8 [n, page_size]. The lock is held, but released while programming."""
@@ -101,6 +108,11 @@ class MetadataLog:
         self._marked_program_number = self._synced_program_number = state.durable_program_number
         self._is_busy = False
         self.replaced: list[int] = []  # superblocks that hold nothing needed, to be erased
+
+    @property
+    def open_superblock(self) -> set[int]:
+        """The one that the log goes on in, if there is one."""
+        return set(self._log.superblocks[-1:])
 
     def deallocated(self, first_lba: int, num_lbas: int, sequence_number: int) -> None:
         """A range that was unmapped: durable after the next make_durable."""
@@ -200,6 +212,8 @@ class MetadataLog:
             except BaseException:
                 self.replaced.extend(taken_by.superblocks)
                 raise
+            finally:
+                taken_by.close()
             self.replaced.extend(self._checkpoint_superblocks)
             self._checkpoint_superblocks = taken_by.superblocks
         finally:

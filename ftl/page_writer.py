@@ -71,6 +71,11 @@ class PageWriter:
             self._state.begun[superblock] = found
         return found
 
+    @property
+    def superblocks(self) -> set[int]:
+        """Those that are open."""
+        return {found.superblock for found in self._open.values()}
+
     def _num_open(self) -> int:
         return sum(stream not in INTERNAL_STREAMS for stream in self._open)
 
@@ -79,6 +84,7 @@ class PageWriter:
             if found.superblock == superblock:
                 del self._open[stream]
                 self._state.superblocks.move(superblock, State.FULL)
+                self._state.media.closed(superblock)
                 if found.parity is not None and not found.parity.is_begun:
                     del self._state.begun[superblock]
 

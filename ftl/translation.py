@@ -46,6 +46,8 @@ class FlashTranslationLayer:
         self.page_size = media.geometry.page_size
         self.uuid = uuid.UUID(bytes=media.uuid)
         self.num_streams = num_streams(media.geometry)
+        if media.max_open_superblocks is not None:
+            self.num_streams = min(self.num_streams, media.max_open_superblocks - len(INTERNAL_STREAMS))
         self._state = FlashState(media)
         self.num_lbas = self._state.num_lbas
         self.options = options or CollectorOptions()
@@ -57,6 +59,10 @@ class FlashTranslationLayer:
         checkpoints = self._of_log(found.checkpoint_superblocks) if found else []
         self._log = MetadataLog(self._state, self._writer, log_superblocks, checkpoints, checkpoint_pages)
         self._log.replaced += self._of_log(found.superseded_log) if found else []
+        going_on = self._writer.superblocks | self._log.open_superblock
+        for superblock in np.flatnonzero(self._state.superblocks.fill).tolist():
+            if superblock not in going_on:
+                media.closed(superblock)
         self._collector.connect(self._writer, self._log)
         self._runs = None
         if media.plain_file is not None:

@@ -16,9 +16,13 @@ from spdk_glue import dma
 from spdk_glue.namespace import BlockNamespace
 from spdk_glue.transports.inproc import InprocTransport
 from tests.unit.spdk_glue.memory_drive import MemoryDrive
+from tests.unit.spdk_glue.zoned_drive import ZonedDrive
 
 GEOMETRY = Geometry(num_channels=4, pages_per_erase_block=8, num_superblocks=8)
+ONE_PLANE = Geometry(num_channels=1, pages_per_erase_block=32, num_superblocks=8)  # a zone is an erase block
+TABLE_ZONES = 3
 PER_SUPERBLOCK = GEOMETRY.pages_per_superblock
+assert ONE_PLANE.pages_per_superblock == PER_SUPERBLOCK
 
 
 class ForgetfulDrive(MemoryDrive):
@@ -37,9 +41,12 @@ class Medium:
 
     def __init__(self, kind, tmp_path):
         self.kind, self.path = kind, tmp_path / "flash"
-        self.survives_closing = kind in ("file", "namespace")
+        self.survives_closing = kind in ("file", "namespace", "zoned")
+        self.geometry = ONE_PLANE if kind == "zoned" else GEOMETRY
         if kind == "namespace":
             self.drive = ForgetfulDrive()
+        if kind == "zoned":
+            self.drive = ZonedDrive(capacity_bytes=132 << 10, zone_bytes=256 << 10, unwritten=0xEE)
 
     def namespace(self):
         return BlockNamespace(InprocTransport(self.drive.device))
@@ -50,6 +57,7 @@ class Medium:
             "nand": lambda: NandMedia(GEOMETRY, np.random.default_rng(0)),
             "file": lambda: FileMedia.create(self.path, GEOMETRY),
             "namespace": lambda: NamespaceMedia.create(self.namespace(), GEOMETRY),
+            "zoned": lambda: NamespaceMedia.create(self.namespace(), ONE_PLANE),
         }
         return makers[self.kind]()
 
@@ -69,11 +77,19 @@ class Medium:
         elif self.kind == "namespace":
             start = media.layout.data_start + page * GEOMETRY.page_size + byte
             self.drive.blocks.reshape(-1)[start] ^= 4
+        elif self.kind == "zoned":
+            superblock, index = divmod(page, PER_SUPERBLOCK)
+            start = (
+                (TABLE_ZONES + superblock) * self.drive.zone_lbas * self.drive.block_bytes
+                + index * GEOMETRY.page_size
+                + byte
+            )
+            self.drive.blocks.reshape(-1)[start] ^= 4
         else:
             media.pages[page, byte] ^= 4
 
 
-@pytest.fixture(params=["memory", "nand", "file", "namespace"])
+@pytest.fixture(params=["memory", "nand", "file", "namespace", "zoned"])
 def medium(request, tmp_path):
     return Medium(request.param, tmp_path)
 
@@ -179,7 +195,8 @@ def test_nand_rules(media):
     for pages in ([7], [16], [12], [GEOMETRY.num_pages], [-1], [0, GEOMETRY.num_pages]):
         with pytest.raises(NandRuleViolation):
             program(media, np.array(pages))
-    program(media, np.array([13, 14, 15]))
+    if media.geometry.num_planes > 1:
+        program(media, np.array([13, 14, 15]))
     for superblock in (-1, 8):
         with pytest.raises(NandRuleViolation):
             media.erase(superblock)
@@ -200,12 +217,14 @@ def test_erase(media):
     assert media.erase_counts().tolist() == [1] + [0] * 7
     program(media, np.arange(4), seed=3)
     np.testing.assert_array_equal(read(media, PER_SUPERBLOCK + np.arange(4)), kept)
-    assert media.counters.blocks_erased == GEOMETRY.num_planes
+    assert media.counters.blocks_erased == media.geometry.num_planes
     assert len(media.read_counts()) == GEOMETRY.num_superblocks
 
 
 def test_bad_blocks(media):
     """A grown bad block: what it held stays readable, nothing goes there again, its neighbours are used on."""
+    if media.geometry.num_planes == 1:
+        return
     written = program(media, np.arange(PER_SUPERBLOCK))
     assert not media.bad_blocks().any()
     media.mark_bad(0, np.array([1, 3]))
@@ -230,6 +249,23 @@ def test_bad_blocks(media):
         media.erase(0)
 
 
+def test_bad_superblocks(media):
+    """One without a good block: what it held stays readable, and it is neither programmed nor erased."""
+    planes = np.arange(media.geometry.num_planes)
+    written = program(media, np.arange(5))
+    media.mark_bad(0, planes)
+    media.mark_bad(2, planes)
+    assert media.bad_superblocks().tolist() == [True, False, True] + 5 * [False]
+    for superblock in (0, 2):
+        with pytest.raises(NandRuleViolation):
+            media.erase(superblock)
+        with pytest.raises(NandRuleViolation):
+            program(media, superblock * PER_SUPERBLOCK + np.array([5]))
+    np.testing.assert_array_equal(read(media, np.arange(5)), written)
+    assert np.count_nonzero(media.read_oob(0)["magic"]) == 5
+    program(media, PER_SUPERBLOCK + np.arange(5))
+
+
 def test_reopening(medium):
     """A restart: identity, content, wear, bad blocks and NAND state."""
     if not medium.survives_closing:
@@ -239,25 +275,28 @@ def test_reopening(medium):
     media.erase(3)
     media.erase(4)
     media.erase(4)
-    media.mark_bad(4, np.array([2]))
-    media.erase(4)
+    plane = media.geometry.num_planes // 2
+    media.mark_bad(4, np.array([plane]))
+    if plane:
+        media.erase(4)
     uuid, counts, bad = media.uuid, media.erase_counts(), media.bad_blocks()
     media.sync()
     media.close()
     for _ in range(2):
         media = medium.open()
         np.testing.assert_array_equal(read(media, np.arange(5)), written)
-        assert (media.uuid, media.geometry, media.read_only) == (uuid, GEOMETRY, False)
+        assert (media.uuid, media.geometry, media.read_only) == (uuid, medium.geometry, False)
         np.testing.assert_array_equal(media.erase_counts(), counts)
         np.testing.assert_array_equal(media.bad_blocks(), bad)
         media.close()
     media = medium.open()
-    assert (counts.tolist(), np.argwhere(bad).tolist()) == ([0, 0, 0, 1, 3, 0, 0, 0], [[4, 2]])
+    erases = 2 + (plane > 0)
+    assert (counts.tolist(), np.argwhere(bad).tolist()) == ([0, 0, 0, 1, erases, 0, 0, 0], [[4, plane]])
     media.read_oob(0)
     with pytest.raises(NandRuleViolation):
         program(media, np.array([4]))
     with pytest.raises(NandRuleViolation):
-        program(media, plane_pages(4, 2)[:1])
+        program(media, 4 * PER_SUPERBLOCK + np.array([plane]))
     program(media, np.array([5]))
     media.close()
 

@@ -61,7 +61,7 @@ class MemoryDrive:
         self.io_handlers = {
             IoOpcode.READ: self.read,
             IoOpcode.WRITE: self.write,
-            IoOpcode.FLUSH: self.note,
+            IoOpcode.FLUSH: self.flush,
             IoOpcode.DATASET_MANAGEMENT: self.deallocate,
             IoOpcode.ATTENTION_SUBMIT: self.submit,
             IoOpcode.ATTENTION_FETCH: self.fetch,
@@ -98,6 +98,9 @@ class MemoryDrive:
         for request in requests:
             place = self._blocks(request)
             place[:] = request.data[: len(place)]
+
+    def flush(self, requests):
+        self.note(requests)
 
     def deallocate(self, requests):
         self.note(requests)
