@@ -16,7 +16,8 @@ from ftl.errors import NotADrive, TruncatedDrive
 from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, ERASE_BLOCK
 from ftl.media_stored import StoredMedia, complete_oob_images, extent_of
-from ftl.media_zoned import ZonedMedia
+from ftl.media_zoned import NO_PARITY, ZonedMedia
+from ftl.media_zoned import geometry_of as zoned_geometry_of
 from ftl.raw_namespace import capacity_of, joined, media_errors, name_of
 from spdk_glue import dma
 from spdk_glue.command import CommandSet
@@ -120,8 +121,12 @@ class NamespaceMedia(StoredMedia):
     def geometry_for(namespace: BlockNamespace, size_bytes: int | None = None, **options: int) -> Geometry:
         """A geometry that fits; size_bytes: of flash, None for as much as there is room for.
 
-        options: see Geometry.for_capacity. Raises ValueError where the namespace is too small.
+        options: see Geometry.for_capacity. Raises ValueError where the namespace is too small, MediaIoError.
         """
+        if _is_zoned(namespace):
+            if options.pop("parity", 0):
+                raise ValueError(NO_PARITY)
+            return zoned_geometry_of(namespace, size_bytes, **options)
         if size_bytes is not None:
             return Geometry.for_capacity(size_bytes, **options)
         size = room = capacity_of(namespace)

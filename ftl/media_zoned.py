@@ -31,6 +31,7 @@ from spdk_glue.namespace import BlockNamespace
 log = logging.getLogger(__name__)
 
 ACTIVE_MIN = 5  # tables, a stream, collection, the log, a checkpoint
+NO_PARITY = "no parity on a zoned namespace: it is written in order, and a row's parity comes behind its pages"
 THE_PLANE = np.zeros(1, np.int64)
 
 
@@ -253,7 +254,7 @@ class ZonedMedia(StoredMedia):
                 # erased, but for the reset; or the OOB of all that it holds was lost
                 self._backing.reset(superblock)
             elif self._backing.is_active(superblock):
-                # finishing the zone would leave what is missing to look like anything
+                # finishing the zone would let what is missing look like anything
                 self._backing.pad(superblock, _num_recorded(super().read_oob(superblock)))
 
     def read_oob(self, superblock: int) -> np.ndarray:
@@ -273,12 +274,18 @@ def _num_recorded(records: np.ndarray) -> int:
     return int(np.flatnonzero(records["magic"]).max(initial=-1)) + 1
 
 
-def geometry_of(namespace: BlockNamespace, page_size: int = 4096, spare_percent: int = 7) -> Geometry:
-    """The geometry that makes the most of a zoned namespace. Raises ValueError where it is too small,
-    MediaIoError."""
+def geometry_of(
+    namespace: BlockNamespace, size_bytes: int | None = None, page_size: int = 4096, spare_percent: int = 7
+) -> Geometry:
+    """A geometry for a zoned namespace; size_bytes: of flash at most, None for as much as there is room for.
+
+    Raises ValueError where the namespace is too small, MediaIoError.
+    """
     zones = Zones(namespace)
     num_pages = _capacity(zones) // page_size
     num_superblocks = len(zones)
+    if size_bytes is not None:
+        num_superblocks = min(num_superblocks, size_bytes // max(1, num_pages * page_size))
     while True:
         geometry = Geometry(
             page_size=page_size,
@@ -309,7 +316,7 @@ def _check(zones: Zones, layout: DriveLayout) -> tuple[int, int]:
     """_tables of a new drive. Raises ValueError where it does not fit."""
     geometry = layout.geometry
     if geometry.parity:
-        raise ValueError("no parity on a zoned namespace: the page that completes a row is not its last")
+        raise ValueError(NO_PARITY)
     if geometry.num_planes != 1:
         raise ValueError(f"a zone is one erase block: num_planes must be 1, not {geometry.num_planes}")
     num_blocks, num_zones = _tables(zones, layout)

@@ -298,6 +298,8 @@ class PageWriter:
     def _note_failures(self, planes: np.ndarray) -> None:
         """Give up a die that fails again and again: trying it everywhere would use up flash and time."""
         state = self._state
+        if state.geometry.num_dies == 1:
+            return  # there is no other
         for die in self._dies(planes):
             self._failing_dies[die] += 1
             if self._failing_dies[die] < DEAD_DIE_FAILURES:

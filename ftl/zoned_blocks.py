@@ -297,7 +297,7 @@ class ZonedBlocks:
         """The whole records of a zone."""
         start = self._zones.start(zone) // BLOCK_BYTES
         stop = start + int(self._zones.written[zone]) // BLOCK_BYTES
-        place, previous = start, NOWHERE
+        place, previous, newest = start, NOWHERE, 0
         buffer = dma.allocate(SCAN_BYTES)
         first, end = start, start  # what is in the buffer
         while place < stop:
@@ -313,15 +313,16 @@ class ZonedBlocks:
                 continue
             offset += BLOCK_BYTES
             crc32c = _crc32c(buffer[offset : offset + num_blocks * BLOCK_BYTES])
-            if crc32c != header["blocks_crc32c"]:
+            number = int(header["sequence_number"])
+            if crc32c != header["blocks_crc32c"] or number <= newest:  # or of the zone's life before this one
                 place += 1
                 continue
             if header["previous"] != (place if previous == NOWHERE else previous):
                 log.error("%s: a record before the one at block %d is damaged", self._zones.name, place)
                 self.is_damaged = True
             extents = header["extents"][: int(header["num_extents"])].copy()
-            yield Record(int(header["sequence_number"]), zone, place, bool(header["is_copy"]), extents)
-            previous = place
+            yield Record(number, zone, place, bool(header["is_copy"]), extents)
+            previous, newest = place, number
             place += 1 + num_blocks
 
     def _names_blocks(self, header: np.void) -> bool:

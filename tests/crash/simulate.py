@@ -20,8 +20,9 @@ from .fault_schedule import FAULTS
 from .ftl_simulator import FtlSimulation
 from .report import Report, SimulationFailed
 from .simulator import Simulation
+from .zoned_simulator import ZonedSimulation
 
-SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation}
+SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation, "zoned": ZonedSimulation}
 
 
 def parse_seeds(text: str) -> range:
