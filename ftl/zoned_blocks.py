@@ -221,6 +221,9 @@ class ZonedBlocks:
         """Leave one zone active."""
         for zone in np.flatnonzero(self._zones.is_active[: self.num_zones]).tolist():
             if zone != self._open:
+                # what a torn record lacks could look like blocks of zeros then, and make it whole
+                written, capacity = int(self._zones.written[zone]), int(self._zones.capacity[zone])
+                self._zones.pad(zone, min(written + BLOCK_BYTES, capacity))
                 self._zones.finish(zone)
 
     def _empty_one(self) -> None:

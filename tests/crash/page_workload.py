@@ -35,8 +35,11 @@ class Oracle:
             self.may_hold[lba] = self.may_hold[lba][: self.may_hold[lba].index(value) + 1]
 
 
-def run(ftl, oracle, random, next_value: list[int], num_steps: int) -> None:
-    """A workload of writes, overwrites, deallocations and flushes; the oracle learns before the drive."""
+def run(ftl, oracle, random, next_value: list[int], num_steps: int, zeros_chance: float = 0.0) -> None:
+    """A workload of writes, overwrites, deallocations and flushes; the oracle learns before the drive.
+
+    zeros_chance: of a write of nothing but zeros
+    """
     for _ in range(num_steps):
         count = int(random.integers(1, 12))
         first = int(random.integers(0, ftl.num_lbas - count))
@@ -45,6 +48,8 @@ def run(ftl, oracle, random, next_value: list[int], num_steps: int) -> None:
         if choice < 0.65:
             values = list(range(next_value[0], next_value[0] + count))
             next_value[0] += count
+            if zeros_chance and random.random() < zeros_chance:
+                values = [EMPTY] * count
             for lba, value in zip(lbas.tolist(), values, strict=True):
                 oracle.write(lba, value)
             buffer, addresses = make_pages(values, ftl.page_size)

@@ -75,7 +75,8 @@ class ZonedSimulation:
 
     def _work(self, num_steps: int) -> None:
         self.report.steps += num_steps
-        run(self._ftl, self._oracle, self.random, self._next_value, num_steps)
+        # what was never written may look like a page of zeros
+        run(self._ftl, self._oracle, self.random, self._next_value, num_steps, zeros_chance=0.3)
 
     def _round(self) -> None:
         self.drive.cut_in(int(self.random.integers(self.longest_cut)))

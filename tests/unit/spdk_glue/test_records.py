@@ -14,6 +14,11 @@ SIZES = [
     (command.SUBMISSION_ENTRY, 64),
     (command.COMPLETION_ENTRY, 16),
     (command.DATASET_RANGE, 16),
+    (command.ZONE_REPORT_HEADER, 64),
+    (command.ZONE_DESCRIPTOR, 64),
+    (identify.NAMESPACE_DESCRIPTOR, 4),
+    (identify.LBA_FORMAT_EXTENSION, 16),
+    (identify.IDENTIFY_ZONED_NAMESPACE, 4096),
     (command.HANDLE_STATUS_HEADER, 16),
     (command.HANDLE_STATUS_DESCRIPTOR, 32),
     (identify.IDENTIFY_CONTROLLER, 4096),
@@ -68,6 +73,25 @@ LAYOUTS = {
             "active_reclaim_unit_time": (4, 4),
             "available_lbas": (8, 8),
         },
+    ),
+    "ZONE_REPORT_HEADER": (command.ZONE_REPORT_HEADER, {"num_zones": (0, 8)}),
+    "ZONE_DESCRIPTOR": (
+        command.ZONE_DESCRIPTOR,
+        {
+            "type": (0, 1),
+            "state": (1, 1),
+            "attributes": (2, 1),
+            "attributes_information": (3, 1),
+            "capacity": (8, 8),
+            "first_lba": (16, 8),
+            "write_pointer": (24, 8),
+        },
+    ),
+    "NAMESPACE_DESCRIPTOR": (identify.NAMESPACE_DESCRIPTOR, {"type": (0, 1), "length": (1, 1)}),
+    "LBA_FORMAT_EXTENSION": (identify.LBA_FORMAT_EXTENSION, {"zsze": (0, 8), "zdes": (8, 1)}),
+    "IDENTIFY_ZONED_NAMESPACE": (
+        identify.IDENTIFY_ZONED_NAMESPACE,
+        {"zoc": (0, 2), "ozcs": (2, 2), "mar": (4, 4), "mor": (8, 4), "lbafe": (2816, 1024)},
     ),
     "IDENTIFY_CONTROLLER": (
         identify.IDENTIFY_CONTROLLER,
@@ -367,3 +391,15 @@ def test_data_placement():
     assert (raw(entry)[0], dwords(entry, count=2)) == (0x0A, [0x1D, 7])
     entry = command.reclaim_unit_handle_status(16 + 3 * 32)
     assert (raw(entry)[0], dwords(entry, count=2)) == (0x12, [1, 27])
+
+
+def test_zones():
+    """Zone Management names a zone by its first LBA; Receive counts dwords from 0 and asks for what fits."""
+    first_lba = (3 << 32) + 9
+    entry = command.manage_zone(first_lba, command.ZoneAction.RESET)
+    assert (raw(entry)[0], dwords(entry)) == (0x79, [9, 3, 0, 4])
+    assert dwords(command.manage_zone(0, command.ZoneAction.FINISH)) == [0, 0, 0, 2]
+    entry = command.report_zones(first_lba, 64 + 5 * 64)
+    assert (raw(entry)[0], dwords(entry)) == (0x7A, [9, 3, 95, 1 << 16])
+    entry = command.identify(identify.Cns.COMMAND_SET_NAMESPACE, 1, command.CommandSet.ZONED)
+    assert (raw(entry)[0], dwords(entry, count=2)) == (0x06, [5, 2 << 24])
