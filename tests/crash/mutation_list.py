@@ -1329,6 +1329,100 @@ _FILES = [
     ),
 ]
 
+_ZONES = [
+    *_of(
+        "ftl/zoned_blocks.py",
+        (
+            "zone emptied before its copies are durable",
+            "        zones.flush()\n        self._reset(victim)",
+            "        self._reset(victim)",
+        ),
+        (
+            "zeros left behind in a zone that is emptied",
+            "            self._append(runs[start : start + ZONE_EXTENTS_MAX], is_copy=True)",
+            "            pass",
+        ),
+        (
+            "torn records of tables believed",
+            'if crc32c != header["blocks_crc32c"] or number <= newest:',
+            "if number <= newest:",
+        ),
+        ("half-emptied zone kept", "                dead = [newest]\n", "                return\n"),
+        (
+            "what opening found is not durable",
+            "            zones.flush()  # what is found",
+            "            pass  # what is found",
+        ),
+        (
+            "records by zone, not by age",
+            "        records.sort(key=lambda record: record.sequence_number)\n",
+            "",
+        ),
+        (
+            "half-written block left before a record",
+            "        zones.pad(zone, fill * BLOCK_BYTES)\n",
+            "",
+        ),
+        (
+            "several zones of tables stay active",
+            "            self._open = newest\n        self._finish_others()",
+            "            self._open = newest",
+        ),
+        (
+            "record numbers given twice",
+            "        self._sequence_number = records[-1].sequence_number",
+            "        self._sequence_number = records[0].sequence_number",
+        ),
+        (
+            "torn records become whole when their zone is finished",
+            "                self._zones.pad(zone, min(written + BLOCK_BYTES, capacity))\n",
+            "",
+        ),
+    ),
+    *_of(
+        "ftl/media_zoned.py",
+        (
+            "missing pages of a zone left to look like zeros",
+            "                self._backing.pad(superblock, _num_recorded(super().read_oob(superblock)))",
+            "                pass",
+        ),
+        (
+            "zones without OOB not reset",
+            "                self._backing.reset(superblock)\n            elif",
+            "                pass\n            elif",
+        ),
+        (
+            "written pages without OOB pass for erased",
+            '            records["magic"][recorded : self._backing.pages_written(superblock)] = OOB_MAGIC\n',
+            "",
+        ),
+        (
+            "pages read that were not written",
+            "there = (indices + 1) * self._page_size <= self._zones.written[zones]",
+            "there = self._zones.written[zones] >= 0",
+        ),
+        (
+            "full superblocks stay active",
+            "            if indices[-1] + 1 == self._per_superblock:",
+            "            if False:",
+        ),
+        (
+            "worn zones used again",
+            "                self.mark_bad(superblock, THE_PLANE)",
+            "                pass",
+        ),
+        (
+            "worn zone passes for a broken drive",
+            "            if self._zones.is_usable[zone]:\n                raise",
+            "            if True:\n                raise",
+        ),
+    ),
+    *_of(
+        "ftl/zones.py",
+        ("padding of zeros", "    memory.reshape(-1, BLOCK_BYTES)[:] = PAD", "    memory[:] = 0"),
+    ),
+]
+
 MUTATIONS = [
     *_METADATA_VFS,
     *_METADATA,
@@ -1348,6 +1442,7 @@ MUTATIONS = [
     *_COLLECTION,
     *_FLASH_METADATA,
     *_REPAIR,
+    *_ZONES,
     *_FILES,
 ]
 assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)

@@ -41,6 +41,17 @@ FOUND_IN_FLASH = (
     "tests/crash/test_simulator.py::test_found_seeds",
     "tests/crash/test_ftl_faults.py",
 )
+ZONED_FILES = ("ftl/zones.py", "ftl/zoned_blocks.py", "ftl/media_zoned.py")
+FOUND_IN_ZONES = (
+    "tests/crash/test_zoned_power_cut.py::test_blocks_in_zones",
+    "tests/unit/ftl/test_zoned_blocks.py",
+    "tests/unit/ftl/test_media_zoned.py",
+)
+ZONED_RUNS = (
+    ("zoned", 0, 8, 25, ()),
+    ("zoned", 100, 4, 30, ("weak-blocks",)),
+    ("zoned", 20, 20, 40, ()),
+)
 FLASH_RUNS = (
     ("ftl", 0, 15, 60, ()),
     ("ftl", 100, 8, 50, ("weak-blocks",)),
@@ -98,9 +109,13 @@ def try_mutation(mutation: Mutation) -> Outcome:
             return Outcome(mutation, "stale", f"{find(mutation, tree)} places in {mutation.file}", 0.0)
         path = tree / mutation.file
         path.write_text(path.read_text().replace(mutation.old, mutation.new))
-        is_flash = mutation.file.startswith("ftl/")
-        short, *long = [_simulation(*run) for run in (FLASH_RUNS if is_flash else STORE_RUNS)]
-        found = ["pytest", "-qx", "-p", "no:cacheprovider", *(FOUND_IN_FLASH if is_flash else FOUND_IN_STORE)]
+        runs, tests = STORE_RUNS, FOUND_IN_STORE
+        if mutation.file in ZONED_FILES:
+            runs, tests = ZONED_RUNS, FOUND_IN_ZONES
+        elif mutation.file.startswith("ftl/"):
+            runs, tests = FLASH_RUNS, FOUND_IN_FLASH
+        short, *long = [_simulation(*run) for run in runs]
+        found = ["pytest", "-qx", "-p", "no:cacheprovider", *tests]
         for arguments in (short, found, *long):
             by = _run(tree, arguments)
             if by is not None:

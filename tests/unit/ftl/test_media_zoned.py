@@ -306,11 +306,11 @@ def test_the_whole_layer(max_active):
     assert ftl.num_streams == {5: 1, 6: 2, None: 3}[max_active]
     random = np.random.default_rng(1)
     newest = {}
-    for number in range(1, 400):
+    for number in range(1, 200):
         first = int(random.integers(ftl.num_lbas - 9))
         write_pages(ftl, range(first, first + 9), number * 1000, stream=number % 5)
         newest |= {lba: number * 1000 + lba for lba in range(first, first + 9)}
-        if number % 60 == 0:
+        if number % 40 == 0:
             ftl.close()
             media.close()
             media = NamespaceMedia.open(drive.host())

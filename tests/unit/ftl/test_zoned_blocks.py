@@ -120,6 +120,25 @@ def test_a_torn_record_is_not_there():
         assert not again.is_damaged
 
 
+@pytest.mark.parametrize("num_missing", [7, 8])
+def test_a_torn_record_stays_torn(num_missing):
+    """What it lacks is zeros, and so may be what a zone shows that was finished: it must not become whole."""
+    drive, blocks = drive_with()
+    write(blocks, 0, 1)
+    buffer = dma.allocate(2 * BLOCK_BYTES)
+    buffer[:512] = 2
+    blocks.write_extents(
+        np.array([(dma.address_of(buffer), 0, BLOCK_BYTES if num_missing == 7 else 8192)], EXTENT)
+    )
+    drive.pointers[0] -= num_missing
+    while blocks._open != 1:  # until the zone is left
+        blocks = reopened(drive)
+        assert read(blocks, 0, 2) == [1, 0]
+        write(blocks, 5, *range(1, 5))
+    assert drive.states[0] == ZoneState.FULL
+    assert read(reopened(drive), 0, 2) == [1, 0]
+
+
 def test_a_record_that_was_whole_and_is_not():
     """Damage is no power cut: what comes behind says that something is missing."""
     drive, blocks = drive_with()
