@@ -309,3 +309,57 @@ def test_a_checkpoint_beside_what_a_bad_block_kept_of_a_log():
     write_pages(FlashTranslationLayer.open(media), range(40), 200)  # so that the superblock is scanned
     found = recover(media)
     assert superblock not in found.log_superblocks + found.superseded_log
+
+
+class LimitedMedia(MemoryMedia):
+    """Fails where more superblocks are partly programmed, and not closed, than it takes."""
+
+    def __init__(self, geometry, limit):
+        super().__init__(geometry)
+        self.max_open_superblocks = limit
+        self.begun: set[int] = set()
+        self.num_closed = 0
+
+    def program(self, pages, addresses, oob, stream=0):
+        size = self.geometry.pages_per_superblock
+        self.begun |= set((pages // size).tolist())
+        assert len(self.begun) <= self.max_open_superblocks
+        super().program(pages, addresses, oob, stream)
+        self.begun -= set((pages[pages % size == size - 1] // size).tolist())
+
+    def closed(self, superblock):
+        self.num_closed += superblock in self.begun
+        self.begun.discard(superblock)
+
+    def erase(self, superblock):
+        super().erase(superblock)
+        self.begun.discard(superblock)
+
+
+@pytest.mark.parametrize("limit", [4, 5, 7])
+def test_no_more_superblocks_are_begun_than_the_media_take(limit):
+    """Zones that are neither empty nor full are few; a layer that begins more is refused in the middle of a
+    write."""
+    media = LimitedMedia(
+        Geometry(num_channels=1, pages_per_erase_block=16, num_superblocks=48, spare_percent=30), limit
+    )
+    ftl = FlashTranslationLayer.format(media, checkpoint_pages=1 << 30)
+    random = np.random.default_rng(limit)
+    for number in range(300):
+        first = int(random.integers(ftl.num_lbas - 9))
+        write_pages(ftl, range(first, first + 9), number, stream=int(random.integers(5)))
+        choice = random.random()
+        with ftl._state.lock:
+            if choice < 0.1:
+                ftl._log.checkpoint()
+            elif choice < 0.2:
+                ftl._log._rotate()
+            elif choice < 0.25:
+                ftl._writer.close(set(list(ftl._writer.superblocks)[:1]))
+        ftl.flush()  # erases what is replaced
+        if choice > 0.9:  # the host is gone, and another opens the drive
+            ftl = FlashTranslationLayer.open(media, checkpoint_pages=1 << 30)
+        elif choice > 0.8:
+            ftl.deallocate([[first, 3]])
+            ftl.collect(1)
+    assert media.num_closed > 30
