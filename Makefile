@@ -13,7 +13,7 @@ setup: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml tools/setup_system.sh ftl/direct_io/build.py $(wildcard ftl/direct_io/*.[ch]) \
 		kvfs/mount/fuse_glue/build.py kvfs/mount/fuse_glue/glue.c $(wildcard spdk_glue/pyspdk/*.[ch]) \
-		spdk_glue/pyspdk/build.py
+		spdk_glue/pyspdk/build.py $(wildcard spdk_glue/linux_nvme/*.[ch]) spdk_glue/linux_nvme/build.py
 	sh tools/setup_system.sh $(APT_PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel

@@ -8,7 +8,11 @@ from setuptools import find_packages, setup
 LIBRARIES = ["kvfs", "ftl", "spdk_glue", "accel"]
 packages = [name for top in LIBRARIES for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
 
-cffi_modules = ["ftl/direct_io/build.py:ffibuilder", "kvfs/mount/fuse_glue/build.py:ffibuilder"]
+cffi_modules = [
+    "ftl/direct_io/build.py:ffibuilder",
+    "kvfs/mount/fuse_glue/build.py:ffibuilder",
+    "spdk_glue/linux_nvme/build.py:ffibuilder",
+]
 _, why_no_spdk = runpy.run_path("spdk_glue/pyspdk/build.py")["find_spdk"]()
 if why_no_spdk:
     print(f"kvfs: pyspdk is left out, all else is built: {why_no_spdk}", file=sys.stderr)
@@ -28,6 +32,7 @@ setup(
         "kvfsctl": ["demo_model/*"],
         "ftl.direct_io": ["*.c", "*.h"],
         "kvfs.mount.fuse_glue": ["*.c"],
+        "spdk_glue.linux_nvme": ["*.c", "*.h"],
         "spdk_glue.pyspdk": ["*.c", "*.h"],
     },
     cffi_modules=cffi_modules,

@@ -119,6 +119,7 @@ OACS_GET_LBA_STATUS = 1 << 9
 ONCS_DATASET_MANAGEMENT = 1 << 2
 ONCS_VERIFY = 1 << 7
 VWC_PRESENT = 1
+FLBAS_FORMAT = 0xF  # bits of flbas: which of the LBA formats is in use
 
 LBA_FORMAT = np.dtype([("ms", "<u2"), ("lbads", "u1"), ("rp", "u1")])
 IDENTIFY_NAMESPACE = _record(

@@ -467,8 +467,10 @@ class BlockNamespace:
             self._idle.pop().close()
 
     def close(self) -> None:
-        self.close_queue_pairs()
-        self._transport.close()
+        try:
+            self.close_queue_pairs()
+        finally:
+            self._transport.close()
 
 
 class Namespace(BlockNamespace):

@@ -36,6 +36,12 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
 
+def places(buffers: Sequence[Buffer]) -> tuple[np.ndarray, np.ndarray]:
+    """(addresses, lengths) of buffers, int64 [n]; zeros for None."""
+    found = [(0, 0) if buffer is None else (dma.address_of(buffer), buffer.nbytes) for buffer in buffers]
+    return tuple(np.array(found, np.int64).reshape(-1, 2).T)
+
+
 def execute_in_batches(
     connection: Connection, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
 ) -> np.ndarray:
@@ -134,6 +140,8 @@ class QueuePair:
         return completions
 
     def close(self) -> None:
-        if self._outstanding:
-            self.wait(list(self._outstanding))
-        self._connection.close()
+        try:
+            if self._outstanding:
+                self.wait(list(self._outstanding))
+        finally:
+            self._connection.close()

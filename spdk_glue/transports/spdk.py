@@ -16,7 +16,7 @@ from spdk_glue.command import COMPLETION_ENTRY, IoOpcode
 from spdk_glue.pyspdk import environment
 from spdk_glue.pyspdk.controller import MAX_QUEUE_DEPTH, Controller
 from spdk_glue.pyspdk.controller import QueuePair as SpdkQueuePair
-from spdk_glue.queue_pair import Buffer, QueuePair
+from spdk_glue.queue_pair import Buffer, QueuePair, places
 from spdk_glue.status import ConnectionLost, NvmeError, Status
 
 PCIE_ADDRESS = re.compile(r"([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.IGNORECASE)
@@ -111,12 +111,6 @@ class AdminConnection:
 
     def close(self) -> None:
         """Nothing: the controller has it."""
-
-
-def places(buffers: Sequence[Buffer]) -> tuple[np.ndarray, np.ndarray]:
-    """(addresses, lengths) of buffers, int64 [n]; zeros for None."""
-    found = [(0, 0) if buffer is None else (dma.address_of(buffer), buffer.nbytes) for buffer in buffers]
-    return tuple(np.array(found, np.int64).reshape(-1, 2).T)
 
 
 class SpdkConnection:
