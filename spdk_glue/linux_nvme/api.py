@@ -49,8 +49,8 @@ class _Batch:
         self.entries, self.lengths = np.ascontiguousarray(entries), lengths
         self._kept = [
             ffi.from_buffer("const nvme_entry *", self.entries),
-            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(addresses)),
-            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(lengths)),
+            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(addresses, np.uint64)),
+            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(lengths, np.uint64)),
         ]
         self.record = ffi.new("nvme_batch *", [*self._kept, len(entries)])
         self.failed_at = ffi.new("size_t *")
@@ -111,7 +111,9 @@ class Ring:
         """COMPLETION_ENTRY [n] in the order of the commands, of which up to `depth` are under way."""
         batch, completions = _Batch(entries, addresses, lengths), np.empty(len(entries), COMPLETION_ENTRY)
         out = ffi.from_buffer("nvme_completion *", completions)
-        batch.check(lib.nvme_ring_transfer(self._ring, batch.record, depth, out, batch.failed_at), self._device)
+        with self._alone() as ring:
+            result = lib.nvme_ring_transfer(ring, batch.record, depth, out, batch.failed_at)
+        batch.check(result, self._device)
         return completions
 
     def submit(self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> None:
