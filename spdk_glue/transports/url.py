@@ -4,7 +4,7 @@
 |---|---|
 | `spdk:0000:01:00.0` | SPDK's driver in this process, by PCIe address |
 | `spdk:trtype:TCP traddr:127.0.0.1 trsvcid:4420 subnqn:nqn.2026-11.io:x` | the same, by transport id |
-| `/dev/ng0n1`, `/dev/nvme0n1` | Linux passthrough |
+| `/dev/ng0n1`, `/dev/nvme0n1`, `/dev/disk/by-id/nvme-...` | Linux passthrough |
 
 `inproc:FILE`, a drive that this process embeds, is opened by who embeds it.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spdk_glue.namespace import Transport
 
 SPDK_SCHEME = "spdk:"
-LINUX_DEVICE = re.compile(r"/dev/(ng|nvme)\d+n\d+")
+LINUX_DEVICE = re.compile(r"/dev/((ng|nvme)\d+n\d+|disk/by-id/nvme-[^/]+)")
 
 
 class BadLocation(NvmeError):
