@@ -9,7 +9,6 @@ Linux refuses a command.
 import errno
 import os
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +39,11 @@ def lost(path: str) -> ConnectionLost:
     return ConnectionLost(f"{path}: the drive is gone or no longer answers; see `dmesg`, then open it again")
 
 
+def _as_words(array: np.ndarray) -> np.ndarray:
+    """Contiguous, of 64 bits."""
+    return np.ascontiguousarray(array if array.itemsize == 8 else array.astype(np.uint64))
+
+
 class _Batch:
     """The record that C takes, and what has to live as long as it."""
 
@@ -49,8 +53,8 @@ class _Batch:
         self.entries, self.lengths = np.ascontiguousarray(entries), lengths
         self._kept = [
             ffi.from_buffer("const nvme_entry *", self.entries),
-            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(addresses, np.uint64)),
-            ffi.from_buffer("const uint64_t *", np.ascontiguousarray(lengths, np.uint64)),
+            ffi.from_buffer("const uint64_t *", _as_words(addresses)),
+            ffi.from_buffer("const uint64_t *", _as_words(lengths)),
         ]
         self.record = ffi.new("nvme_batch *", [*self._kept, len(entries)])
         self.failed_at = ffi.new("size_t *")
@@ -105,28 +109,35 @@ class Ring:
         self._arrived = np.empty(depth, COMPLETION_ENTRY)
         self._out = ffi.from_buffer("nvme_completion *", self._arrived)
 
+    def _call(self, function, *arguments) -> int:
+        """Of C, with the ring, for one thread at a time."""
+        if not self._lock.acquire(blocking=False):
+            raise QueuePairInUse("a queue pair is one thread's at a time: make one for each thread")
+        try:
+            if self._ring is None:
+                raise ValueError("the queue pair is closed")
+            return function(self._ring, *arguments)
+        finally:
+            self._lock.release()
+
     def transfer(
         self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
     ) -> np.ndarray:
         """COMPLETION_ENTRY [n] in the order of the commands, of which up to `depth` are under way."""
         batch, completions = _Batch(entries, addresses, lengths), np.empty(len(entries), COMPLETION_ENTRY)
         out = ffi.from_buffer("nvme_completion *", completions)
-        with self._alone() as ring:
-            result = lib.nvme_ring_transfer(ring, batch.record, depth, out, batch.failed_at)
+        result = self._call(lib.nvme_ring_transfer, batch.record, depth, out, batch.failed_at)
         batch.check(result, self._device)
         return completions
 
     def submit(self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> None:
         """Starts commands; their memory is the drive's until `poll` has returned their completions."""
         batch = _Batch(entries, addresses, lengths)
-        with self._alone() as ring:
-            result = lib.nvme_ring_submit(ring, batch.record, batch.failed_at)
-        batch.check(result, self._device)
+        batch.check(self._call(lib.nvme_ring_submit, batch.record, batch.failed_at), self._device)
 
     def poll(self, wait: bool) -> np.ndarray:
         """Completions of submitted commands, at least one if `wait`."""
-        with self._alone() as ring:
-            count = lib.nvme_ring_poll(ring, wait, self._out)
+        count = self._call(lib.nvme_ring_poll, wait, self._out)
         if count < 0:
             raise error_of(-count, self._device, "a submitted command")
         return self._arrived[:count].copy()
@@ -134,18 +145,5 @@ class Ring:
     def close(self) -> None:
         """Waits for what is under way."""
         if self._ring is not None:
-            with self._alone() as ring:
-                self._ring = None
-                ffi.release(ring)
-
-    @contextmanager
-    def _alone(self):
-        """The ring, for this thread."""
-        if not self._lock.acquire(blocking=False):
-            raise QueuePairInUse("a queue pair is one thread's at a time: make one for each thread")
-        try:
-            if self._ring is None:
-                raise ValueError("the queue pair is closed")
-            yield self._ring
-        finally:
-            self._lock.release()
+            self._call(ffi.release)
+            self._ring = None

@@ -154,7 +154,6 @@ class RingConnection:
     def transfer(
         self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
     ) -> np.ndarray:
-        entries["cid"] = np.arange(len(entries)) & 0xFFFF
         return self._ring.transfer(entries, addresses, lengths, depth)
 
     def close(self) -> None:
@@ -192,7 +191,6 @@ class IoctlConnection:
     def transfer(
         self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int
     ) -> np.ndarray:
-        entries["cid"] = np.arange(len(entries)) & 0xFFFF
         return ioctl_transfer(self._device, self._is_admin, entries, addresses, lengths, depth)
 
     def close(self) -> None:

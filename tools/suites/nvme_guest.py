@@ -1,10 +1,14 @@
 """The checks of qemu_nvme.py, which runs this inside its virtual machine: python nvme_guest.py CHECK...
 
 They overwrite the drives with the serial numbers below. Each prints a line of JSON, and REPORT_END comes last.
+Outside, `--compile` makes Numba's kernels for them.
 """
 
+import faulthandler
+import fcntl
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -12,13 +16,25 @@ import time
 import traceback
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from ftl.geometry import Geometry
+from spdk_glue import command, dma
+from spdk_glue.linux_nvme.node import NamespaceInUse
+from spdk_glue.namespace import BlockNamespace
+from spdk_glue.status import ConnectionLost, NvmeStatusError
+from spdk_glue.transports.linux import LinuxTransport
+from spdk_glue.transports.url import open_transport
+
 PLAIN, ZONED = "KVFSPLAIN", "KVFSZONED"
+GEOMETRY = Geometry(num_channels=4, pages_per_erase_block=64, num_superblocks=32)  # of the kvfs drive
 REPORT_END = "REPORT END"
 CONTROLLERS = Path("/sys/class/nvme")
+PATIENCE_SECONDS, HANG_SECONDS = 60.0, 120.0
+BLKRRPART = 0x125F  # read the partition table again
 BUSY_COMMANDS = 4000  # of each transfer during which something happens to the drive
 
 
@@ -33,20 +49,31 @@ class Check:
         return asdict(self)
 
 
+def wait_for(find, what: str):
+    """What `find` returns, once it does."""
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while not (found := find()):
+        if time.monotonic() > give_up:
+            raise FileNotFoundError(what)
+        time.sleep(0.1)
+    return found
+
+
 def controller(serial: str) -> Path:
-    for path in CONTROLLERS.iterdir():
-        if (path / "serial").read_text().strip() == serial:
-            return path
-    raise FileNotFoundError(f"no NVMe controller {serial}")
+    def find():
+        with suppress(OSError):  # they come and go
+            return next(
+                (p for p in CONTROLLERS.iterdir() if (p / "serial").read_text().strip() == serial), None
+            )
+
+    return wait_for(find, f"no NVMe controller {serial}")
 
 
 def character(serial: str, number: int = 1) -> str:
     """/dev/ng0n1; Linux numbers namespaces from 1 on, whatever their identifiers."""
     name = f"ng{controller(serial).name.removeprefix('nvme')}n{number}"
     path = Path("/dev") / name
-    give_up = time.monotonic() + 30
-    while not path.exists() and time.monotonic() < give_up:
-        time.sleep(0.1)
+    wait_for(lambda: path.exists() and path.with_name(f"nvme{name[2:]}").exists(), f"no {path}")
     return str(path)
 
 
@@ -92,8 +119,6 @@ def check_small_blocks() -> str:
 
 def check_block_alone() -> str:
     """Where there is no character device, as before Linux 5.13."""
-    from spdk_glue.transports.linux import LinuxTransport
-
     node = Path(character(PLAIN))
     hidden = node.with_name("hidden")
     node.rename(hidden)
@@ -109,7 +134,6 @@ def check_block_alone() -> str:
 @contextmanager
 def namespace_of(location: str, **options):
     from spdk_glue.namespace import BlockNamespace
-    from spdk_glue.transports.linux import LinuxTransport
 
     namespace = BlockNamespace(LinuxTransport.open(location, **options))
     try:
@@ -118,55 +142,79 @@ def namespace_of(location: str, **options):
         namespace.close()
 
 
-def check_drive() -> str:
-    """A kvfs drive: format, write, close, open, read."""
-    from ftl.geometry import Geometry
-    from ftl.media_namespace import NamespaceMedia
-    from ftl.translation import FlashTranslationLayer
-    from spdk_glue import dma
-    from spdk_glue.namespace import BlockNamespace
-    from spdk_glue.transports.url import open_transport
+def write_and_find(opened) -> str:
+    """opened(how_media, how_ftl, *arguments): the flash translation layer over a medium, made so."""
+    from ftl.translation import FlashTranslationLayer  # only now: it takes long on an emulated machine
 
-    geometry, location = (
-        Geometry(num_channels=4, pages_per_erase_block=64, num_superblocks=32),
-        character(PLAIN),
-    )
     num_pages = 2000
-    data = dma.allocate(num_pages * geometry.page_size)
+    data, found = (dma.allocate(num_pages * GEOMETRY.page_size) for _ in range(2))
     data[:] = np.random.default_rng(1).integers(0, 256, data.size, np.uint8)
     lbas = np.random.default_rng(2).permutation(4000)[:num_pages]
+    with opened("create", FlashTranslationLayer.format) as ftl:
+        ftl.write(lbas, dma.page_addresses(data, GEOMETRY.page_size))
+        ftl.deallocate([(lbas[0], 1)])
+        ftl.flush()
+    with opened("open", FlashTranslationLayer.open) as ftl:
+        ftl.read(lbas, dma.page_addresses(found, GEOMETRY.page_size))
+    assert not found[: GEOMETRY.page_size].any()
+    np.testing.assert_array_equal(found[GEOMETRY.page_size :], data[GEOMETRY.page_size :])
+    return f"{num_pages} pages of {GEOMETRY.page_size} bytes written, found again after opening anew"
+
+
+def check_drive() -> str:
+    """A kvfs drive: format, write, close, open, read."""
+    from ftl.media_namespace import NamespaceMedia
 
     @contextmanager
-    def opened(how_media, how_ftl, *arguments):
+    def opened(how, layer):
         with ExitStack() as closing:
-            media = how_media(BlockNamespace(open_transport(location)), *arguments)
+            namespace = BlockNamespace(open_transport(character(PLAIN)))
+            media = (
+                NamespaceMedia.create(namespace, GEOMETRY)
+                if how == "create"
+                else NamespaceMedia.open(namespace)
+            )
             closing.callback(media.close)
-            ftl = how_ftl(media)
+            ftl = layer(media)
             closing.callback(ftl.close)
             yield ftl
 
-    with opened(NamespaceMedia.create, FlashTranslationLayer.format, geometry) as ftl:
-        ftl.write(lbas, dma.page_addresses(data, geometry.page_size))
-        ftl.deallocate([(lbas[0], 1)])
-        ftl.flush()
-    found = dma.allocate(data.size)
-    with opened(NamespaceMedia.open, FlashTranslationLayer.open) as ftl:
-        ftl.read(lbas, dma.page_addresses(found, geometry.page_size))
-    gone = geometry.page_size
-    assert not found[:gone].any()
-    np.testing.assert_array_equal(found[gone:], data[gone:])
-    return f"{num_pages} pages of {geometry.page_size} bytes written, found again after opening anew"
+    return write_and_find(opened)
+
+
+def compile_kernels() -> None:
+    """The same in memory: on the host, so that the guest finds Numba's kernels in the cache."""
+    from ftl.media_memory import MemoryMedia
+
+    media = MemoryMedia(GEOMETRY)
+
+    @contextmanager
+    def opened(how, layer):
+        ftl = layer(media)
+        yield ftl
+        ftl.close()
+
+    write_and_find(opened)
 
 
 def refusal(location: str) -> str:
-    from spdk_glue.linux_nvme.node import NamespaceInUse
-    from spdk_glue.transports.linux import LinuxTransport
-
     try:
         LinuxTransport.open(location).close()
     except NamespaceInUse as error:
         return str(error)
     raise AssertionError(f"{location} was taken although it is in use")
+
+
+def make_partition(disk: str) -> None:
+    """One of Linux's type, from block 256 on: an MBR counts in blocks of the drive."""
+    first_lba, num_lbas = 256, 1 << 14
+    record = bytes(446) + struct.pack("<4xB3xII", 0x83, first_lba, num_lbas) + bytes(48) + b"\x55\xaa"
+    fd = os.open(disk, os.O_RDWR)
+    os.write(fd, record)
+    os.fsync(fd)
+    fcntl.ioctl(fd, BLKRRPART)
+    os.close(fd)
+    wait_for(Path(f"{disk}p1").exists, f"no partition on {disk}")
 
 
 def check_refusals() -> str:
@@ -179,6 +227,12 @@ def check_refusals() -> str:
     subprocess.run(["mount", disk, mountpoint], **tool)
     said = [refusal(location)]
     subprocess.run(["umount", mountpoint], **tool)
+    make_partition(disk)
+    subprocess.run(["mkfs.ext4", "-q", "-F", f"{disk}p1"], **tool)
+    subprocess.run(["mount", f"{disk}p1", mountpoint], **tool)
+    said.append(refusal(location))
+    subprocess.run(["umount", mountpoint], **tool)
+    subprocess.run(["wipefs", "--quiet", "--all", disk], **tool)
     subprocess.run(["mkswap", disk], **tool)
     subprocess.run(["swapon", disk], **tool)
     said.append(refusal(location))
@@ -193,18 +247,13 @@ def check_refusals() -> str:
         Path(disk).rename("/dev/hidden")  # without a block device to claim, the lock still holds
         said.append(refusal(location))
         Path("/dev/hidden").rename(f"/dev/{disk_name}")
-    words = (
-        "is mounted at /run/mounted",
-        "is used as swap",
-        "cannot be had alone",
-        "cannot be had alone",
-        "is open",
-    )
+    words = ["nvme0n1 is mounted at /run/mounted", "p1 is mounted at /run/mounted", "is used as swap"]
+    words += ["cannot be had alone", "cannot be had alone", "is open"]
     for line, word in zip(said, words, strict=True):
         assert word in line, line
     with namespace_of(location):
         pass
-    return "mounted, swap, claimed, open in kvfs"
+    return "mounted, partition mounted, swap, claimed, open in kvfs"
 
 
 def check_unprivileged() -> str:
@@ -223,8 +272,6 @@ def check_unprivileged() -> str:
 
 def check_memory() -> str:
     """The largest command, from memory that begins anywhere within a page: Linux may not refuse it."""
-    from spdk_glue import dma
-
     with namespace_of(character(PLAIN)) as namespace:
         size = namespace.max_transfer_lbas * namespace.block_bytes
         memory, found = dma.allocate(size + 8192), dma.allocate(size)
@@ -238,13 +285,9 @@ def check_memory() -> str:
 
 def check_zoned() -> str:
     """The zoned drive answers; writes that are not at a zone's write pointer are errors with their status."""
-    from spdk_glue.status import NvmeStatusError
-
     invalid_write = 0x1BC  # zone invalid write
     reset_all = 4 | 1 << 8
     with namespace_of(character(ZONED)) as namespace:
-        from spdk_glue import command
-
         entry = command.flush()
         entry["opcode"], entry["cdw13"] = 0x79, reset_all  # zone management send
         namespace._run(entry, [None])
@@ -260,57 +303,79 @@ def check_zoned() -> str:
     return "sequential write, refused rewrite"
 
 
-def busy_transfers(location: str, until: threading.Event, failures: list, **options) -> None:
-    """Writes and reads back until told to end; what goes wrong is in `failures`."""
-    from spdk_glue import dma
+def write_and_read(namespace, is_told_to_end) -> None:
+    """Scattered blocks, a new byte in all of them every turn."""
+    size = namespace.block_bytes
+    data, found = (dma.allocate(BUSY_COMMANDS * size) for _ in range(2))
+    for turn in count(1):
+        data[:] = turn & 0xFF
+        for call, memory in ((namespace.write_scattered, data), (namespace.read_scattered, found)):
+            call([(2 * i, memory[i * size : (i + 1) * size]) for i in range(BUSY_COMMANDS)])
+        np.testing.assert_array_equal(found, data)
+        if is_told_to_end():
+            return
 
-    with suppress(Exception), namespace_of(location, **options) as namespace:
-        size = namespace.block_bytes
-        data, found = dma.allocate(BUSY_COMMANDS * size), dma.allocate(BUSY_COMMANDS * size)
-        turn = 0
+
+def submit_and_wait(namespace, is_told_to_end) -> None:
+    size = namespace.block_bytes
+    data = dma.allocate(256 * size)
+    while not is_told_to_end():
+        namespace.complete(namespace.submit_write([(i, data[i * size : (i + 1) * size]) for i in range(256)]))
+
+
+def during(work, location: str, event, **options) -> list[BaseException]:
+    """What goes wrong with work on a namespace while something happens to its drive."""
+    ends, failures = threading.Event(), []
+
+    def run():
         try:
-            while not until.is_set():
-                turn += 1
-                data[:] = turn & 0xFF
-                lbas = range(BUSY_COMMANDS)
-                for call, memory in ((namespace.write_scattered, data), (namespace.read_scattered, found)):
-                    call([(2 * i, memory[i * size : (i + 1) * size]) for i in lbas])
-                np.testing.assert_array_equal(found, data)
+            with namespace_of(location, **options) as namespace:
+                work(namespace, ends.is_set)
         except BaseException as error:
             failures.append(error)
 
-
-def during_transfers(location: str, event, wait_seconds: float, **options) -> list:
-    until, failures = threading.Event(), []
-    thread = threading.Thread(target=busy_transfers, args=(location, until, failures), kwargs=options)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     time.sleep(2)
     assert thread.is_alive(), failures
     event()
-    thread.join(wait_seconds)
-    until.set()
-    thread.join(120)
+    thread.join(10)
+    ends.set()
+    thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive(), "a transfer hangs"
     return failures
+
+
+WAYS = {
+    "io_uring": (write_and_read, True),
+    "submitted": (submit_and_wait, True),
+    "ioctl": (write_and_read, False),
+    "submitted, ioctl": (submit_and_wait, False),
+}
 
 
 def check_reset() -> str:
     """A reset of the controller cancels what is under way: it is sent again, and no data are wrong."""
     reset = controller(PLAIN) / "reset_controller"
-    for use_uring in (True, False):
-        failures = during_transfers(character(PLAIN), lambda: reset.write_text("1"), 10, use_uring=use_uring)
-        assert failures == [], failures
-    return "transfers went on, by io_uring and by ioctl"
+    for way, (work, use_uring) in WAYS.items():
+        print(way, file=sys.stderr, flush=True)
+        failures = during(work, character(PLAIN), lambda: reset.write_text("1"), use_uring=use_uring)
+        assert failures == [], (way, failures)
+    return f"all went on: {', '.join(WAYS)}"
 
 
 def check_removal() -> str:
     """A drive that is pulled out is one clear error, and everything can be closed."""
-    from spdk_glue.status import ConnectionLost
-
-    failures = during_transfers(
-        character(PLAIN), lambda: (controller(PLAIN) / "device/remove").write_text("1"), 60
-    )
-    assert [type(error) for error in failures] == [ConnectionLost], failures
+    for way, (work, use_uring) in WAYS.items():
+        print(way, file=sys.stderr, flush=True)
+        remove = controller(PLAIN) / "device/remove"
+        failures = during(
+            work, character(PLAIN), lambda remove=remove: remove.write_text("1"), use_uring=use_uring
+        )
+        assert [type(error) for error in failures] == [ConnectionLost], (way, failures)
+        Path("/sys/bus/pci/rescan").write_text("1")
+    with namespace_of(character(PLAIN)) as namespace:  # it is back
+        namespace.read(0, 1)
     return str(failures[0])
 
 
@@ -332,6 +397,7 @@ CHECKS = {
 def main() -> None:
     for name in sys.argv[1:]:
         started = time.monotonic()
+        faulthandler.dump_traceback_later(HANG_SECONDS)  # to the console
         try:
             message, passed = CHECKS[name](), True
         except BaseException as error:
@@ -343,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compile_kernels() if sys.argv[1:] == ["--compile"] else main()

@@ -23,15 +23,19 @@ from pathlib import Path
 from nvme_guest import CHECKS, REPORT_END, Check
 
 ROOT = Path(__file__).resolve().parents[2]
+GUEST = Path(__file__).with_name("nvme_guest.py")
 KERNEL_PACKAGE = "linux-image-amd64"  # names the newest as its dependency
 MODULES = ["virtio_pci", "9pnet_virtio", "9p", "nvme", "ext4"]
 TOOLS = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static", "cpio": "cpio", "depmod": "kmod"}
+# The emulated drive may lose a command at a reset: it is not to take the kernel's 30 s to find that.
+MODULE_OPTIONS = {"nvme-core": "io_timeout=5 admin_timeout=5"}
+NUMBA_SETTINGS = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}  # the same on both machines
 SHARE = "root"  # mount tag of this machine's root
 
 INIT = """#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /newroot
 /bin/busybox mount -t devtmpfs dev /dev
-for module in $(/bin/busybox cat /modules); do /bin/busybox insmod /lib/$module; done
+while read module; do /bin/busybox insmod /lib/$module; done </modules
 /bin/busybox mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose {share} /newroot
 /bin/busybox mount -t proc proc /newroot/proc
 /bin/busybox mount -t sysfs sys /newroot/sys
@@ -82,6 +86,14 @@ def find_kernel(unpacked: Path) -> Kernel:
     return Kernel(images[0], unpacked, release)
 
 
+def compile_kernels(cache: Path) -> Path:
+    """Numba's cache with what the guest needs: compiling there takes minutes."""
+    folder = cache.resolve() / "numba"
+    settings = NUMBA_SETTINGS | {"NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    run(sys.executable, GUEST, "--compile", env=os.environ | settings)
+    return folder
+
+
 def module_files(kernel: Kernel) -> list[Path]:
     """In the order in which they load."""
     shown = [
@@ -103,7 +115,8 @@ def build_initramfs(kernel: Kernel, command: str, folder: Path) -> Path:
     modules = module_files(kernel)
     for module in modules:
         shutil.copy2(module, tree / "lib")
-    (tree / "modules").write_text("\n".join(module.name for module in modules))
+    lines = [f"{module.name} {MODULE_OPTIONS.get(module.stem, '')}\n" for module in modules]
+    (tree / "modules").write_text("".join(lines))
     (tree / "init").write_text(INIT.format(share=SHARE, command=shlex.quote(command)))
     (tree / "init").chmod(0o755)
     image = folder / "initramfs.cpio"
@@ -141,7 +154,7 @@ def boot(kernel: Kernel, command: str, folder: Path, seconds: float, is_verbose:
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3G",
         "-nodefaults", "-no-reboot", "-display", "none",
         "-kernel", kernel.image, "-initrd", build_initramfs(kernel, command, folder),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+        "-append", "console=ttyS0 loglevel=7 panic=-1 mitigations=off",
         "-serial", f"file:{console}", "-serial", f"file:{report}",
         "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", f"virtio-9p-pci,fsdev=root,mount_tag={SHARE}",
@@ -188,10 +201,18 @@ def main() -> None:
     if not wanted:
         sys.exit(f"no such check; there are {', '.join(CHECKS)}")
     kernel = find_kernel(arguments.kernel.resolve()) if arguments.kernel else fetch_kernel(arguments.cache)
-    guest = [sys.executable, Path(__file__).with_name("nvme_guest.py"), *wanted]
+    kernels = compile_kernels(arguments.cache)
+    settings = NUMBA_SETTINGS | {
+        "NUMBA_CACHE_DIR": "/run/numba",
+        "HOME": "/run",
+        "TMPDIR": "/run",
+        "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    guest = ["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, GUEST, *wanted]
     command = (
-        "export HOME=/run TMPDIR=/run PATH=$PATH:/usr/sbin:/sbin PYTHONDONTWRITEBYTECODE=1"
-        f" PYTHONPATH={shlex.quote(str(ROOT))} && cd {shlex.quote(str(ROOT))}"
+        f"cp -r {shlex.quote(str(kernels))} /run/numba; cd {shlex.quote(str(ROOT))}"
         f" && {shlex.join(map(str, guest))} >/dev/ttyS1 2>/dev/ttyS0"
     )
     started = time.monotonic()
