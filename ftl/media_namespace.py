@@ -147,9 +147,8 @@ class NamespaceMedia(StoredMedia):
             return ZonedMedia.create(namespace, geometry)
         layout = DriveLayout.new(geometry)
         wanted, found = layout.size_bytes, capacity_of(namespace)
-        if wanted > found or BLOCK_BYTES % namespace.block_bytes:
-            blocks = f"{namespace.num_lbas} blocks of {namespace.block_bytes} bytes"
-            raise ValueError(f"{wanted} bytes are needed, {name_of(namespace)} has {blocks}")
+        if wanted > found or not _suits(namespace):
+            raise ValueError(f"{wanted} bytes are needed, {name_of(namespace)} has {_blocks_of(namespace)}")
         backing = NamespaceBacking(namespace, layout)
         backing.clear(0, layout.oob_end)
         table = dma.allocate(layout.oob_start - layout.table_start)
@@ -169,8 +168,8 @@ class NamespaceMedia(StoredMedia):
         if _is_zoned(namespace):
             return ZonedMedia.open(namespace, read_only)
         name = name_of(namespace)
-        if BLOCK_BYTES % namespace.block_bytes or capacity_of(namespace) < HEADERS_BYTES:
-            raise NotADrive(name, f"{namespace.num_lbas} blocks of {namespace.block_bytes} bytes")
+        if not _suits(namespace) or capacity_of(namespace) < HEADERS_BYTES:
+            raise NotADrive(name, _blocks_of(namespace))
         with media_errors(namespace, 0):
             headers = namespace.read(0, HEADERS_BYTES // namespace.block_bytes)
         layout = DriveLayout.read(name, headers.tobytes())
@@ -182,3 +181,22 @@ class NamespaceMedia(StoredMedia):
 def _is_zoned(namespace: BlockNamespace) -> bool:
     with media_errors(namespace, 0):
         return namespace.command_set() == CommandSet.ZONED
+
+
+def _suits(namespace: BlockNamespace) -> bool:
+    return BLOCK_BYTES % namespace.block_bytes == 0 and not namespace.metadata_bytes
+
+
+def _blocks_of(namespace: BlockNamespace) -> str:
+    text = f"{namespace.num_lbas} blocks of {namespace.block_bytes} bytes"
+    return f"{text} and {namespace.metadata_bytes} of metadata" if namespace.metadata_bytes else text
+
+
+def name_of(namespace: BlockNamespace) -> str:
+    """What errors call a namespace: its drive's serial number."""
+    return f"NVMe drive {namespace.serial_number}"
+
+
+def capacity_of(namespace: BlockNamespace) -> int:
+    """Bytes."""
+    return namespace.num_lbas * namespace.block_bytes

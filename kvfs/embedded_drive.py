@@ -108,7 +108,7 @@ def open_transport(location: str | os.PathLike, read_only: bool = False) -> Iter
     """The transport to an NVMe namespace, see spdk_glue/transports/url.py, or to the drive in a file.
 
     The drive in a file, with or without `inproc:` before it, is embedded here meanwhile, without threads.
-    read_only: such a drive is not changed by being opened; others are opened as they are.
+    read_only: such a drive is not changed by being opened; others may be in use by Linux meanwhile.
 
     Raises what open_drive raises, NvmeError, InvalidArgument where this installation lacks the transport.
     """
@@ -122,7 +122,7 @@ def open_transport(location: str | os.PathLike, read_only: bool = False) -> Iter
             close_drive(drive, path)
         return
     try:
-        transport = url.open_transport(location)
+        transport = url.open_transport(location, alone=not read_only)
     except ImportError as error:
         raise InvalidArgument(f"{location}: {error}; kvfsctl doctor says what is missing") from error
     except OSError as error:

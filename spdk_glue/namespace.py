@@ -34,6 +34,7 @@ from spdk_glue.identify import (
     CTRATT_FLEXIBLE_DATA_PLACEMENT,
     ERROR_LOG_ENTRIES,
     ERROR_LOG_ENTRY,
+    FLBAS_FORMAT,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
     IDENTIFY_ZONED_NAMESPACE,
@@ -96,9 +97,10 @@ class BlockNamespace:
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
         self.nsid = transport.nsid
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=self.nsid)
-        self._format = int(geometry["flbas"]) & 0xF
+        self._format = int(geometry["flbas"]) & FLBAS_FORMAT
         self._zoned: tuple[np.void, int] | None = None
         self.block_bytes = 1 << int(geometry["lbaf"][self._format]["lbads"])
+        self.metadata_bytes = int(geometry["lbaf"][self._format]["ms"])  # of each block; none is moved here
         self.num_lbas = int(geometry["nsze"])
         self._endurance_group = int(geometry["endgid"])
         # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from spdk_glue.linux_nvme import node
 from spdk_glue.transports.url import SPDK_SCHEME
 
 ROOT = Path("/")
@@ -145,33 +146,11 @@ def _partitions(place: Path) -> list[Path]:
 
 
 def _uses(root: Path, place: Path, partitions: list[Path]) -> Iterator[str]:
-    parts = [place, *partitions]
-    numbers = {_text(part / "dev") for part in parts} - {""}
-    devices = {f"/dev/{part.name}" for part in parts}
-    any_use = False
-    for number, mountpoint, source in _mounts(root):
-        if number in numbers or source in devices:
-            any_use = True
-            yield f"mounted at {mountpoint}"
-    for line in _text(root / "proc/swaps").splitlines()[1:]:
-        if line.split()[0] in devices:
-            any_use = True
-            yield "in use for swapping"
-    for part in parts:
-        for holder in _entries(part / "holders"):
-            any_use = True
-            yield f"held by {holder.name}"
-    if not any_use and any(_is_claimed(root / device.lstrip("/")) for device in sorted(devices)):
+    found = [use.what for use in node.uses(place.name, root)]
+    yield from found
+    devices = [f"dev/{part.name}" for part in (place, *partitions)]
+    if not found and any(_is_claimed(root / device) for device in devices):
         yield "claimed, perhaps by a file system of another mount namespace"
-
-
-def _mounts(root: Path) -> Iterator[tuple[str, str, str]]:
-    """(major:minor, mountpoint, source) of each."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        before, _, behind = line.partition(" - ")
-        fields, rest = before.split(), behind.split()
-        if len(fields) > 4 and len(rest) > 1:
-            yield fields[2], fields[4].replace("\\040", " "), rest[1]
 
 
 def _is_claimed(device: Path) -> bool:

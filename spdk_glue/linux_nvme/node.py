@@ -4,7 +4,6 @@
 block device, which file systems and others use. Facts come from /sys and /proc below `root` ("/" but in tests).
 """
 
-import fcntl
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 from spdk_glue.status import NvmeError
 from spdk_glue.transports.url import BadLocation
 
+ROOT = Path("/")
 NODE = re.compile(r"(ng|nvme)(\d+n\d+)(p\d+)?")
 KERNEL_PAGE = 4096  # the smallest
 ONE_SEGMENT_MORE = 1  # than it has pages: memory that begins within one
@@ -30,7 +30,7 @@ class Node:
 
     character: str | None
     block: str | None
-    block_name: str  # nvme0n1, as /sys has it
+    name: str  # of the block device, nvme0n1, as /sys has it
 
     @property
     def path(self) -> str:
@@ -38,11 +38,20 @@ class Node:
         return self.character or self.block
 
 
-def find(location: str, root: Path = Path("/")) -> Node:
+@dataclass(frozen=True)
+class Use:
+    """device: the namespace's or a partition's; what: "mounted at /data"; remedy: what would end it"""
+
+    device: str
+    what: str
+    remedy: str
+
+
+def find(location: str, root: Path = ROOT) -> Node:
     """Raises BadLocation for anything but a namespace, saying what would do."""
     path = _below(root, location).resolve()
     if not path.exists():
-        raise BadLocation(f"{location}: no such device; `nvme list` shows the namespaces of this machine")
+        raise BadLocation(f"{location}: no such device; kvfsctl nvme list shows the namespaces of this machine")
     match = NODE.fullmatch(path.name)
     if match is None:
         raise BadLocation(f"{location}: not an NVMe namespace such as /dev/ng0n1")
@@ -59,75 +68,52 @@ def find(location: str, root: Path = Path("/")) -> Node:
     )
 
 
-def _below(root: Path, path: str | Path) -> Path:
-    return root / str(path).lstrip("/")
-
-
-def _block_folder(name: str, root: Path) -> Path:
-    return _below(root, "sys/class/block") / name
-
-
-def _number(folder: Path, name: str) -> int | None:
-    try:
-        return int((folder / name).read_text())
-    except FileNotFoundError:
-        return None
-
-
-def max_transfer_bytes(name: str, root: Path = Path("/")) -> int | None:
+def max_transfer_bytes(name: str, root: Path = ROOT) -> int | None:
     """Of one command, so that the kernel takes it wherever its memory lies; None where /sys does not tell.
 
     A power of two, so that a long transfer is cut where the drive likes it.
     """
-    queue = _block_folder(name, root) / "queue"
-    limits = [_number(queue, entry) for entry in ("max_hw_sectors_kb", "max_sectors_kb")]
-    limits = [limit << 10 for limit in limits if limit]
-    segments = _number(queue, "max_segments")
+    queue = root / "sys/block" / name / "queue"
+    limits = [_number(queue / limit) << 10 for limit in ("max_hw_sectors_kb", "max_sectors_kb")]
+    segments = _number(queue / "max_segments")
     if segments:
         limits.append(max(segments - ONE_SEGMENT_MORE, 1) * KERNEL_PAGE)
+    limits = [limit for limit in limits if limit]
     return 1 << min(limits).bit_length() - 1 if limits else None
 
 
-def queue_depth(name: str, root: Path = Path("/")) -> int | None:
+def queue_depth(name: str, root: Path = ROOT) -> int | None:
     """Commands that the kernel has under way on one queue."""
-    return _number(_block_folder(name, root) / "queue", "nr_requests")
+    return _number(root / "sys/block" / name / "queue/nr_requests") or None
 
 
-def refuse_if_used(name: str, root: Path = Path("/")) -> None:
-    """Raises NamespaceInUse where a namespace or part of it is mounted, swap, or part of another device."""
-    for use in _uses(name, root):
-        raise NamespaceInUse(f"{use}, or name another namespace")
-
-
-def _uses(name: str, root: Path) -> Iterator[str]:
-    """What is said of each use, and how to end it."""
-    folder = _block_folder(name, root)
-    parts = {name: folder} | {entry.parent.name: entry.parent for entry in sorted(folder.glob("*/partition"))}
-    numbers = {(part / "dev").read_text().strip() for part in parts.values() if (part / "dev").exists()}
-    nodes = {f"/dev/{part}" for part in parts}
-    for line in _lines(root, "proc/self/mountinfo"):
+def uses(name: str, root: Path = ROOT) -> Iterator[Use]:
+    """Of a namespace and its partitions: mounts by this process's view, swap, and devices on top of them."""
+    place = root / "sys/block" / name
+    parts = {name: place} | {found.parent.name: found.parent for found in sorted(place.glob("*/partition"))}
+    numbers = {_text(part / "dev") for part in parts.values()} - {""}
+    devices = {f"/dev/{part}" for part in parts}
+    for line in _text(root / "proc/self/mountinfo").splitlines():
         fields, _, rest = line.partition(" - ")
-        number, place = fields.split()[2], fields.split()[4]
-        source = rest.split()[1]
-        if number in numbers or source in nodes:
-            yield f"{source} is mounted at {place}: unmount it (umount {place})"
-    for line in _lines(root, "proc/swaps")[1:]:
-        if line.split()[0] in nodes:
-            yield f"{line.split()[0]} is used as swap: switch it off (swapoff {line.split()[0]})"
+        number, mountpoint, source = fields.split()[2], fields.split()[4], rest.split()[1]
+        if number in numbers or source in devices:  # by name too: btrfs has numbers of its own
+            mountpoint = mountpoint.replace("\\040", " ")
+            yield Use(source, f"mounted at {mountpoint}", f"umount {mountpoint}")
+    for line in _text(root / "proc/swaps").splitlines()[1:]:
+        device = line.split()[0]
+        if device in devices:
+            yield Use(device, "in use for swapping", f"swapoff {device}")
     for part, place in parts.items():
         for holder in sorted((place / "holders").glob("*")):
-            label = _below(root, f"sys/class/block/{holder.name}/dm/name")
-            called = f" ({label.read_text().strip()})" if label.exists() else ""
-            yield f"/dev/{part} is part of {holder.name}{called}: take it out (dmsetup, vgchange, mdadm)"
+            label = _text(root / "sys/block" / holder.name / "dm/name")
+            what = f"held by {holder.name}" + (f" ({label})" if label else "")
+            yield Use(f"/dev/{part}", what, "take it out of that (vgchange, dmsetup, mdadm)")
 
 
-def _lines(root: Path, path: str) -> list[str]:
-    """Of a file of /proc; spaces in names are written \\040 there."""
-    try:
-        text = _below(root, path).read_text(errors="surrogateescape")
-    except FileNotFoundError:
-        return []
-    return text.splitlines()
+def refuse_if_used(name: str, root: Path = ROOT) -> None:
+    """Raises NamespaceInUse."""
+    for use in uses(name, root):
+        raise NamespaceInUse(f"{use.device} is {use.what}: {use.remedy}, or name another namespace")
 
 
 def claim(node: Node) -> int | None:
@@ -148,23 +134,32 @@ def claim(node: Node) -> int | None:
         ) from error
 
 
-def open_alone(node: Node) -> int:
-    """A descriptor for commands. Raises NamespaceInUse where another process of ours has one, BadLocation."""
+def open_for_commands(node: Node) -> int:
+    """A descriptor. Raises BadLocation."""
     try:
-        fd = os.open(node.path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(node.path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError as error:
         raise not_permitted(node.path) from error
     except OSError as error:
-        raise BadLocation(f"{node.path}: {os.strerror(error.errno)}; see `dmesg` and `nvme list`") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # where there is no block device to claim
-    except BlockingIOError as error:
-        os.close(fd)
-        raise NamespaceInUse(
-            f"{node.path} is open in another kvfs: end that, or name another namespace"
-        ) from error
-    return fd
+        raise BadLocation(f"{node.path}: {os.strerror(error.errno)}; see `dmesg`") from error
 
 
 def not_permitted(path: str) -> BadLocation:
     return BadLocation(f"{path}: not permitted; run as root, or give this user the device and CAP_SYS_ADMIN")
+
+
+def _below(root: Path, path: str) -> Path:
+    return root / path.lstrip("/")
+
+
+def _text(file: Path) -> str:
+    """Of a file that may be missing."""
+    try:
+        return file.read_text(errors="surrogateescape").strip()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int:
+    """Zero where it is missing."""
+    return int(_text(file) or 0)

@@ -2,8 +2,8 @@
 
 They go to `/dev/ngXnY` through an io_uring for each queue pair, and by ioctl where Linux has no such ring
 (before 5.19, forbidden, or only a block device there). Queues and command identifiers are the kernel's, so the
-drive's error log does not know ours. The block device beside it is held open alone, so that nobody mounts
-meanwhile what kvfs writes.
+drive's error log does not know ours. Who is to write holds the block device beside it alone, so that nobody
+mounts it meanwhile.
 """
 
 import errno
@@ -18,7 +18,7 @@ import numpy as np
 
 from spdk_glue import command, dma
 from spdk_glue.command import COMPLETION_ENTRY
-from spdk_glue.identify import FLBAS_FORMAT, IDENTIFY_NAMESPACE, Cns
+from spdk_glue.identify import FLBAS_EXTENDED, FLBAS_FORMAT, IDENTIFY_NAMESPACE, Cns
 from spdk_glue.linux_nvme import node
 from spdk_glue.linux_nvme.api import Device, Ring, check_lengths, error_of, ioctl_transfer
 from spdk_glue.queue_pair import Buffer, QueuePair, places
@@ -45,23 +45,26 @@ class LinuxTransport:
         self.uses_uring = use_uring and self._ring_works()
 
     @staticmethod
-    def open(location: str | os.PathLike, use_uring: bool = True) -> "LinuxTransport":
-        """Take a namespace for kvfs alone.
+    def open(location: str | os.PathLike, alone: bool = True, use_uring: bool = True) -> "LinuxTransport":
+        """Reach a namespace by a device node.
 
-        Raises BadLocation where there is none that kvfs can use, NamespaceInUse, ConnectionLost, OSError.
+        alone: nothing else may use it; without that, only what changes nothing may be sent
+
+        Raises BadLocation where there is no namespace to be had, NamespaceInUse, ConnectionLost, OSError.
         """
         found = node.find(os.fspath(location))
-        node.refuse_if_used(found.block_name)
         with ExitStack() as resources:
-            held = node.claim(found)
-            if held is not None:
-                resources.callback(os.close, held)
-            fd = node.open_alone(found)
+            if alone:
+                node.refuse_if_used(found.name)
+                held = node.claim(found)
+                if held is not None:
+                    resources.callback(os.close, held)
+            fd = node.open_for_commands(found)
             resources.callback(os.close, fd)
             nsid = _namespace_id(fd, found.path)
-            limit = node.max_transfer_bytes(found.block_name) or DEFAULT_TRANSFER_BYTES
+            limit = node.max_transfer_bytes(found.name) or DEFAULT_TRANSFER_BYTES
             block_bytes = _block_bytes(Device(fd, found.path, 1, limit), nsid)
-            depth = node.queue_depth(found.block_name) or MAX_QUEUE_DEPTH
+            depth = node.queue_depth(found.name) or MAX_QUEUE_DEPTH
             device = Device(fd, found.path, block_bytes, limit)
             transport = LinuxTransport(device, nsid, depth, use_uring)
             transport._resources = resources.pop_all()
@@ -113,6 +116,7 @@ def _namespace_id(fd: int, path: str) -> int:
 
 
 def _block_bytes(device: Device, nsid: int) -> int:
+    """That a Read moves for each block: with its metadata, where they follow it."""
     entry, data = command.identify(Cns.NAMESPACE, nsid), np.zeros(IDENTIFY_NAMESPACE.itemsize, np.uint8)
     try:
         completion = IoctlConnection(device, is_admin=True).execute(entry, [data])[0]
@@ -122,12 +126,8 @@ def _block_bytes(device: Device, nsid: int) -> int:
         raise NvmeStatusError(int(entry["opcode"][0]), decode(int(completion["status"])), nsid=nsid)
     geometry = data.view(IDENTIFY_NAMESPACE)[0]
     lba_format = geometry["lbaf"][int(geometry["flbas"]) & FLBAS_FORMAT]
-    if lba_format["ms"]:
-        raise BadLocation(
-            f"{device.path}: its blocks carry {lba_format['ms']} bytes of metadata;"
-            " `nvme format` it with a format without any"
-        )
-    return 1 << int(lba_format["lbads"])
+    metadata_bytes = int(lba_format["ms"]) if int(geometry["flbas"]) & FLBAS_EXTENDED else 0
+    return (1 << int(lba_format["lbads"])) + metadata_bytes
 
 
 class RingConnection:

@@ -32,8 +32,11 @@ def is_nvme(location: str | os.PathLike) -> bool:
     return text.startswith(SPDK_SCHEME) or LINUX_DEVICE.fullmatch(text) is not None
 
 
-def open_transport(location: str | os.PathLike) -> "Transport":
-    """Connect to the namespace at a location. Raises NvmeError and its relatives, OSError."""
+def open_transport(location: str | os.PathLike, alone: bool = True) -> "Transport":
+    """Connect to the namespace at a location. Raises NvmeError and its relatives, OSError.
+
+    alone: refuse one that Linux uses, and keep Linux from using it; not for who only looks
+    """
     text = os.fspath(location)
     if text.startswith(SPDK_SCHEME):
         from spdk_glue.transports.spdk import SpdkTransport  # only now: SPDK may not be installed
@@ -42,5 +45,5 @@ def open_transport(location: str | os.PathLike) -> "Transport":
     if LINUX_DEVICE.fullmatch(text):
         from spdk_glue.transports.linux import LinuxTransport
 
-        return LinuxTransport.open(text)
+        return LinuxTransport.open(text, alone)
     raise BadLocation(f"{text}: not spdk:... or an NVMe namespace such as /dev/ng0n1")

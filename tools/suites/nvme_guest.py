@@ -244,16 +244,12 @@ def check_refusals() -> str:
     with namespace_of(location):
         said.append(refusal(disk))
         assert subprocess.run(["mount", disk, mountpoint], stderr=subprocess.DEVNULL).returncode
-        disk_name = Path(disk).name
-        Path(disk).rename("/dev/hidden")  # without a block device to claim, the lock still holds
-        said.append(refusal(location))
-        Path("/dev/hidden").rename(f"/dev/{disk_name}")
-    words = ["nvme0n1 is mounted at /run/mounted", "p1 is mounted at /run/mounted", "is used as swap"]
-    words += ["cannot be had alone", "cannot be had alone", "is open"]
+    words = ["nvme0n1 is mounted at /run/mounted", "p1 is mounted at /run/mounted", "is in use for swapping"]
+    words += ["cannot be had alone", "cannot be had alone"]
     for line, word in zip(said, words, strict=True):
         assert word in line, line
-    with namespace_of(location):
-        pass
+    with namespace_of(location), namespace_of(location, alone=False) as looking:
+        looking.read(0, 1)
     return "mounted, partition mounted, swap, claimed, open in kvfs"
 
 

@@ -19,13 +19,13 @@ class Machine:
 
     def __init__(self, root):
         self.root = root
-        self.disk = root / "sys/class/block/nvme0n1"
+        self.disk = root / "sys/block/nvme0n1"
         self.partition = self.disk / "nvme0n1p1"
         for folder in (self.disk / "queue", self.disk / "holders", self.partition / "holders", root / "dev"):
             folder.mkdir(parents=True)
-        self.write("sys/class/block/nvme0n1/dev", "259:0\n")
-        self.write("sys/class/block/nvme0n1/nvme0n1p1/dev", "259:1\n")
-        self.write("sys/class/block/nvme0n1/nvme0n1p1/partition", "1\n")
+        self.write("sys/block/nvme0n1/dev", "259:0\n")
+        self.write("sys/block/nvme0n1/nvme0n1p1/dev", "259:1\n")
+        self.write("sys/block/nvme0n1/nvme0n1p1/partition", "1\n")
         self.write("proc/self/mountinfo", MOUNTINFO)
         self.write("proc/swaps", SWAPS)
 
@@ -58,7 +58,7 @@ def test_unused(machine):
     [
         (
             "40 22 259:0 / /data rw,relatime - ext4 /dev/nvme0n1 rw",
-            "/dev/nvme0n1 is mounted at /data: unmount it",
+            "/dev/nvme0n1 is mounted at /data: umount /data, or name another namespace",
         ),
         ("40 22 259:1 / /data rw shared:7 - xfs /dev/nvme0n1p1 rw", "/dev/nvme0n1p1 is mounted at /data"),
         ("40 22 259:1 / /data rw - ext4 /dev/root rw", "/dev/root is mounted at /data"),
@@ -74,7 +74,7 @@ def test_mounted(machine, line, says):
 @pytest.mark.parametrize("name", ["nvme0n1", "nvme0n1p1"])
 def test_swap(machine, name):
     machine.write("proc/swaps", f"{SWAPS}/dev/{name}\tpartition\t1048572\t0\t-2\n")
-    assert machine.refusal().startswith(f"/dev/{name} is used as swap: switch it off (swapoff /dev/{name})")
+    assert machine.refusal().startswith(f"/dev/{name} is in use for swapping: swapoff /dev/{name}, or")
 
 
 @pytest.mark.parametrize("name", ["nvme0n1", "nvme0n1p1"])
@@ -82,10 +82,10 @@ def test_holders(machine, name):
     """A logical volume or an array on it."""
     place = machine.disk if name == "nvme0n1" else machine.partition
     (place / "holders/md0").mkdir()
-    assert machine.refusal().startswith(f"/dev/{name} is part of md0: take it out")
+    assert machine.refusal().startswith(f"/dev/{name} is held by md0: take it out")
     (place / "holders/md0").rename(place / "holders/dm-3")
-    machine.write("sys/class/block/dm-3/dm/name", "vg-root\n")
-    assert f"/dev/{name} is part of dm-3 (vg-root)" in machine.refusal()
+    machine.write("sys/block/dm-3/dm/name", "vg-root\n")
+    assert f"/dev/{name} is held by dm-3 (vg-root)" in machine.refusal()
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_transfer_limit(machine, hardware, soft, segments, limit):
     names = {"max_hw_sectors_kb": hardware, "max_sectors_kb": soft, "max_segments": segments}
     for name, value in names.items():
         if value is not None:
-            machine.write(f"sys/class/block/nvme0n1/queue/{name}", f"{value}\n")
+            machine.write(f"sys/block/nvme0n1/queue/{name}", f"{value}\n")
     assert node.max_transfer_bytes("nvme0n1", machine.root) == limit
 
 
 def test_queue_depth(machine):
     assert node.queue_depth("nvme0n1", machine.root) is None
-    machine.write("sys/class/block/nvme0n1/queue/nr_requests", "1023\n")
+    machine.write("sys/block/nvme0n1/queue/nr_requests", "1023\n")
     assert node.queue_depth("nvme0n1", machine.root) == 1023
 
 
@@ -119,7 +119,7 @@ def test_not_namespaces(machine):
     for name in ("ng0n2", "nvme0n1p1", "sda", "nvme0"):
         machine.write(f"dev/{name}", "")
     for location, says in (
-        ("/dev/ng9n9", "no such device; `nvme list`"),
+        ("/dev/ng9n9", "no such device; kvfsctl nvme list"),
         ("/dev/ng0n2", "not a device"),
         ("/dev/nvme0n1p1", "a partition; kvfs takes a whole namespace, such as /dev/ng0n1"),
         ("/dev/sda", "not an NVMe namespace"),
@@ -154,18 +154,6 @@ def test_siblings(machine):
         assert is_nvme(location)
     (dev / "nvme0n1").unlink()
     assert node.find("/dev/ng0n1", machine.root).block is None
-
-
-def test_one_kvfs(machine):
-    """Without a block device to claim, the character device is locked."""
-    make_device(machine.root / "dev/ng0n1", stat.S_IFCHR)
-    found = node.find("/dev/ng0n1", machine.root)
-    assert node.claim(found) is None
-    fd = node.open_alone(found)
-    with pytest.raises(NamespaceInUse, match="open in another kvfs"):
-        node.open_alone(found)
-    os.close(fd)
-    os.close(node.open_alone(found))
 
 
 def test_no_driver(machine):
