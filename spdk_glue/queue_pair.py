@@ -49,8 +49,8 @@ def execute_in_batches(
     completions = np.empty(len(entries), COMPLETION_ENTRY)
     for start in range(0, len(entries), depth):
         batch = slice(start, start + depth)
-        places = zip(addresses[batch].tolist(), lengths[batch].tolist(), strict=True)
-        buffers = [dma.view(address, length) for address, length in places]
+        pieces = zip(addresses[batch].tolist(), lengths[batch].tolist(), strict=True)
+        buffers = [dma.view(address, length) for address, length in pieces]
         entries["cid"][batch] = range(len(buffers))
         completions[batch] = connection.execute(entries[batch], buffers)
     return completions

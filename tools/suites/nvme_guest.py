@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -183,8 +184,38 @@ def check_drive() -> str:
     return write_and_find(opened)
 
 
+def store_and_find(location: str) -> str:
+    """A KV cache at a location: format, append, close, open, read."""
+    import kvfs
+
+    geometry = {"num_layers": 2, "num_query_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    num_tokens = 1000
+    shape = (geometry["num_layers"], num_tokens, geometry["num_kv_heads"], geometry["head_dim"])
+    keys = np.random.default_rng(5).standard_normal(shape).astype(np.float16)
+    kvfs.format(location, "256MiB", overwrite=True)
+    with kvfs.open(location) as store:
+        sequence = store.create_sequence(store.add_model("m", **geometry), "s")
+        for layer in range(geometry["num_layers"]):
+            sequence.append(layer, keys[layer], -keys[layer])
+        sequence.flush()
+    with kvfs.open(location) as store:
+        for layer in range(geometry["num_layers"]):
+            found_keys, found_values = store.sequence("s").read(layer, 0, num_tokens)
+            np.testing.assert_array_equal(found_keys, keys[layer])
+            np.testing.assert_array_equal(found_values, -keys[layer])
+    return f"{location}: {num_tokens} tokens written, found again after opening anew"
+
+
+def check_store() -> str:
+    return store_and_find(character(PLAIN))
+
+
+def check_store_small_blocks() -> str:
+    return store_and_find(block(PLAIN, 2))
+
+
 def compile_kernels() -> None:
-    """The same in memory: on the host, so that the guest finds Numba's kernels in the cache."""
+    """The same in memory and in a file: on the host, so that the guest finds Numba's kernels in the cache."""
     from ftl.media_memory import MemoryMedia
 
     media = MemoryMedia(GEOMETRY)
@@ -196,6 +227,8 @@ def compile_kernels() -> None:
         ftl.close()
 
     write_and_find(opened)
+    with tempfile.TemporaryDirectory() as folder:
+        store_and_find(f"{folder}/drive.kvfs")
 
 
 def refusal(location: str) -> str:
@@ -389,6 +422,8 @@ CHECKS = {
     "small-blocks": check_small_blocks,
     "block-alone": check_block_alone,
     "drive": check_drive,
+    "store": check_store,
+    "store-small": check_store_small_blocks,
     "memory": check_memory,
     "zoned": check_zoned,
     "refusals": check_refusals,

@@ -131,7 +131,7 @@ def build_initramfs(kernel: Kernel, command: str, folder: Path) -> Path:
 def drive_options(folder: Path) -> list[str]:
     """Controllers by serial number; nvme_guest.py knows them by it."""
     options = []
-    for name, size in (("plain", "512M"), ("small", "64M"), ("zoned", "256M")):
+    for name, size in (("plain", "512M"), ("small", "512M"), ("zoned", "256M")):
         run("truncate", "--size", size, folder / name)
         options += ["-drive", f"id={name},file={folder / name},if=none,format=raw,discard=unmap"]
     blocks = "logical_block_size=4096,physical_block_size=4096"

@@ -119,6 +119,12 @@ def test_drives_that_do_not_fit(drive):
         NamespaceMedia.create(large.host(), GEOMETRY)
     with pytest.raises(NotADrive, match="16384 bytes"):
         NamespaceMedia.open(large.host())
+    with_metadata = OtherDrive()
+    with_metadata.namespace["lbaf"]["ms"] = 8
+    with pytest.raises(ValueError, match="8 of metadata"):
+        NamespaceMedia.create(with_metadata.host(), GEOMETRY)
+    with pytest.raises(NotADrive, match="8 of metadata"):
+        NamespaceMedia.open(with_metadata.host())
     drive.blocks.reshape(-1)[:HEADERS_BYTES] = np.frombuffer(
         DriveLayout.new(Geometry(num_superblocks=16)).header * 2, np.uint8
     )
