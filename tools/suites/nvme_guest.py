@@ -121,14 +121,14 @@ def check_small_blocks() -> str:
 
 def check_block_alone() -> str:
     """Where there is no character device, as before Linux 5.13."""
-    node = Path(character(PLAIN))
+    node, disk = Path(character(PLAIN)), block(PLAIN)
     hidden = node.with_name("hidden")
     node.rename(hidden)
     try:
-        transport = LinuxTransport.open(block(PLAIN))
+        transport = LinuxTransport.open(disk)
         assert not transport.uses_uring
         transport.close()
-        return conformance(block(PLAIN), "linux and not ioctl")
+        return conformance(disk, "linux and not ioctl")
     finally:
         hidden.rename(node)
 
