@@ -190,13 +190,3 @@ def _suits(namespace: BlockNamespace) -> bool:
 def _blocks_of(namespace: BlockNamespace) -> str:
     text = f"{namespace.num_lbas} blocks of {namespace.block_bytes} bytes"
     return f"{text} and {namespace.metadata_bytes} of metadata" if namespace.metadata_bytes else text
-
-
-def name_of(namespace: BlockNamespace) -> str:
-    """What errors call a namespace: its drive's serial number."""
-    return f"NVMe drive {namespace.serial_number}"
-
-
-def capacity_of(namespace: BlockNamespace) -> int:
-    """Bytes."""
-    return namespace.num_lbas * namespace.block_bytes
