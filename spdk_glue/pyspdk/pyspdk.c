@@ -415,7 +415,7 @@ static int pyspdk_admin(pyspdk_controller *controller, const pyspdk_entry *entry
 
 typedef struct {
     struct pyspdk_queue_pair *queue_pair;
-    size_t index; /* of the command in its batch */
+    pyspdk_completion *result; /* of a command of a transfer; NULL: its completion goes to the ring */
     uint16_t cid; /* the caller's; SPDK gives its own */
     uint8_t opcode;
     void *bounce, *data; /* memory that SPDK knows in place of the caller's */
@@ -433,9 +433,10 @@ typedef struct pyspdk_queue_pair {
     atomic_flag busy;
     slot_t *slots;
     unsigned *free_slots, num_free;
-    pyspdk_completion *results; /* of a transfer, by index; else completions go to the ring */
-    pyspdk_completion *ring;
-    unsigned ring_head, ring_count;
+    pyspdk_completion *ring;       /* of `depth` completions of submitted commands */
+    unsigned ring_head, ring_count; /* those that nobody has polled yet */
+    unsigned ring_reserved;         /* the same and those still under way */
+    size_t transferred;             /* commands of the current transfer that have ended */
 } pyspdk_queue_pair;
 
 enum { OPCODE_FLUSH = 0, OPCODE_WRITE = 1, OPCODE_READ = 2, OPCODE_COMPARE = 5 };
@@ -464,21 +465,23 @@ static void io_done(void *argument, const struct spdk_nvme_cpl *found)
     }
     spdk_free(slot->bounce);
     slot->bounce = NULL;
-    if (queue_pair->results)
-        queue_pair->results[slot->index] = completion;
-    else
+    if (slot->result) {
+        *slot->result = completion;
+        queue_pair->transferred++;
+    } else {
         queue_pair->ring[(queue_pair->ring_head + queue_pair->ring_count++) % queue_pair->depth] = completion;
+    }
     queue_pair->free_slots[queue_pair->num_free++] = (unsigned)(slot - queue_pair->slots);
 }
 
 static int submit_one(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entry, uint64_t address, uint64_t length,
-                      size_t index)
+                      pyspdk_completion *completion)
 {
     pyspdk_controller *controller = queue_pair->controller;
     slot_t *slot = &queue_pair->slots[queue_pair->free_slots[queue_pair->num_free - 1]];
     struct spdk_nvme_cmd cmd;
     memcpy(&cmd, entry, sizeof cmd);
-    slot->index = index;
+    slot->result = completion;
     slot->cid = cmd.cid;
     slot->opcode = (uint8_t)cmd.opc;
     slot->data = (void *)address;
@@ -679,9 +682,10 @@ static int pyspdk_submit(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entr
     if (result)
         return result;
     size_t started = 0;
-    while (started < n && queue_pair->num_free && !result) {
-        result = submit_one(queue_pair, &entries[started], addresses[started], lengths[started], started);
+    while (started < n && queue_pair->num_free && queue_pair->ring_reserved < queue_pair->depth && !result) {
+        result = submit_one(queue_pair, &entries[started], addresses[started], lengths[started], NULL);
         started += !result;
+        queue_pair->ring_reserved += !result;
     }
     if (result != -ENXIO)
         result = spdk_nvme_qpair_process_completions(queue_pair->spdk, 0); /* rings the doorbell */
@@ -714,6 +718,7 @@ static int pyspdk_poll(pyspdk_queue_pair *queue_pair, pyspdk_completion *complet
         completions[found++] = queue_pair->ring[queue_pair->ring_head];
         queue_pair->ring_head = (queue_pair->ring_head + 1) % queue_pair->depth;
         queue_pair->ring_count--;
+        queue_pair->ring_reserved--;
     }
     return found || result > 0 ? (int)found : result;
 }
@@ -731,16 +736,12 @@ static int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *en
         result = enter(queue_pair);
     if (result)
         return result;
-    if (outstanding(queue_pair) || queue_pair->ring_count) {
-        leave(queue_pair);
-        return -EBUSY;
-    }
-    queue_pair->results = completions;
     size_t next = 0;
-    while ((next < n || outstanding(queue_pair)) && result >= 0) {
+    queue_pair->transferred = 0;
+    while (queue_pair->transferred < n && result >= 0) {
         result = 0;
-        while (next < n && outstanding(queue_pair) < depth && queue_pair->num_free && !result) {
-            result = submit_one(queue_pair, &entries[next], addresses[next], lengths[next], next);
+        while (next < n && next - queue_pair->transferred < depth && queue_pair->num_free && !result) {
+            result = submit_one(queue_pair, &entries[next], addresses[next], lengths[next], &completions[next]);
             next += !result;
         }
         if (result == -ENXIO)
@@ -750,7 +751,6 @@ static int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *en
         else
             result = reap_some(queue_pair, timeout_ms);
     }
-    queue_pair->results = NULL;
     leave(queue_pair);
     return result < 0 ? result : 0;
 }

@@ -2,20 +2,25 @@
 
 A transport that needs a drive takes one from the environment and overwrites it:
     KVFS_TEST_NVME=/dev/ng0n1    Linux passthrough
+SPDK's is tested over NVMe/TCP where its target is installed.
 """
 
 import os
+import tempfile
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvfs_bench.nvmf_target import Target, why_no_spdk
 from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.dma import EXTENT
 from spdk_glue.namespace import BlockNamespace
 from spdk_glue.status import NvmeStatusError, QueueFull, Status, decode
+from spdk_glue.transports.url import open_transport
 from tests.unit.spdk_glue.memory_drive import MemoryDrive
 
 # what the tests use of a drive, in blocks
@@ -38,11 +43,25 @@ def linux(use_uring=True):
     yield BlockNamespace(LinuxTransport.open(location, use_uring))
 
 
+@contextmanager
+def spdk():
+    if reason := why_no_spdk():
+        pytest.skip(f"needs SPDK: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Target(Path(folder), {"memory": ("malloc", 64 << 20)})
+        try:
+            yield BlockNamespace(open_transport(target.location))
+        finally:
+            target.close()
+
+
 # each yields a BlockNamespace over a namespace that may be overwritten
-TRANSPORTS = {"inproc": inproc, "linux": linux, "linux-ioctl": lambda: linux(use_uring=False)}
+TRANSPORTS = {"inproc": inproc, "linux": linux, "linux-ioctl": lambda: linux(use_uring=False), "spdk": spdk}
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(
+    params=[pytest.param(kind, marks=[pytest.mark.spdk] if kind == "spdk" else []) for kind in TRANSPORTS]
+)
 def namespace(request):
     with TRANSPORTS[request.param]() as namespace:
         yield namespace
