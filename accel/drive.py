@@ -17,13 +17,12 @@ from accel.vendor_commands import VendorCommands
 from accel.workers import load_worker
 from ftl import errors as flash_errors
 from ftl.direct_io.api import io_uring_works
-from ftl.drive_layout import HEADERS_BYTES, has_magic
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
 from ftl.media_location import create_media, lock_namespace, open_media
+from ftl.media_namespace import holds_flash
 from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
-from spdk_glue.namespace import BlockNamespace
 from spdk_glue.transports.inproc import InprocTransport
 
 # what a host that embeds a drive needs to know of the flash below it
@@ -141,9 +140,3 @@ class Drive:
 
     def close(self) -> None:
         self._stack.close()
-
-
-def holds_flash(namespace: BlockNamespace) -> bool:
-    """Whether a namespace holds the flash of a kvfs drive, whole or damaged. Raises NvmeStatusError."""
-    count = min(-(-HEADERS_BYTES // namespace.block_bytes), namespace.num_lbas)
-    return has_magic(namespace.read(0, count)[:HEADERS_BYTES].tobytes())

@@ -16,7 +16,8 @@ from ftl.errors import DriveBusy, NamespaceHoldsData
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
 from ftl.media_file import FileMedia
-from ftl.media_namespace import NamespaceMedia
+from ftl.media_namespace import NamespaceMedia, is_zoned
+from ftl.media_zoned import is_written
 from spdk_glue.namespace import BlockNamespace
 from spdk_glue.transports.url import is_nvme, open_transport
 
@@ -96,6 +97,10 @@ def create_media(
 
 
 def _check_empty(namespace: BlockNamespace, location) -> None:
+    if is_zoned(namespace):
+        if is_written(namespace):
+            raise NamespaceHoldsData(location)
+        return
     count = min(namespace.num_lbas, max(HEADERS_BYTES, LOOKED_AT_BYTES) // namespace.block_bytes)
     if np.any(namespace.read(0, count)):
         raise NamespaceHoldsData(location)

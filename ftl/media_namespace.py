@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ftl import media_zoned
 from ftl.direct_io.api import crc32c_pages
-from ftl.drive_layout import HEADERS_BYTES, DriveLayout, new_table
+from ftl.drive_layout import HEADERS_BYTES, DriveLayout, has_magic, new_table
 from ftl.errors import NotADrive, TruncatedDrive
 from ftl.geometry import Geometry
 from ftl.layout import BLOCK_BYTES, ERASE_BLOCK
 from ftl.media_stored import StoredMedia, complete_oob_images, extent_of
 from ftl.media_zoned import NO_PARITY, ZonedMedia
-from ftl.media_zoned import geometry_of as zoned_geometry_of
 from ftl.raw_namespace import capacity_of, joined, media_errors, name_of
 from spdk_glue import dma
 from spdk_glue.command import CommandSet
@@ -123,10 +123,10 @@ class NamespaceMedia(StoredMedia):
 
         options: see Geometry.for_capacity. Raises ValueError where the namespace is too small, MediaIoError.
         """
-        if _is_zoned(namespace):
+        if is_zoned(namespace):
             if options.pop("parity", 0):
                 raise ValueError(NO_PARITY)
-            return zoned_geometry_of(namespace, size_bytes, **options)
+            return media_zoned.geometry_of(namespace, size_bytes, **options)
         if size_bytes is not None:
             return Geometry.for_capacity(size_bytes, **options)
         size = room = capacity_of(namespace)
@@ -143,7 +143,7 @@ class NamespaceMedia(StoredMedia):
 
         Raises ValueError where the geometry does not fit, MediaIoError.
         """
-        if _is_zoned(namespace):
+        if is_zoned(namespace):
             return ZonedMedia.create(namespace, geometry)
         layout = DriveLayout.new(geometry)
         wanted, found = layout.size_bytes, capacity_of(namespace)
@@ -165,7 +165,7 @@ class NamespaceMedia(StoredMedia):
     @staticmethod
     def open(namespace: BlockNamespace, read_only: bool = False) -> StoredMedia:
         """Open a drive. Raises NotADrive and its relatives, MediaIoError."""
-        if _is_zoned(namespace):
+        if is_zoned(namespace):
             return ZonedMedia.open(namespace, read_only)
         name = name_of(namespace)
         if not _suits(namespace) or capacity_of(namespace) < HEADERS_BYTES:
@@ -178,7 +178,15 @@ class NamespaceMedia(StoredMedia):
         return NamespaceMedia(NamespaceBacking(namespace, layout), layout, read_only)
 
 
-def _is_zoned(namespace: BlockNamespace) -> bool:
+def holds_flash(namespace: BlockNamespace) -> bool:
+    """Whether a namespace holds a drive, whole or damaged. Raises NvmeStatusError, MediaIoError."""
+    if namespace.command_set() == CommandSet.ZONED:
+        return media_zoned.holds_flash(namespace)
+    count = min(-(-HEADERS_BYTES // namespace.block_bytes), namespace.num_lbas)
+    return has_magic(namespace.read(0, count)[:HEADERS_BYTES].tobytes())
+
+
+def is_zoned(namespace: BlockNamespace) -> bool:
     with media_errors(namespace, 0):
         return namespace.command_set() == CommandSet.ZONED
 

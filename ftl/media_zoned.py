@@ -274,6 +274,20 @@ def _num_recorded(records: np.ndarray) -> int:
     return int(np.flatnonzero(records["magic"]).max(initial=-1)) + 1
 
 
+def is_written(namespace: BlockNamespace) -> bool:
+    """Whether anything is in a zoned namespace. Raises MediaIoError."""
+    return bool(Zones(namespace).written.any())
+
+
+def holds_flash(namespace: BlockNamespace) -> bool:
+    """Whether a zoned namespace holds a drive, whole or damaged. Raises MediaIoError."""
+    try:
+        ZonedBlocks.open(Zones(namespace), read_only=True)
+    except NotADrive:
+        return False
+    return True
+
+
 def geometry_of(
     namespace: BlockNamespace, size_bytes: int | None = None, page_size: int = 4096, spare_percent: int = 7
 ) -> Geometry:

@@ -16,40 +16,30 @@ import numpy as np
 from spdk_glue import command, dma, status
 from spdk_glue.command import (
     DATASET_RANGE,
-    HANDLE_STATUS_DESCRIPTOR,
-    HANDLE_STATUS_HEADER,
     LBA_STATUS_DESCRIPTOR,
     LBA_STATUS_HEADER,
-    ZONE_DESCRIPTOR,
-    ZONE_REPORT_HEADER,
     CommandSet,
-    Feature,
     IoOpcode,
-    ZoneAction,
 )
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.dma import EXTENT
 from spdk_glue.identify import (
     CAPABILITIES_SIGNATURE,
-    CTRATT_FLEXIBLE_DATA_PLACEMENT,
     ERROR_LOG_ENTRIES,
     ERROR_LOG_ENTRY,
     FLBAS_FORMAT,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
-    IDENTIFY_ZONED_NAMESPACE,
     LBA_UNKNOWN,
-    NAMESPACE_DESCRIPTOR,
-    NAMESPACE_DESCRIPTOR_COMMAND_SET,
     Cns,
     LogPage,
 )
+from spdk_glue.optional_commands import OptionalCommands
 from spdk_glue.queue_pair import QueuePair
 from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
 QUEUE_DEPTH = 1024
 STATUS_DESCRIPTORS = 4095  # of one Get LBA Status: with its header 64 KiB less 8 bytes
-ZONES_REPORTED = 1023  # at once: with the header 64 KiB
 VERIFY_STEP_MIN = 32  # blocks read again at most for each lost one
 MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS counts
 
@@ -86,7 +76,7 @@ class Pending:
     cids: list[int]
 
 
-class BlockNamespace:
+class BlockNamespace(OptionalCommands):
     """Blocks of one drive. Safe to use from several threads: each operation takes an idle queue pair."""
 
     def __init__(self, transport: Transport):
@@ -97,12 +87,12 @@ class BlockNamespace:
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
         self.nsid = transport.nsid
         geometry = self._identify(Cns.NAMESPACE, IDENTIFY_NAMESPACE, nsid=self.nsid)
-        self._format = int(geometry["flbas"]) & FLBAS_FORMAT
-        self._zoned: tuple[np.void, int] | None = None
-        self.block_bytes = 1 << int(geometry["lbaf"][self._format]["lbads"])
-        self.metadata_bytes = int(geometry["lbaf"][self._format]["ms"])  # of each block; none is moved here
+        self.format_index = int(geometry["flbas"]) & FLBAS_FORMAT
+        lba_format = geometry["lbaf"][self.format_index]
+        self.block_bytes = 1 << int(lba_format["lbads"])
+        self.metadata_bytes = int(lba_format["ms"])  # of each block; reads and writes here move none
         self.num_lbas = int(geometry["nsze"])
-        self._endurance_group = int(geometry["endgid"])
+        self.endurance_group = int(geometry["endgid"])
         # MDTS is a power of two of memory pages; 0 means that only the 16-bit block count limits
         mdts = int(self.controller["mdts"])
         limits = [MEMORY_PAGE << mdts] if mdts else []
@@ -124,24 +114,6 @@ class BlockNamespace:
         self.admin(command.identify(cns, nsid, command_set), data)
         return data.view(record)[0]
 
-    def command_set(self) -> int:
-        """Of the namespace: a CommandSet, or one that is not known here."""
-        data = np.zeros(4096, np.uint8)
-        try:
-            self.admin(command.identify(Cns.NAMESPACE_DESCRIPTORS, self.nsid), data)
-        except NvmeStatusError as error:
-            if error.status != Status.INVALID_FIELD:
-                raise
-            return CommandSet.NVM  # a drive from before there were others
-        start = 0
-        while start + NAMESPACE_DESCRIPTOR.itemsize < len(data) and data[start]:
-            kind, length = data[start : start + 2].tolist()
-            start += NAMESPACE_DESCRIPTOR.itemsize
-            if kind == NAMESPACE_DESCRIPTOR_COMMAND_SET:
-                return int(data[start])
-            start += length
-        return CommandSet.NVM
-
     def log_page(self, log_id: int, record: np.dtype, count: int = 1) -> np.ndarray:
         """`count` records of a log page."""
         data = np.zeros(record.itemsize * count, np.uint8)
@@ -154,26 +126,6 @@ class BlockNamespace:
             completions = self._transport.admin.execute(entry, [data])
         self._check(entry, completions, ADMIN_QUEUE)
         return int(completions["cdw0"][0])
-
-    def placement_identifiers(self) -> np.ndarray:
-        """uint16: what Write takes as placement identifiers; none where there is no flexible data placement, or
-        it is not enabled."""
-        none = np.empty(0, np.uint16)
-        if not int(self.controller["ctratt"]) & CTRATT_FLEXIBLE_DATA_PLACEMENT or not self._endurance_group:
-            return none
-        feature = command.get_features(Feature.FLEXIBLE_DATA_PLACEMENT, self._endurance_group)
-        if not self.admin(feature) & command.FDP_ENABLED:
-            return none
-        count = 0
-        while True:  # with no room for descriptors at first, to learn how many there are
-            data = dma.allocate(HANDLE_STATUS_HEADER.itemsize + count * HANDLE_STATUS_DESCRIPTOR.itemsize)
-            self._run(command.reclaim_unit_handle_status(data.nbytes), [data])
-            header = data[: HANDLE_STATUS_HEADER.itemsize].view(HANDLE_STATUS_HEADER)
-            found = int(header["num_descriptors"][0])
-            if found <= count:
-                descriptors = data[HANDLE_STATUS_HEADER.itemsize :].view(HANDLE_STATUS_DESCRIPTOR)
-                return descriptors["placement_id"][:found].copy()
-            count = found
 
     # blocks
 
@@ -340,44 +292,6 @@ class BlockNamespace:
             completions = queue_pair.execute(entry, [data])
         self._check(entry, completions)
         return int(completions["cdw0"][0])
-
-    # zones
-
-    def zoned(self) -> tuple[np.void, int]:
-        """(IDENTIFY_ZONED_NAMESPACE record, LBAs from the start of a zone to the start of the next) of a zoned
-        namespace."""
-        if self._zoned is None:
-            record, cns = IDENTIFY_ZONED_NAMESPACE, Cns.COMMAND_SET_NAMESPACE
-            found = self._identify(cns, record, self.nsid, CommandSet.ZONED)
-            self._zoned = found, int(found["lbafe"][self._format]["zsze"])
-        return self._zoned
-
-    def zones(self, first_lba: int = 0, max_zones: int | None = None) -> np.ndarray:
-        """ZONE_DESCRIPTOR [n]: the zones from the one with `first_lba` on, up to a number of them."""
-        _, zone_lbas = self.zoned()
-        wanted = -(-(self.num_lbas - first_lba) // zone_lbas)
-        wanted = wanted if max_zones is None else min(wanted, max_zones)
-        size = self.max_transfer_lbas * self.block_bytes - ZONE_REPORT_HEADER.itemsize
-        at_once = min(ZONES_REPORTED, size // ZONE_DESCRIPTOR.itemsize)
-        found = np.empty(0, ZONE_DESCRIPTOR)
-        while len(found) < wanted:
-            count = min(at_once, wanted - len(found))
-            data = dma.allocate(ZONE_REPORT_HEADER.itemsize + count * ZONE_DESCRIPTOR.itemsize)
-            entry = command.report_zones(first_lba + len(found) * zone_lbas, data.nbytes)
-            self._run(entry, [data])
-            count = int(data[: ZONE_REPORT_HEADER.itemsize].view(ZONE_REPORT_HEADER)["num_zones"][0])
-            if not count:
-                break
-            found = np.append(found, data[ZONE_REPORT_HEADER.itemsize :].view(ZONE_DESCRIPTOR)[:count])
-        return found
-
-    def reset_zone(self, first_lba: int) -> None:
-        """Empty a zone: its blocks are gone, and it is written from its start again."""
-        self._run(command.manage_zone(first_lba, ZoneAction.RESET), [None])
-
-    def finish_zone(self, first_lba: int) -> None:
-        """Make a zone full, whatever was written of it: it is not active any more."""
-        self._run(command.manage_zone(first_lba, ZoneAction.FINISH), [None])
 
     # what the drive holds
 

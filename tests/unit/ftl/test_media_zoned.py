@@ -15,8 +15,8 @@ from ftl.errors import (
 )
 from ftl.geometry import Geometry
 from ftl.layout import OOB_MAGIC, PAGE_OOB
-from ftl.media_namespace import NamespaceMedia
-from ftl.media_zoned import ZonedMedia
+from ftl.media_namespace import NamespaceMedia, holds_flash
+from ftl.media_zoned import ZonedMedia, is_written
 from ftl.oob import holds
 from ftl.translation import FlashTranslationLayer
 from ftl.zones import PAD
@@ -75,19 +75,19 @@ def cut_back(drive, superblock, num_bytes):
 def test_a_geometry_that_fits(block_bytes, max_active):
     """The whole of it is taken: a superblock in each zone that tables do not need."""
     drive = ZonedDrive(40, 256 << 10, 132 << 10, block_bytes=block_bytes, max_active=max_active)
-    geometry = NamespaceMedia.geometry_of(drive.host(), spare_percent=9)
+    geometry = NamespaceMedia.geometry_for(drive.host(), spare_percent=9)
     assert geometry == Geometry(num_channels=1, pages_per_erase_block=33, num_superblocks=35, spare_percent=9)
     media = NamespaceMedia.create(drive.host(), geometry)
     assert isinstance(media, ZonedMedia)
     assert media.max_open_superblocks == (max_active and max_active - 1)
-    assert NamespaceMedia.geometry_of(drive.host(), 16384).superblock_bytes == 128 << 10
+    assert NamespaceMedia.geometry_for(drive.host(), page_size=16384).superblock_bytes == 128 << 10
     with pytest.raises(ValueError, match="no parity on a zoned namespace"):
-        NamespaceMedia.geometry_of(drive.host(), parity=1)
+        NamespaceMedia.geometry_for(drive.host(), parity=1)
 
 
 def test_a_geometry_for_a_drive_without_zones():
     drive = MemoryDrive(block_bytes=4096, num_lbas=6000, signature=b"")
-    geometry = NamespaceMedia.geometry_of(BlockNamespace(drive.transport))
+    geometry = NamespaceMedia.geometry_for(BlockNamespace(drive.transport))
     layout = DriveLayout.new(geometry)
     assert 6000 * 4096 - 2 * geometry.superblock_bytes < layout.size_bytes <= 6000 * 4096
 
@@ -125,6 +125,38 @@ def test_opening_what_is_no_drive_of_ours():
     drive.capacities, drive.pointers = drive.capacities[:15], drive.pointers[:15]
     with pytest.raises(TruncatedDrive):
         NamespaceMedia.open(drive.host())
+
+
+def test_what_a_namespace_holds():
+    """A drive, also one whose first zone was emptied; something else; nothing."""
+    drive = new_drive()
+    assert not holds_flash(drive.host()) and not is_written(drive.host())
+    media = NamespaceMedia.create(drive.host(), GEOMETRY)
+    for number in range(200):
+        media._write_block(number % 2 * PAGE, media.layout.header)
+        media.mark_bad(0, np.array([0]))
+        if drive.states[0] == ZoneState.EMPTY:
+            break
+    assert drive.states[0] == ZoneState.EMPTY
+    assert holds_flash(drive.host()) and is_written(drive.host())
+    other = new_drive()
+    other.states[3] = ZoneState.FULL
+    assert is_written(other.host()) and not holds_flash(other.host())
+    plain = MemoryDrive(block_bytes=4096, num_lbas=6000, signature=b"")
+    assert not holds_flash(BlockNamespace(plain.transport))
+    NamespaceMedia.create(
+        BlockNamespace(plain.transport), Geometry(num_superblocks=8, pages_per_erase_block=16)
+    )
+    assert holds_flash(BlockNamespace(plain.transport))
+
+
+def test_a_geometry_of_a_size():
+    """Less than there is room for, in as many zones as that takes."""
+    drive = ZonedDrive(40, 256 << 10, 128 << 10)
+    assert NamespaceMedia.geometry_for(drive.host(), 20 * (128 << 10) + 5).num_superblocks == 20
+    assert NamespaceMedia.geometry_for(drive.host(), 1 << 40) == NamespaceMedia.geometry_for(drive.host())
+    with pytest.raises(ValueError, match="num_superblocks"):
+        NamespaceMedia.geometry_for(drive.host(), 128 << 10)
 
 
 def test_creating_over_something_else():
@@ -301,7 +333,7 @@ def test_an_error_that_is_not_wear():
 def test_the_whole_layer(max_active):
     """Many streams over few active zones, collection and reopening; the drive refuses what breaks its rules."""
     drive = ZonedDrive(34, capacity_bytes=64 << 10, max_active=max_active)
-    media = NamespaceMedia.create(drive.host(), NamespaceMedia.geometry_of(drive.host()))
+    media = NamespaceMedia.create(drive.host(), NamespaceMedia.geometry_for(drive.host()))
     ftl = FlashTranslationLayer.format(media, checkpoint_pages=100)
     assert ftl.num_streams == {5: 1, 6: 2, None: 3}[max_active]
     random = np.random.default_rng(1)
@@ -324,7 +356,7 @@ def test_the_whole_layer(max_active):
 def test_a_worn_zone_costs_no_data():
     """What it holds is moved, and a drive of one die does not give up its die for it."""
     drive = ZonedDrive(44, capacity_bytes=64 << 10)
-    geometry = NamespaceMedia.geometry_of(drive.host(), spare_percent=25)
+    geometry = NamespaceMedia.geometry_for(drive.host(), spare_percent=25)
     ftl = FlashTranslationLayer.format(NamespaceMedia.create(drive.host(), geometry))
     tables = 44 - geometry.num_superblocks
     for number in range(5):
