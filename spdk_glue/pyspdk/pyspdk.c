@@ -36,6 +36,9 @@ _Static_assert(sizeof(pyspdk_completion) == sizeof(struct spdk_nvme_cpl), "compl
 #define SPIN_NS 20000  /* of polling without result, until the CPU is given to others */
 #define SLEEP_NS 20000 /* a sleeper comes back before those that compute; who yields waits a whole time slice */
 #define ABORT_MS 1000
+/* Of one transfer over a socket. More than this leaves the processor's caches between the target's copy and ours: with
+ * 8 commands of 128 KiB under way loopback moved 3.1 GB/s, with 128 of them 2.5. */
+#define SOCKET_BYTES_UNDER_WAY (1 << 20)
 #define DMA_ALIGNMENT 4096
 #define PHASE 1 /* bit 0 of a status, of no meaning beyond the queue */
 
@@ -437,6 +440,7 @@ typedef struct pyspdk_queue_pair {
     unsigned ring_head, ring_count; /* those that nobody has polled yet */
     unsigned ring_reserved;         /* the same and those still under way */
     size_t transferred;             /* commands of the current transfer that have ended */
+    uint64_t bytes_under_way;       /* of its others */
 } pyspdk_queue_pair;
 
 enum { OPCODE_FLUSH = 0, OPCODE_WRITE = 1, OPCODE_READ = 2, OPCODE_COMPARE = 5 };
@@ -468,6 +472,7 @@ static void io_done(void *argument, const struct spdk_nvme_cpl *found)
     if (slot->result) {
         *slot->result = completion;
         queue_pair->transferred++;
+        queue_pair->bytes_under_way -= slot->length;
     } else {
         queue_pair->ring[(queue_pair->ring_head + queue_pair->ring_count++) % queue_pair->depth] = completion;
     }
@@ -737,11 +742,15 @@ static int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *en
     if (result)
         return result;
     size_t next = 0;
+    uint64_t most_bytes = queue_pair->controller->moves_by_dma ? UINT64_MAX : SOCKET_BYTES_UNDER_WAY;
     queue_pair->transferred = 0;
+    queue_pair->bytes_under_way = 0;
     while (queue_pair->transferred < n && result >= 0) {
         result = 0;
-        while (next < n && next - queue_pair->transferred < depth && queue_pair->num_free && !result) {
+        while (next < n && next - queue_pair->transferred < depth && queue_pair->num_free &&
+               queue_pair->bytes_under_way < most_bytes && !result) {
             result = submit_one(queue_pair, &entries[next], addresses[next], lengths[next], &completions[next]);
+            queue_pair->bytes_under_way += result ? 0 : lengths[next];
             next += !result;
         }
         if (result == -ENXIO)

@@ -22,6 +22,7 @@ from spdk_glue.status import ConnectionLost, NvmeError, Status
 PCIE_ADDRESS = re.compile(r"([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.IGNORECASE)
 NAMESPACE_KEY = re.compile(r"(?:^|\s)ns[:=](\d+)(?=\s|$)")
 HOSTNQN_KEY = re.compile(r"(?:^|\s)hostnqn[:=](\S+)")
+SOCKET_TRANSFER_BYTES = 128 << 10
 REPEATABLE = [
     IoOpcode.FLUSH,
     IoOpcode.WRITE,
@@ -44,6 +45,8 @@ class SpdkTransport:
         self._namespace = found[nsid]
         self.nsid = nsid
         self.max_transfer_bytes = controller.max_transfer_bytes
+        if not controller.moves_by_dma:  # see pyspdk.c: eight of them are on their way at once
+            self.max_transfer_bytes = min(self.max_transfer_bytes, SOCKET_TRANSFER_BYTES)
         self.admin = QueuePair(AdminConnection(controller), depth=1)
         if controller.moves_by_dma:
             dma.use_allocator(environment.allocate)

@@ -145,7 +145,7 @@ def _cold_attention(target: Target, num_tokens: int, seconds: float, rounds: int
     layer_bytes = 2 * rows.nbytes
     queries = random.standard_normal((1, 1, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM), np.float32).astype(np.float16)
     ours, theirs = [], []
-    with kvfs.open(target.location, cache_bytes=32 << 20) as store:
+    with kvfs.open(target.location, cache_bytes=64 << 20) as store:
         model = store.add_model(
             "bench",
             num_layers=NUM_LAYERS,
