@@ -1,0 +1,19 @@
+"""`kvfsctl bench nvme`, short: that it runs, and that each figure is there with its rival's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_bench_nvme():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvfsctl", "bench", "nvme", "--quick", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = {figure["name"]: figure for figure in json.loads(done.stdout)["figures"]}
+    for name in ("pyspdk.random_read_4k", "pyspdk.read_128k", "attention.cold.spdk"):
+        assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
+        assert figures[f"{name}.ratio"]["goal"] is not None
