@@ -214,6 +214,11 @@ def check_store_small_blocks() -> str:
     return store_and_find(block(PLAIN, 2))
 
 
+def check_store_zoned() -> str:
+    """Zones are the superblocks; what needs random writes is logged in the first of them."""
+    return store_and_find(character(ZONED))
+
+
 def compile_kernels() -> None:
     """The same in memory and in a file: on the host, so that the guest finds Numba's kernels in the cache."""
     from ftl.media_memory import MemoryMedia
@@ -426,6 +431,7 @@ CHECKS = {
     "store-small": check_store_small_blocks,
     "memory": check_memory,
     "zoned": check_zoned,
+    "store-zoned": check_store_zoned,
     "refusals": check_refusals,
     "unprivileged": check_unprivileged,
     "reset": check_reset,

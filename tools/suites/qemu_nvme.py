@@ -131,7 +131,7 @@ def build_initramfs(kernel: Kernel, command: str, folder: Path) -> Path:
 def drive_options(folder: Path) -> list[str]:
     """Controllers by serial number; nvme_guest.py knows them by it."""
     options = []
-    for name, size in (("plain", "512M"), ("small", "512M"), ("zoned", "256M")):
+    for name, size in (("plain", "512M"), ("small", "512M"), ("zoned", "512M")):
         run("truncate", "--size", size, folder / name)
         options += ["-drive", f"id={name},file={folder / name},if=none,format=raw,discard=unmap"]
     blocks = "logical_block_size=4096,physical_block_size=4096"
@@ -140,7 +140,7 @@ def drive_options(folder: Path) -> list[str]:
         f"nvme-ns,bus=c0,nsid=1,drive=plain,{blocks}",
         "nvme-ns,bus=c0,nsid=3,drive=small,logical_block_size=512,physical_block_size=512",
         "nvme,id=c1,serial=KVFSZONED",
-        f"nvme-ns,bus=c1,nsid=1,drive=zoned,{blocks},zoned=true,zoned.zone_size=16M,zoned.zone_capacity=12M",
+        f"nvme-ns,bus=c1,nsid=1,drive=zoned,{blocks},zoned=true,zoned.zone_size=8M,zoned.zone_capacity=6M",
     ):
         options += ["-device", device]
     return options
