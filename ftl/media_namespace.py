@@ -126,7 +126,7 @@ class NamespaceMedia(StoredMedia):
         if is_zoned(namespace):
             if options.pop("parity", 0):
                 raise ValueError(NO_PARITY)
-            return media_zoned.geometry_of(namespace, size_bytes, **options)
+            return media_zoned.geometry_for(namespace, size_bytes, **options)
         if size_bytes is not None:
             return Geometry.for_capacity(size_bytes, **options)
         size = room = capacity_of(namespace)

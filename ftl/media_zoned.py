@@ -192,7 +192,7 @@ class ZonedBacking:
 
 
 class ZonedMedia(StoredMedia):
-    """See FlashMedia. Owns the namespace while open. Geometries have one plane: see `geometry_of`."""
+    """See FlashMedia. Owns the namespace while open. Geometries have one plane: see `geometry_for`."""
 
     def __init__(self, backing: ZonedBacking, layout: DriveLayout, read_only: bool):
         super().__init__(backing, layout, read_only)
@@ -288,7 +288,7 @@ def holds_flash(namespace: BlockNamespace) -> bool:
     return True
 
 
-def geometry_of(
+def geometry_for(
     namespace: BlockNamespace, size_bytes: int | None = None, page_size: int = 4096, spare_percent: int = 7
 ) -> Geometry:
     """A geometry for a zoned namespace; size_bytes: of flash at most, None for as much as there is room for.

@@ -15,7 +15,7 @@ import numpy as np
 from ftl import collector
 from ftl.media_namespace import NamespaceMedia
 from ftl.media_nand import PowerCut
-from ftl.media_zoned import geometry_of
+from ftl.media_zoned import geometry_for
 from ftl.translation import FlashTranslationLayer
 from spdk_glue.command import ZoneState
 
@@ -52,7 +52,7 @@ class ZonedSimulation:
         self.what_if_chance = float(random.choice([0, 0, 0.05]))
         self._options = {"checkpoint_pages": int(random.choice([30, 150, 1 << 20]))}
         self._weak_zones = 2 if "weak-blocks" in faults else 0
-        geometry = geometry_of(self.drive.host(), spare_percent=15 if self._weak_zones else 7)
+        geometry = geometry_for(self.drive.host(), spare_percent=15 if self._weak_zones else 7)
         media = NamespaceMedia.create(self.drive.host(), geometry)
         self._ftl = FlashTranslationLayer.format(media, **self._options)
         self._oracle = Oracle(self._ftl.num_lbas)

@@ -161,8 +161,8 @@ def test_memory(machine):
     """The least limit of the groups above counts, of either version."""
     write(machine.root / "proc/meminfo", f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n")
     assert only(hardware.memory(machine)).found == "16.0 GiB, 8.0 GiB available, no limit by control groups"
-    write(machine.root / "proc/self/cgroup", "0::/user/work\n")
-    write(machine.root / "sys/fs/cgroup/user/work/memory.max", "max\n")
+    write(machine.root / "proc/self/cgroup", "0::/user/job\n")
+    write(machine.root / "sys/fs/cgroup/user/job/memory.max", "max\n")
     write(machine.root / "sys/fs/cgroup/user/memory.max", f"{2 * GIB}\n")
     assert hardware.control_group_limit(machine) == 2 * GIB
     assert only(hardware.memory(machine)).mark == OK
