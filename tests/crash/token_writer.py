@@ -56,19 +56,19 @@ def start_writer(location, seed) -> subprocess.Popen:
         [sys.executable, "-c", WRITER, str(location), str(seed)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        bufsize=0,  # communicate() reads the pipe itself: what a buffer took with the first line would be lost
     )
-    assert writer.stdout.readline() == "ready\n"
+    assert writer.stdout.readline() == b"ready\n"
     return writer
 
 
-def check_what_is_left(location, flushed: int, output: str) -> int:
+def check_what_is_left(location, flushed: int, output: bytes) -> int:
     """Open the drive after the writer's end: nothing that was flushed is missing, nothing is wrong.
 
     flushed: tokens before this writer; output: what it printed. Returns the tokens that are there now.
     """
     under_way = None
-    for line in output.split("\n")[:-1]:  # a line cut short says nothing
+    for line in output.decode().split("\n")[:-1]:  # a line cut short says nothing
         word, count = line.split()
         if word == "flushed":
             flushed, under_way = int(count), None

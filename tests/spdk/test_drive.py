@@ -85,7 +85,7 @@ def test_target_killed_under_load(target, seed):
         target.start()
         try:
             output, errors = writer.communicate(timeout=8)
-            assert "MediaFailure" in errors or "NvmeStatusError" in errors, errors
+            assert b"MediaFailure" in errors or b"NvmeStatusError" in errors, errors.decode()
         except subprocess.TimeoutExpired:  # everything was durable at that moment: it goes on
             writer.kill()
             output, _ = writer.communicate()

@@ -107,17 +107,17 @@ def run_round(found: Round, drive: Path, mountpoint: Path, chance: random.Random
     name, seed = f"s{found.number}", str(chance.randrange(1 << 30))
     command = [sys.executable, __file__, "--load"]
     loads = [
-        subprocess.Popen([*command, *load], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen([*command, *load], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
         for load in (("files", mountpoint / "d", seed), ("tokens", mountpoint, name, seed))
     ]
-    begun = [load.stdout.readline().split() for load in loads]
+    begun = [load.stdout.readline().decode().split() for load in loads]
     time.sleep(chance.uniform(*LOAD_SECONDS))
     server.kill()
     server.wait()
     said = []
     for load, first in zip(loads, begun, strict=True):
         load.terminate()
-        said.append([first, *(line.split() for line in load.communicate()[0].splitlines())])
+        said.append([first, *(line.split() for line in load.communicate()[0].decode().splitlines())])
     subprocess.run(["umount", "--lazy", mountpoint], check=True)
     server, found.remount_seconds = serve(drive, mountpoint)
     if found.remount_seconds > WANTED_SECONDS:
