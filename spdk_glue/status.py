@@ -143,6 +143,10 @@ class ConnectionLost(NvmeError):
     """The drive cannot be reached any more; says which, and what of the work is in doubt."""
 
 
+class ConnectionRefused(NvmeError):
+    """A controller cannot be reached or does not take us; says which and why."""
+
+
 class QueuePairInUse(NvmeError):
     """Two threads on one queue pair."""
 

@@ -1,0 +1,1 @@
+"""What moves the bytes of NVMe/TCP: C, and typed modules over it."""
