@@ -100,6 +100,10 @@ class Controller:
         return bool(self._lib.pyspdk_state(self._open_handle) & 2)
 
     @property
+    def why_lost(self) -> str:
+        return last_error("SPDK gives no reason")
+
+    @property
     def _open_handle(self):
         if self._handle is None:
             raise ValueError("the controller is closed")

@@ -21,6 +21,7 @@ import numpy as np
 from spdk_glue import command, status
 from spdk_glue.command import Feature
 from spdk_glue.fabrics import records
+from spdk_glue.fabrics.authentication import MESSAGE_BYTES_MAX
 from spdk_glue.fabrics.records import ADMIN_QUEUE_ID, CNTLID_DYNAMIC, CONNECT_DATA, FabricsType, Property
 from spdk_glue.identify import IDENTIFY_CONTROLLER, Cns
 from spdk_glue.status import ConnectionRefused, Status
@@ -76,16 +77,17 @@ class Names:
 
 
 class Authenticator(Protocol):
-    """The host's side of one authentication, for one queue. See authentication/."""
+    """One authentication of one queue: see authentication/host.py, which has all of it."""
 
-    def send(self) -> bytes | None:
-        """The next message to the target; None: one is to be received, or it is over."""
+    wants_to_send: bool
+    wants_to_receive: bool
+    is_authenticated: bool
 
-    def receive_bytes(self) -> int | None:
-        """How many bytes the next message may have; None: it is over."""
+    def next_message(self) -> bytes: ...
 
-    def received(self, message: bytes) -> None:
-        """Raises AuthenticationFailed."""
+    def receive(self, message: bytes) -> None: ...
+
+    def error(self) -> Exception: ...
 
 
 class _Sequence:
@@ -127,12 +129,14 @@ class ConnectQueue(_Sequence):
         cntlid: int = CNTLID_DYNAMIC,
         keep_alive_ms: int = 0,
         new_authenticator: Callable[[], Authenticator] | None = None,
+        insists: bool = False,
     ):
+        """new_authenticator: for a target that wants it; insists: authenticate to any target"""
         self.state = State.CONNECT
         self.cntlid = cntlid
         self._names, self._queue_id, self._num_entries = names, queue_id, num_entries
         self._keep_alive_ms = keep_alive_ms
-        self._new_authenticator = new_authenticator
+        self._new_authenticator, self._insists = new_authenticator, insists
         self._authenticator: Authenticator | None = None
         self._commands = {State.CONNECT: self._connect, State.AUTHENTICATE: self._authenticate}
         self._answers = {State.CONNECT: self._connected, State.AUTHENTICATE: self._authenticated}
@@ -156,7 +160,7 @@ class ConnectQueue(_Sequence):
         required = int(granted["authreq"])
         if required & records.AUTHREQ_SECURE_CHANNEL:
             raise ConnectionRefused("the target wants TLS, which this host does not have")
-        if not required & records.AUTHREQ_TRANSACTION and self._new_authenticator is None:
+        if not (required & records.AUTHREQ_TRANSACTION or self._insists):
             return State.DONE
         if self._new_authenticator is None:
             raise ConnectionRefused("the target wants authentication: name the host's key file (key-file=FILE)")
@@ -180,26 +184,30 @@ class ConnectQueue(_Sequence):
         return known.get(code) or f"Connect failed: {status.describe(code)}"
 
     def _authenticate(self) -> Step:
-        message = self._authenticator.send()
-        if message is not None:
-            self._is_receiving = False
+        self._is_sending = self._authenticator.wants_to_send
+        if self._is_sending:
+            message = self._authenticator.next_message()
             entry = records.authentication(FabricsType.AUTHENTICATION_SEND, len(message))
             return Step(entry, np.frombuffer(message, np.uint8).copy())
-        self._is_receiving = True
-        size = self._authenticator.receive_bytes()
-        entry = records.authentication(FabricsType.AUTHENTICATION_RECEIVE, size)
-        return Step(entry, np.zeros(size, np.uint8))
+        entry = records.authentication(FabricsType.AUTHENTICATION_RECEIVE, MESSAGE_BYTES_MAX)
+        return Step(entry, np.zeros(MESSAGE_BYTES_MAX, np.uint8))
 
     def _authenticated(self, completion: np.ndarray) -> State:
+        authenticator = self._authenticator
+        if not self._is_sending or authenticator.wants_to_send or authenticator.wants_to_receive:
+            _refuse_error(completion, "authentication")
+        if not self._is_sending:
+            authenticator.receive(self._step.data.tobytes())
+        if authenticator.wants_to_send or authenticator.wants_to_receive:
+            return State.AUTHENTICATE
+        if not authenticator.is_authenticated:
+            raise authenticator.error()
         _refuse_error(completion, "authentication")
-        if self._is_receiving:
-            self._authenticator.received(self._step.data.tobytes())
-        is_over = self._authenticator.receive_bytes() is None
-        return State.DONE if is_over else State.AUTHENTICATE
+        return State.DONE
 
 
 class EnableController(_Sequence):
-    """Over a connected admin queue. After it: `cap`, `identity` (IDENTIFY_CONTROLLER record) and `num_queues`, the
+    """Over a connected admin queue. After it: `cap`, `identity` (IDENTIFY_CONTROLLER record) and `num_queues`:
     I/O queues that the target grants of those wanted."""
 
     def __init__(self, wanted_queues: int):

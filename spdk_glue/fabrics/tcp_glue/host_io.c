@@ -106,7 +106,7 @@ static int has_room(const host_queue *queue, const host_batch *batch, size_t nex
  * 0; -EINVAL, -EMSGSIZE, -EPROTOTYPE with nothing sent, and *wrong the command at fault; -EBUSY: a CID under way;
  * -ENXIO: the connection is lost, and what was not done has STATUS_ABORTED. */
 static int host_transfer(host_queue *queue, int fd, const host_batch *batch, uint32_t depth,
-                         tcp_completion *completions, uint32_t timeout_ms, size_t *wrong)
+                         host_completion *completions, uint32_t timeout_ms, size_t *wrong)
 {
     size_t next = 0;
     uint64_t quiet_since = 0;
@@ -124,7 +124,7 @@ static int host_transfer(host_queue *queue, int fd, const host_batch *batch, uin
         advance(queue, fd, &quiet_since, timeout_ms);
     }
     for (; next < batch->num_commands; next++)
-        completions[next] = (tcp_completion){
+        completions[next] = (host_completion){
             .status = STATUS_ABORTED, .cid = batch->entries[next].cid, .sqid = queue->options.queue_id};
     return -ENXIO;
 }
@@ -155,7 +155,7 @@ static int host_submit(host_queue *queue, int fd, const host_batch *batch, size_
 /* Completions of submitted commands: their number. With wait_ms 0 what is there; else at least one where any is under
  * way and `wait_ms` suffice. `timeout_ms` of silence, and whatever breaks the connection, abort all that is under way;
  * `quiet_since` belongs to the caller, 0 at first and after each completion. */
-static int host_poll(host_queue *queue, int fd, tcp_completion *completions, uint32_t max, uint32_t wait_ms,
+static int host_poll(host_queue *queue, int fd, host_completion *completions, uint32_t max, uint32_t wait_ms,
                      uint32_t timeout_ms, uint64_t *quiet_since)
 {
     uint64_t give_up = host_now_ns() + (uint64_t)wait_ms * 1000000;

@@ -43,8 +43,8 @@ typedef struct {
     uint32_t moved;      /* of the data: received, or granted by R2Ts (in a capsule: all) */
     uint32_t next, stop; /* of what an R2T granted: not yet in a PDU */
     uint64_t flushes;    /* a Flush: the writes that were complete when it began */
-    tcp_completion *to;  /* NULL: a submitted command */
-    tcp_completion answer;
+    host_completion *to;  /* NULL: a submitted command */
+    host_completion answer;
     /* its PDU in `out` */
     uint32_t head_bytes, data_bytes, tail_bytes;
     const uint8_t *data;
@@ -62,7 +62,7 @@ struct host_queue {
     uint32_t num_free, out_head, num_out, num_arrived, num_submitted, num_transferred;
     uint64_t bytes_under_way;
     size_t head_sent; /* of the first PDU in `out` */
-    tcp_completion *arrived;
+    host_completion *arrived;
     /* the PDU that is being received */
     enum receive_state receiving;
     uint32_t have, want; /* of its header or digest, in `header` */
@@ -171,7 +171,7 @@ static void host_abort(host_queue *queue)
         if (slot->state == FREE)
             continue;
         if (slot->state != ANSWERED)
-            slot->answer = (tcp_completion){.status = STATUS_ABORTED};
+            slot->answer = (host_completion){.status = STATUS_ABORTED};
         complete(queue, slot);
     }
     queue->num_out = 0;
@@ -194,11 +194,11 @@ static void send_pdu(host_queue *queue, host_slot *slot, uint32_t header_bytes, 
         slot->head[3] = (uint8_t)pdo;
     if (slot->tail_bytes) {
         slot->head[1] |= FLAG_DATA_DIGEST;
-        put32(slot->tail, tcp_digest(data, data_bytes));
+        put32(slot->tail, tcp_crc32c(data, data_bytes));
     }
     put32(slot->head + 4, slot->head_bytes + data_bytes + slot->tail_bytes);
     if (options->header_digest)
-        put32(slot->head + header_bytes, tcp_digest(slot->head, header_bytes));
+        put32(slot->head + header_bytes, tcp_crc32c(slot->head, header_bytes));
     queue->out[(queue->out_head + queue->num_out++) % options->depth] = (uint16_t)(slot - queue->slots);
 }
 
@@ -234,7 +234,7 @@ static int step(host_queue *queue, host_slot *slot, enum slot_event event)
     return 0;
 }
 
-static int direction_of(const tcp_entry *entry)
+static int direction_of(const host_entry *entry)
 {
     /* of a fabrics command the type decides, the first byte of its NSID field */
     return (entry->opcode == OPCODE_FABRICS ? entry->nsid : entry->opcode) & 3;
@@ -242,7 +242,7 @@ static int direction_of(const tcp_entry *entry)
 
 /* Whether a command's data are as long as it says, and not longer than the drive takes: 0, else -EINVAL, -EMSGSIZE,
  * -EPROTOTYPE (data with a command that moves none). */
-static int check_length(const host_queue *queue, const tcp_entry *entry, uint64_t length)
+static int check_length(const host_queue *queue, const host_entry *entry, uint64_t length)
 {
     const host_options *options = &queue->options;
     if (length > options->max_transfer_bytes)
@@ -270,7 +270,7 @@ static int host_check(const host_queue *queue, const host_batch *batch, size_t *
 }
 
 /* Takes a checked command. `to`: where its completion goes, or NULL. -EBUSY: no slot, or its CID is under way. */
-static int host_start(host_queue *queue, const tcp_entry *entry, uint64_t address, uint64_t length, tcp_completion *to)
+static int host_start(host_queue *queue, const host_entry *entry, uint64_t address, uint64_t length, host_completion *to)
 {
     if (!queue->num_free || queue->by_cid[entry->cid] != NO_SLOT)
         return -EBUSY;
@@ -296,7 +296,7 @@ static int host_start(host_queue *queue, const tcp_entry *entry, uint64_t addres
         queue->num_submitted++;
 
     int in_capsule = slot->direction == TO_TARGET && length <= queue->options.in_capsule_bytes;
-    tcp_entry sent = *entry;
+    host_entry sent = *entry;
     sent.flags = (uint8_t)((sent.flags & 0x3f) | PSDT_SGL);
     sent.dptr[0] = 0; /* an address: the offset in the capsule */
     sent.dptr[1] = length | (uint64_t)(in_capsule ? SGL_IN_CAPSULE : SGL_TRANSPORT) << 56;
@@ -395,7 +395,7 @@ static int check_common(host_queue *queue)
 
 static int take_response(host_queue *queue)
 {
-    tcp_completion answer;
+    host_completion answer;
     memcpy(&answer, queue->header + COMMON_BYTES, sizeof answer);
     answer.status &= 0xfffe; /* of a queue in memory: the phase */
     host_slot *slot = slot_of(queue, answer.cid);
@@ -458,7 +458,7 @@ static int end_data(host_queue *queue)
 {
     host_slot *slot = queue->data_of;
     uint32_t length = get32(queue->header + 16);
-    if (queue->options.data_digest && get32(queue->header + SHORT_BYTES) != tcp_digest(slot->memory + slot->moved, length))
+    if (queue->options.data_digest && get32(queue->header + SHORT_BYTES) != tcp_crc32c(slot->memory + slot->moved, length))
         return fail(queue, HOST_FAULT_DATA_DIGEST, slot->cid);
     slot->moved += length;
     expect_pdu(queue);
@@ -493,7 +493,7 @@ static int header_received(host_queue *queue)
     }
     if (header[0] == PDU_C2H_TERMINATE)
         return fail(queue, HOST_FAULT_TERMINATED, get16(header + 8));
-    if (queue->options.header_digest && get32(header + SHORT_BYTES) != tcp_digest(header, SHORT_BYTES))
+    if (queue->options.header_digest && get32(header + SHORT_BYTES) != tcp_crc32c(header, SHORT_BYTES))
         return fail(queue, HOST_FAULT_HEADER_DIGEST, header[0]);
     if (header[0] == PDU_C2H_DATA)
         return begin_data(queue);
@@ -596,7 +596,7 @@ static int host_fault_of(const host_queue *queue, uint32_t *detail)
 }
 
 /* Takes up to `max` completions of submitted commands. */
-static size_t host_take_arrived(host_queue *queue, tcp_completion *completions, size_t max)
+static size_t host_take_arrived(host_queue *queue, host_completion *completions, size_t max)
 {
     size_t count = queue->num_arrived < max ? queue->num_arrived : max;
     memcpy(completions, queue->arrived, count * sizeof *completions);

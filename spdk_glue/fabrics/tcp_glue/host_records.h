@@ -1,5 +1,20 @@
 /* The host's side: for the compiler, and for cffi. */
 
+/* SUBMISSION_ENTRY of spdk_glue/command.py. */
+typedef struct {
+    uint8_t opcode, flags;
+    uint16_t cid;
+    uint32_t nsid, cdw2, cdw3;
+    uint64_t mptr, dptr[2];
+    uint32_t cdw10, cdw11, cdw12, cdw13, cdw14, cdw15;
+} host_entry;
+
+/* COMPLETION_ENTRY of spdk_glue/command.py. */
+typedef struct {
+    uint32_t cdw0, cdw1;
+    uint16_t sqhd, sqid, cid, status;
+} host_completion;
+
 /* Why a queue's connection is of no use any more; `fault_detail` says more of some. The texts are in
  * initiator/faults.py. */
 enum host_fault {
@@ -42,7 +57,7 @@ typedef struct {
 
 /* Commands with memory for each. */
 typedef struct {
-    const tcp_entry *entries;
+    const host_entry *entries;
     const uint64_t *addresses, *lengths;
     size_t num_commands;
 } host_batch;

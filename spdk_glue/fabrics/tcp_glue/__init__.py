@@ -1,1 +1,0 @@
-"""What moves the bytes of NVMe/TCP: C, and typed modules over it."""
