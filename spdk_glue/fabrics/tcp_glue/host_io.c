@@ -1,8 +1,12 @@
 /* A host's queue on a socket: batches to their end, and submitted commands, without the interpreter's lock. One thread
  * at a time; another may shut the socket down, which ends whatever waits here. */
 
+#include <poll.h>
+#include <sys/socket.h>
+#include <time.h>
+
 #define MAX_PIECES 96
-#define SPIN_NS 20000       /* of looking without result, until the CPU is given to others */
+#define HOST_SPIN_NS 20000       /* of looking without result, until the CPU is given to others */
 #define WAIT_MS 100         /* between two looks at the clock */
 /* Of one transfer: more than this leaves the processor's caches between the kernel's copy and the target's. */
 #define BYTES_UNDER_WAY (1 << 20)
@@ -15,7 +19,7 @@ static uint64_t host_now_ns(void)
 }
 
 /* Sends what the socket takes: 1 if anything went, 0, or -1: a fault. */
-static int send_some(host_queue *queue, int fd)
+static int host_send(host_queue *queue, int fd)
 {
     int progress = 0;
     while (queue->num_out) {
@@ -26,7 +30,7 @@ static int send_some(host_queue *queue, int fd)
         if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
             return progress;
         if (sent < 0)
-            return fail(queue, HOST_FAULT_SOCKET, (uint32_t)errno);
+            return host_fail(queue, HOST_FAULT_SOCKET, (uint32_t)errno);
         host_sent(queue, (size_t)sent);
         progress = 1;
     }
@@ -34,7 +38,7 @@ static int send_some(host_queue *queue, int fd)
 }
 
 /* Receives what is there: 1 if anything came, 0, or -1: a fault. */
-static int receive_some(host_queue *queue, int fd)
+static int host_receive(host_queue *queue, int fd)
 {
     struct iovec pieces[2];
     struct msghdr message = {.msg_iov = pieces};
@@ -43,10 +47,10 @@ static int receive_some(host_queue *queue, int fd)
     if (came > 0)
         return host_received(queue, (size_t)came) ? -1 : 1;
     if (!came)
-        return fail(queue, HOST_FAULT_CLOSED, 0);
+        return host_fail(queue, HOST_FAULT_CLOSED, 0);
     if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
         return 0;
-    return fail(queue, HOST_FAULT_SOCKET, (uint32_t)errno);
+    return host_fail(queue, HOST_FAULT_SOCKET, (uint32_t)errno);
 }
 
 /* A terminate request, where the connection still takes one: it says to the target's log what it did. */
@@ -68,10 +72,10 @@ static void send_terminate(host_queue *queue, int fd)
 
 /* Sends and receives once; where nothing moves, waits for the socket. `quiet_since`: when bytes moved last.
  * 0, or -1 with everything under way aborted. */
-static int advance(host_queue *queue, int fd, uint64_t *quiet_since, uint32_t timeout_ms)
+static int host_advance(host_queue *queue, int fd, uint64_t *quiet_since, uint32_t timeout_ms)
 {
-    int sent = send_some(queue, fd);
-    int came = sent < 0 ? -1 : receive_some(queue, fd);
+    int sent = host_send(queue, fd);
+    int came = sent < 0 ? -1 : host_receive(queue, fd);
     if (came > 0 || (sent > 0 && !came)) {
         *quiet_since = came > 0 || !*quiet_since ? host_now_ns() : *quiet_since;
         return 0;
@@ -80,10 +84,10 @@ static int advance(host_queue *queue, int fd, uint64_t *quiet_since, uint32_t ti
         uint64_t now = host_now_ns();
         if (!*quiet_since)
             *quiet_since = now;
-        if (now - *quiet_since < SPIN_NS)
+        if (now - *quiet_since < HOST_SPIN_NS)
             return 0;
         if (now - *quiet_since > (uint64_t)timeout_ms * 1000000)
-            fail(queue, HOST_FAULT_SILENT, timeout_ms);
+            host_fail(queue, HOST_FAULT_SILENT, timeout_ms);
     }
     if (queue->fault) {
         send_terminate(queue, fd);
@@ -96,7 +100,7 @@ static int advance(host_queue *queue, int fd, uint64_t *quiet_since, uint32_t ti
     return 0;
 }
 
-static int has_room(const host_queue *queue, const host_batch *batch, size_t next, uint32_t depth)
+static int host_has_room(const host_queue *queue, const host_batch *batch, size_t next, uint32_t depth)
 {
     return queue->num_free && queue->num_transferred < depth &&
            (!queue->num_transferred || queue->bytes_under_way + batch->lengths[next] <= BYTES_UNDER_WAY);
@@ -114,14 +118,14 @@ static int host_transfer(host_queue *queue, int fd, const host_batch *batch, uin
     if (result)
         return result;
     while (!queue->fault) {
-        while (!result && next < batch->num_commands && has_room(queue, batch, next, depth)) {
+        while (!result && next < batch->num_commands && host_has_room(queue, batch, next, depth)) {
             result = host_start(queue, &batch->entries[next], batch->addresses[next], batch->lengths[next],
                                 &completions[next]);
             next += !result;
         }
         if (!queue->num_transferred && (result || next == batch->num_commands))
             return result;
-        advance(queue, fd, &quiet_since, timeout_ms);
+        host_advance(queue, fd, &quiet_since, timeout_ms);
     }
     for (; next < batch->num_commands; next++)
         completions[next] = (host_completion){
@@ -145,7 +149,7 @@ static int host_submit(host_queue *queue, int fd, const host_batch *batch, size_
             return -EBUSY;
     for (size_t i = 0; !result && i < batch->num_commands; i++)
         result = host_start(queue, &batch->entries[i], batch->addresses[i], batch->lengths[i], NULL);
-    if (send_some(queue, fd) < 0) {
+    if (host_send(queue, fd) < 0) {
         shutdown(fd, SHUT_RDWR);
         host_abort(queue);
     }
@@ -162,8 +166,8 @@ static int host_poll(host_queue *queue, int fd, host_completion *completions, ui
     if (!queue->fault && (queue->num_submitted || queue->num_out) && !queue->num_arrived) {
         do {
             if (!wait_ms) {
-                if (send_some(queue, fd) >= 0)
-                    receive_some(queue, fd);
+                if (host_send(queue, fd) >= 0)
+                    host_receive(queue, fd);
                 if (queue->fault) {
                     send_terminate(queue, fd);
                     shutdown(fd, SHUT_RDWR);
@@ -171,7 +175,7 @@ static int host_poll(host_queue *queue, int fd, host_completion *completions, ui
                 }
                 break;
             }
-            advance(queue, fd, quiet_since, timeout_ms);
+            host_advance(queue, fd, quiet_since, timeout_ms);
         } while (!queue->fault && queue->num_submitted && !queue->num_arrived && host_now_ns() < give_up);
     }
     return (int)host_take_arrived(queue, completions, max);

@@ -4,14 +4,19 @@
  * where the next bytes belong and host_received how many came. Completions appear where host_start was told, or in
  * `arrived`. Large data are received where the command wants them; what is small, and headers, comes through `staging`.
  *
- * A command is in a slot; NEXT has every transition of a slot. Whatever the target sends that is not in it, or not as
+ * A command is in a slot; HOST_NEXT has every transition of a slot. Whatever the target sends that is not in it, or not as
  * the records and ranges demand, is a fault: the connection is of no use any more, and what was under way is aborted.
  * A target thus reaches no memory but the data of a command that reads and was wholly sent, and each byte of it once.
  */
 
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+
 enum { PDU_H2C_TERMINATE = 2, PDU_C2H_TERMINATE, PDU_COMMAND, PDU_RESPONSE, PDU_H2C_DATA, PDU_C2H_DATA, PDU_R2T = 9 };
 enum { FLAG_HEADER_DIGEST = 1, FLAG_DATA_DIGEST = 2, FLAG_LAST = 4, FLAG_SUCCESS = 8 };
-enum { COMMON_BYTES = 8, COMMAND_BYTES = 72, SHORT_BYTES = 24, DIGEST_BYTES = 4, MAX_TERMINATE_BYTES = 152 };
+enum { COMMAND_BYTES = 72, SHORT_BYTES = 24, MAX_TERMINATE_BYTES = 152 }; /* COMMON_, DIGEST_BYTES: receive.c */
 enum { SGL_IN_CAPSULE = 0x01, SGL_TRANSPORT = 0x5a, PSDT_SGL = 0x40 };
 enum { OPCODE_FLUSH = 0, OPCODE_WRITE = 1, OPCODE_READ = 2, OPCODE_COMPARE = 5, OPCODE_VERIFY = 12, OPCODE_FABRICS = 127 };
 enum { TO_TARGET = 1, TO_HOST = 2 };
@@ -23,16 +28,34 @@ enum { TO_TARGET = 1, TO_HOST = 2 };
 #define PDU_ROOM 128              /* header, digest, padding up to the largest alignment */
 #define NO_SLOT 0xffff
 
-enum slot_state { FREE, QUEUED, SENT, SENDING, ANSWERED, BROKEN };
-enum slot_event { WAS_SENT, WAS_ANSWERED, HAS_DATA, IS_GRANTED };
+enum slot_state { SLOT_FREE, SLOT_QUEUED, SLOT_SENT, SLOT_SENDING, SLOT_ANSWERED, SLOT_BROKEN };
+enum slot_event { WAS_SENT, WAS_ANSWERED, CARRIES_DATA, IS_GRANTED };
 
-static const uint8_t NEXT[5][4] = {
-    /*             WAS_SENT  WAS_ANSWERED  HAS_DATA  IS_GRANTED */
-    [FREE]     = { BROKEN,   BROKEN,       BROKEN,   BROKEN  },
-    [QUEUED]   = { SENT,     BROKEN,       BROKEN,   BROKEN  }, /* its capsule is not wholly sent */
-    [SENT]     = { BROKEN,   FREE,         SENT,     SENDING },
-    [SENDING]  = { SENT,     ANSWERED,     BROKEN,   BROKEN  }, /* an H2CData of it is not wholly sent; one R2T at a time */
-    [ANSWERED] = { FREE,     BROKEN,       BROKEN,   BROKEN  }, /* over, but for the H2CData on its way */
+static const uint8_t HOST_NEXT[5][4] = {
+    [SLOT_FREE][WAS_SENT] = SLOT_BROKEN,
+    [SLOT_FREE][WAS_ANSWERED] = SLOT_BROKEN,
+    [SLOT_FREE][CARRIES_DATA] = SLOT_BROKEN,
+    [SLOT_FREE][IS_GRANTED] = SLOT_BROKEN,
+    /* its capsule is not wholly sent */
+    [SLOT_QUEUED][WAS_SENT] = SLOT_SENT,
+    [SLOT_QUEUED][WAS_ANSWERED] = SLOT_BROKEN,
+    [SLOT_QUEUED][CARRIES_DATA] = SLOT_BROKEN,
+    [SLOT_QUEUED][IS_GRANTED] = SLOT_BROKEN,
+    /* the target has it */
+    [SLOT_SENT][WAS_SENT] = SLOT_BROKEN,
+    [SLOT_SENT][WAS_ANSWERED] = SLOT_FREE,
+    [SLOT_SENT][CARRIES_DATA] = SLOT_SENT,
+    [SLOT_SENT][IS_GRANTED] = SLOT_SENDING,
+    /* an H2CData of it is not wholly sent; one R2T at a time */
+    [SLOT_SENDING][WAS_SENT] = SLOT_SENT,
+    [SLOT_SENDING][WAS_ANSWERED] = SLOT_ANSWERED,
+    [SLOT_SENDING][CARRIES_DATA] = SLOT_BROKEN,
+    [SLOT_SENDING][IS_GRANTED] = SLOT_BROKEN,
+    /* it has failed, but for the H2CData on its way */
+    [SLOT_ANSWERED][WAS_SENT] = SLOT_FREE,
+    [SLOT_ANSWERED][WAS_ANSWERED] = SLOT_BROKEN,
+    [SLOT_ANSWERED][CARRIES_DATA] = SLOT_BROKEN,
+    [SLOT_ANSWERED][IS_GRANTED] = SLOT_BROKEN,
 };
 
 typedef struct {
@@ -53,7 +76,7 @@ typedef struct {
 
 enum receive_state { IN_COMMON, IN_HEADER, IN_PADDING, IN_DATA, IN_DIGEST };
 
-struct host_queue {
+typedef struct host_queue {
     host_options options;
     int fault;
     uint32_t fault_detail;
@@ -72,7 +95,7 @@ struct host_queue {
     host_slot *data_of;
     uint16_t by_cid[1 << 16];
     uint8_t staging[STAGING_BYTES];
-};
+} host_queue;
 
 static uint16_t get16(const uint8_t *at) { uint16_t value; memcpy(&value, at, 2); return value; }
 static uint32_t get32(const uint8_t *at) { uint32_t value; memcpy(&value, at, 4); return value; }
@@ -114,7 +137,7 @@ static host_queue *host_create(const host_options *options)
 
 /* ---- slots ---- */
 
-static int fail(host_queue *queue, int fault, uint32_t detail)
+static int host_fail(host_queue *queue, int fault, uint32_t detail)
 {
     if (!queue->fault) {
         queue->fault = fault;
@@ -145,7 +168,7 @@ static void note_durability(host_queue *queue, const host_slot *slot)
         ;
 }
 
-static void complete(host_queue *queue, host_slot *slot)
+static void host_complete(host_queue *queue, host_slot *slot)
 {
     note_durability(queue, slot);
     slot->answer.cid = slot->cid;
@@ -157,7 +180,7 @@ static void complete(host_queue *queue, host_slot *slot)
         queue->arrived[queue->num_arrived++] = slot->answer;
         queue->num_submitted--;
     }
-    slot->state = FREE;
+    slot->state = SLOT_FREE;
     queue->bytes_under_way -= slot->length;
     queue->by_cid[slot->cid] = NO_SLOT;
     queue->free_slots[queue->num_free++] = (uint16_t)(slot - queue->slots);
@@ -168,17 +191,17 @@ static void host_abort(host_queue *queue)
 {
     for (uint32_t i = 0; i < queue->options.depth; i++) {
         host_slot *slot = &queue->slots[i];
-        if (slot->state == FREE)
+        if (slot->state == SLOT_FREE)
             continue;
-        if (slot->state != ANSWERED)
+        if (slot->state != SLOT_ANSWERED)
             slot->answer = (host_completion){.status = STATUS_ABORTED};
-        complete(queue, slot);
+        host_complete(queue, slot);
     }
     queue->num_out = 0;
 }
 
 /* Puts a PDU of `slot` in the queue to be sent: its header is in slot->head, `header_bytes` of it. */
-static void send_pdu(host_queue *queue, host_slot *slot, uint32_t header_bytes, const uint8_t *data, uint32_t data_bytes)
+static void host_send_pdu(host_queue *queue, host_slot *slot, uint32_t header_bytes, const uint8_t *data, uint32_t data_bytes)
 {
     const host_options *options = &queue->options;
     uint32_t head = header_bytes;
@@ -215,22 +238,22 @@ static void send_granted(host_queue *queue, host_slot *slot)
     put32(slot->head + 16, size);
     const uint8_t *data = slot->memory + slot->next;
     slot->next += size;
-    send_pdu(queue, slot, SHORT_BYTES, data, size);
+    host_send_pdu(queue, slot, SHORT_BYTES, data, size);
 }
 
 /* One event of a slot. 0, or -1: a fault. */
-static int step(host_queue *queue, host_slot *slot, enum slot_event event)
+static int host_step(host_queue *queue, host_slot *slot, enum slot_event event)
 {
-    uint8_t next = NEXT[slot->state][event];
-    if (next == BROKEN)
-        return fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
-    if (slot->state == SENDING && event == WAS_SENT && slot->next < slot->stop) {
+    uint8_t next = HOST_NEXT[slot->state][event];
+    if (next == SLOT_BROKEN)
+        return host_fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
+    if (slot->state == SLOT_SENDING && event == WAS_SENT && slot->next < slot->stop) {
         send_granted(queue, slot);
         return 0;
     }
     slot->state = next;
-    if (next == FREE)
-        complete(queue, slot);
+    if (next == SLOT_FREE)
+        host_complete(queue, slot);
     return 0;
 }
 
@@ -278,7 +301,7 @@ static int host_start(host_queue *queue, const host_entry *entry, uint64_t addre
         return -EBUSY;
     uint16_t index = queue->free_slots[--queue->num_free];
     host_slot *slot = &queue->slots[index];
-    slot->state = QUEUED;
+    slot->state = SLOT_QUEUED;
     slot->direction = length ? (uint8_t)direction_of(entry) : 0;
     slot->opcode = entry->opcode;
     slot->cid = entry->cid;
@@ -305,7 +328,7 @@ static int host_start(host_queue *queue, const host_entry *entry, uint64_t addre
     memcpy(slot->head + COMMON_BYTES, &sent, sizeof sent);
     if (in_capsule)
         slot->moved = slot->length;
-    send_pdu(queue, slot, COMMAND_BYTES, slot->memory, in_capsule ? slot->length : 0);
+    host_send_pdu(queue, slot, COMMAND_BYTES, slot->memory, in_capsule ? slot->length : 0);
     return 0;
 }
 
@@ -344,7 +367,7 @@ static void host_sent(host_queue *queue, size_t size)
         size -= whole;
         queue->out_head = (queue->out_head + 1) % queue->options.depth;
         queue->num_out--;
-        step(queue, slot, WAS_SENT);
+        host_step(queue, slot, WAS_SENT);
     }
     queue->head_sent = size;
 }
@@ -355,7 +378,7 @@ static host_slot *slot_of(host_queue *queue, uint16_t cid)
 {
     uint16_t index = queue->by_cid[cid];
     if (index == NO_SLOT) {
-        fail(queue, HOST_FAULT_NO_SUCH_COMMAND, cid);
+        host_fail(queue, HOST_FAULT_NO_SUCH_COMMAND, cid);
         return NULL;
     }
     return &queue->slots[index];
@@ -368,27 +391,27 @@ static int check_common(host_queue *queue)
     uint8_t type = header[0], flags = header[1], hlen = header[2], pdo = header[3];
     uint32_t plen = get32(header + 4);
     if (type != PDU_C2H_TERMINATE && type != PDU_RESPONSE && type != PDU_C2H_DATA && type != PDU_R2T)
-        return fail(queue, HOST_FAULT_TYPE, type);
+        return host_fail(queue, HOST_FAULT_TYPE, type);
     if (hlen != SHORT_BYTES)
-        return fail(queue, HOST_FAULT_HEADER_LENGTH, type);
+        return host_fail(queue, HOST_FAULT_HEADER_LENGTH, type);
     int has_digest = type != PDU_C2H_TERMINATE && queue->options.header_digest;
     if (!!(flags & FLAG_HEADER_DIGEST) != has_digest)
-        return fail(queue, HOST_FAULT_FLAGS, type);
+        return host_fail(queue, HOST_FAULT_FLAGS, type);
     queue->want = hlen + (has_digest ? DIGEST_BYTES : 0);
     if (type == PDU_C2H_TERMINATE) {
         if (plen < hlen || plen > MAX_TERMINATE_BYTES)
-            return fail(queue, HOST_FAULT_LENGTH, type);
+            return host_fail(queue, HOST_FAULT_LENGTH, type);
         queue->want = plen;
     } else if (type == PDU_C2H_DATA) {
         uint32_t tail = queue->options.data_digest ? DIGEST_BYTES : 0;
         if (!!(flags & FLAG_DATA_DIGEST) != !!tail || (flags & (FLAG_LAST | FLAG_SUCCESS)) == FLAG_SUCCESS)
-            return fail(queue, HOST_FAULT_FLAGS, type);
+            return host_fail(queue, HOST_FAULT_FLAGS, type);
         if (pdo < queue->want || pdo % 4)
-            return fail(queue, HOST_FAULT_DATA_OFFSET, type);
+            return host_fail(queue, HOST_FAULT_DATA_OFFSET, type);
         if (plen <= pdo + tail)
-            return fail(queue, HOST_FAULT_LENGTH, type);
+            return host_fail(queue, HOST_FAULT_LENGTH, type);
     } else if (plen != queue->want) {
-        return fail(queue, HOST_FAULT_LENGTH, type);
+        return host_fail(queue, HOST_FAULT_LENGTH, type);
     }
     return 0;
 }
@@ -401,12 +424,12 @@ static int take_response(host_queue *queue)
     host_slot *slot = slot_of(queue, answer.cid);
     if (!slot)
         return -1;
-    if (!answer.status && slot->state == SENDING) /* it cannot have done what it has not got */
-        return fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
+    if (!answer.status && slot->state == SLOT_SENDING) /* it cannot have done what it has not got */
+        return host_fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
     if (!answer.status && slot->direction && slot->moved != slot->length)
-        return fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
+        return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     slot->answer = answer;
-    return step(queue, slot, WAS_ANSWERED);
+    return host_step(queue, slot, WAS_ANSWERED);
 }
 
 static int take_grant(host_queue *queue)
@@ -416,8 +439,8 @@ static int take_grant(host_queue *queue)
         return -1;
     uint32_t offset = get32(queue->header + 12), length = get32(queue->header + 16);
     if (slot->direction != TO_TARGET || !length || offset != slot->moved || length > slot->length - slot->moved)
-        return fail(queue, HOST_FAULT_GRANT_RANGE, slot->cid);
-    if (step(queue, slot, IS_GRANTED))
+        return host_fail(queue, HOST_FAULT_GRANT_RANGE, slot->cid);
+    if (host_step(queue, slot, IS_GRANTED))
         return -1;
     slot->ttag = get16(queue->header + 10);
     slot->next = slot->moved;
@@ -434,10 +457,10 @@ static int begin_data(host_queue *queue)
     if (!slot)
         return -1;
     if (length != plen - header[3] - (queue->options.data_digest ? DIGEST_BYTES : 0))
-        return fail(queue, HOST_FAULT_LENGTH, PDU_C2H_DATA);
+        return host_fail(queue, HOST_FAULT_LENGTH, PDU_C2H_DATA);
     if (slot->direction != TO_HOST || offset != slot->moved || length > slot->length - slot->moved)
-        return fail(queue, HOST_FAULT_DATA_RANGE, slot->cid);
-    if (step(queue, slot, HAS_DATA))
+        return host_fail(queue, HOST_FAULT_DATA_RANGE, slot->cid);
+    if (host_step(queue, slot, CARRIES_DATA))
         return -1;
     queue->data_of = slot;
     queue->data_at = slot->memory + offset;
@@ -459,15 +482,15 @@ static int end_data(host_queue *queue)
     host_slot *slot = queue->data_of;
     uint32_t length = get32(queue->header + 16);
     if (queue->options.data_digest && get32(queue->header + SHORT_BYTES) != tcp_crc32c(slot->memory + slot->moved, length))
-        return fail(queue, HOST_FAULT_DATA_DIGEST, slot->cid);
+        return host_fail(queue, HOST_FAULT_DATA_DIGEST, slot->cid);
     slot->moved += length;
     expect_pdu(queue);
     if (!(queue->header[1] & FLAG_SUCCESS))
         return 0;
     if (slot->moved != slot->length)
-        return fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
+        return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     memset(&slot->answer, 0, sizeof slot->answer);
-    return step(queue, slot, WAS_ANSWERED);
+    return host_step(queue, slot, WAS_ANSWERED);
 }
 
 /* The data of a PDU are all there. */
@@ -492,16 +515,16 @@ static int header_received(host_queue *queue)
         return check_common(queue);
     }
     if (header[0] == PDU_C2H_TERMINATE)
-        return fail(queue, HOST_FAULT_TERMINATED, get16(header + 8));
+        return host_fail(queue, HOST_FAULT_TERMINATED, get16(header + 8));
     if (queue->options.header_digest && get32(header + SHORT_BYTES) != tcp_crc32c(header, SHORT_BYTES))
-        return fail(queue, HOST_FAULT_HEADER_DIGEST, header[0]);
+        return host_fail(queue, HOST_FAULT_HEADER_DIGEST, header[0]);
     if (header[0] == PDU_C2H_DATA)
         return begin_data(queue);
     expect_pdu(queue);
     return header[0] == PDU_RESPONSE ? take_response(queue) : take_grant(queue);
 }
 
-static int take_bytes(host_queue *queue, const uint8_t *bytes, size_t size)
+static int host_take_bytes(host_queue *queue, const uint8_t *bytes, size_t size)
 {
     while (size) {
         size_t part;
@@ -552,7 +575,7 @@ static int host_received(host_queue *queue, size_t size)
         if (!queue->data_left && data_received(queue))
             return -1;
     }
-    return take_bytes(queue, queue->staging, size);
+    return host_take_bytes(queue, queue->staging, size);
 }
 
 /* For who has no socket: the next bytes to send, at most `size`, as if they had been sent; and bytes as if they had
