@@ -107,8 +107,8 @@ class IoConnection:
             num_left = len(left)
             if losses == MAX_LOSSES:
                 raise ConnectionLost(
-                    f"{self._controller.transport_id}: the connection was lost {MAX_LOSSES} times in a row during"
-                    f" the same commands: {self._controller.why_lost}"
+                    f"{self._controller.transport_id}: the connection was lost {MAX_LOSSES} times during the"
+                    f" same commands: {self._controller.why_lost}"
                 )
             self._controller.wait_connected()
             self._check_flush(entries[left])

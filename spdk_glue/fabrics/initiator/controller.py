@@ -473,7 +473,8 @@ class QueuePair:
         return len(entries)
 
     def poll(self, wait: bool) -> np.ndarray:
-        """Completions of submitted commands, COMPLETION_ENTRY [n]; one at least if `wait` and one is outstanding.
+        """Completions of submitted commands, COMPLETION_ENTRY [n], with `wait` at least one if any is
+        outstanding.
 
         Commands that a lost connection took complete with status 08h (aborted).
         """

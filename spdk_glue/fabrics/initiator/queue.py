@@ -1,7 +1,7 @@
 """One queue's connection: its socket, and the state in C that tcp_glue keeps for it.
 
-A batch is three arrays: `entries` SUBMISSION_ENTRY [n], `addresses` and `lengths` int64 or uint64 [n]. What runs
-in C runs without the GIL. One thread at a time; another may call `shut_down`, which ends whatever waits.
+A batch is three arrays: `entries` SUBMISSION_ENTRY [n], `addresses` and `lengths` int64 or uint64 [n].
+Calls into C run without the GIL. One thread at a time; another may call `shut_down`, which ends whatever waits.
 """
 
 import errno
@@ -160,8 +160,8 @@ class Queue:
         return True
 
     def poll(self, wait_ms: int, timeout_ms: int = COMMAND_TIMEOUT_MS) -> np.ndarray:
-        """Completions of submitted commands, COMPLETION_ENTRY [n], aborted ones where the connection is lost; [0]
-        after `wait_ms`, or at once if nothing is under way."""
+        """Completions of submitted commands, COMPLETION_ENTRY [n], aborted ones where the connection is lost;
+        none after `wait_ms`, or at once if nothing is under way."""
         count = self._call(
             lib.host_poll, self._arrived_at, len(self._arrived), wait_ms, timeout_ms, self._quiet_since
         )

@@ -4,8 +4,8 @@
  * where the next bytes belong and host_received how many came. Completions appear where host_start was told, or in
  * `arrived`. Large data are received where the command wants them; what is small, and headers, comes through `staging`.
  *
- * A command is in a slot; HOST_NEXT has every transition of a slot. Whatever the target sends that is not in it, or not as
- * the records and ranges demand, is a fault: the connection is of no use any more, and what was under way is aborted.
+ * A command is in a slot; HOST_NEXT has every transition of a slot. Whatever the target sends that is not in it, or
+ * not as the records and ranges demand, is a fault: the connection is of no use any more, what was under way aborted.
  * A target thus reaches no memory but the data of a command that reads and was wholly sent, and each byte of it once.
  */
 
@@ -18,7 +18,7 @@ enum { PDU_H2C_TERMINATE = 2, PDU_C2H_TERMINATE, PDU_COMMAND, PDU_RESPONSE, PDU_
 enum { FLAG_HEADER_DIGEST = 1, FLAG_DATA_DIGEST = 2, FLAG_LAST = 4, FLAG_SUCCESS = 8 };
 enum { COMMAND_BYTES = 72, SHORT_BYTES = 24, MAX_TERMINATE_BYTES = 152 }; /* COMMON_, DIGEST_BYTES: receive.c */
 enum { SGL_IN_CAPSULE = 0x01, SGL_TRANSPORT = 0x5a, PSDT_SGL = 0x40 };
-enum { OPCODE_FLUSH = 0, OPCODE_WRITE = 1, OPCODE_READ = 2, OPCODE_COMPARE = 5, OPCODE_VERIFY = 12, OPCODE_FABRICS = 127 };
+enum { OPCODE_FLUSH, OPCODE_WRITE, OPCODE_READ, OPCODE_COMPARE = 5, OPCODE_VERIFY = 12, OPCODE_FABRICS = 127 };
 enum { TO_TARGET = 1, TO_HOST = 2 };
 
 #define STATUS_ABORTED (0x08 << 1) /* aborted: the queue is gone */
@@ -164,7 +164,8 @@ static void note_durability(host_queue *queue, const host_slot *slot)
         return;
     uint64_t flushed = __atomic_load_n(&cache->flushed, __ATOMIC_SEQ_CST);
     while (flushed < slot->flushes &&
-           !__atomic_compare_exchange_n(&cache->flushed, &flushed, slot->flushes, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+           !__atomic_compare_exchange_n(&cache->flushed, &flushed, slot->flushes, 0, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST))
         ;
 }
 
@@ -201,7 +202,8 @@ static void host_abort(host_queue *queue)
 }
 
 /* Puts a PDU of `slot` in the queue to be sent: its header is in slot->head, `header_bytes` of it. */
-static void host_send_pdu(host_queue *queue, host_slot *slot, uint32_t header_bytes, const uint8_t *data, uint32_t data_bytes)
+static void host_send_pdu(host_queue *queue, host_slot *slot, uint32_t header_bytes, const uint8_t *data,
+                          uint32_t data_bytes)
 {
     const host_options *options = &queue->options;
     uint32_t head = header_bytes;
@@ -293,7 +295,8 @@ static int host_check(const host_queue *queue, const host_batch *batch, size_t *
 }
 
 /* Takes a checked command. `to`: where its completion goes, or NULL. -EBUSY: no slot, or its CID is under way. */
-static int host_start(host_queue *queue, const host_entry *entry, uint64_t address, uint64_t length, host_completion *to)
+static int host_start(host_queue *queue, const host_entry *entry, uint64_t address, uint64_t length,
+                      host_completion *to)
 {
     if (!queue->num_free || queue->by_cid[entry->cid] != NO_SLOT)
         return -EBUSY;
@@ -481,7 +484,8 @@ static int end_data(host_queue *queue)
 {
     host_slot *slot = queue->data_of;
     uint32_t length = get32(queue->header + 16);
-    if (queue->options.data_digest && get32(queue->header + SHORT_BYTES) != tcp_crc32c(slot->memory + slot->moved, length))
+    if (queue->options.data_digest &&
+        get32(queue->header + SHORT_BYTES) != tcp_crc32c(slot->memory + slot->moved, length))
         return host_fail(queue, HOST_FAULT_DATA_DIGEST, slot->cid);
     slot->moved += length;
     expect_pdu(queue);
