@@ -33,6 +33,8 @@ DEFAULT_TRANSFER_BYTES = 128 << 10  # what every kernel takes, should /sys not t
 class LinuxTransport:
     """A connection to one namespace. use_uring=False forces ioctl (tests compare both)."""
 
+    counters = None
+
     def __init__(self, device: Device, nsid: int, queue_depth: int, use_uring: bool = True):
         self.nsid = nsid
         self.max_transfer_bytes = device.max_transfer_bytes

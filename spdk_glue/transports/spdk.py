@@ -20,6 +20,8 @@ SOCKET_TRANSFER_BYTES = 128 << 10
 class SpdkTransport:
     """See namespace.Transport. Owns the controller."""
 
+    counters = None
+
     def __init__(self, controller: Controller, nsid: int):
         self._controller = controller
         found = {facts.nsid: facts for facts in controller.namespaces()}

@@ -6,6 +6,7 @@ from spdk_glue.fabrics.initiator.address import Address
 from spdk_glue.fabrics.initiator.controller import MAX_QUEUE_DEPTH, Controller
 from spdk_glue.queue_pair import QueuePair
 from spdk_glue.status import NvmeError
+from spdk_glue.transports.inproc import LinkCounters
 from spdk_glue.transports.reconnecting import AdminConnection, IoConnection
 
 SOCKET_TRANSFER_BYTES = 128 << 10  # see host_io.c: eight of them are on their way at once
@@ -41,6 +42,12 @@ class TcpTransport:
         except BaseException:
             controller.close()
             raise
+
+    @property
+    def counters(self) -> LinkCounters:
+        """Of the wire, as they are now: headers, digests and repetitions are among the bytes."""
+        account = self._controller.account
+        return LinkCounters(account.commands, account.bytes_to_target, account.bytes_from_target)
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair:
         if depth > MAX_QUEUE_DEPTH:

@@ -117,16 +117,16 @@ def one(namespace, entry):
 
 
 def queue_pair_of(namespace, depth):
-    return namespace._transport.create_queue_pair(depth)
+    return namespace.transport.create_queue_pair(depth)
 
 
 def test_identify(namespace):
     """Geometry wrong by one bit is data in the wrong place."""
-    assert namespace.nsid == namespace._transport.nsid >= 1
+    assert namespace.nsid == namespace.transport.nsid >= 1
     assert namespace.block_bytes in (512, 4096)
     assert namespace.num_lbas >= USED_LBAS
     assert namespace.controller["sn"].strip()
-    limit = namespace._transport.max_transfer_bytes
+    limit = namespace.transport.max_transfer_bytes
     assert limit is None or namespace.max_transfer_lbas * namespace.block_bytes <= limit
 
 

@@ -46,6 +46,9 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> "Address":
         """Raises BadLocation with what is wrong."""
+        # what a pathlib.Path leaves of it
+        if text.startswith(SCHEME + "/") and not text.startswith(SCHEME + "//"):
+            text = text.replace(SCHEME + "/", SCHEME + "//", 1)
         try:
             parts = urlsplit(text)
             port = parts.port

@@ -33,7 +33,7 @@ from spdk_glue.fabrics.initiator.queue import (
     Limits,
     Queue,
     connect_socket,
-    new_cache,
+    new_account,
 )
 from spdk_glue.identify import FLBAS_FORMAT, IDENTIFY_NAMESPACE, VWC_PRESENT, Cns
 from spdk_glue.status import (
@@ -92,7 +92,7 @@ class Controller:
         self._admin_lock = threading.Lock()
         self._queue_pairs: set[QueuePair] = set()
         self._free_queue_ids: list[int] = []
-        self.cache = new_cache()
+        self.account = new_account()
         self._connect()
         self._free_queue_ids = list(range(self._num_queues, 0, -1))
         self._keeper = threading.Thread(target=self._keep, name="kvfs-nvme-keeper", daemon=True)
@@ -105,7 +105,7 @@ class Controller:
 
     def _connect(self) -> None:
         """Make the association. Raises ConnectionRefused and what authentication raises."""
-        self.cache.written = self.cache.flushed = 0
+        self.account.written = self.account.flushed = 0
         admin = self._connect_queue(Limits(records.ADMIN_QUEUE_ID, ADMIN_QUEUE_ENTRIES - 1), None)
         try:
             enabled = EnableController(WANTED_QUEUES)
@@ -137,7 +137,7 @@ class Controller:
             connection, agreement = connect_socket(
                 where.host, where.port, where.header_digest, where.data_digest
             )
-            queue = Queue(connection, agreement, limits, self.cache)
+            queue = Queue(connection, agreement, limits, self.account)
             try:
                 sequence = ConnectQueue(
                     self._names,
@@ -221,7 +221,7 @@ class Controller:
             if generation != self._generation or self._link != Link.CONNECTED:
                 return
             self._link, self._why = Link.LOST, why
-            if self.identity["vwc"] & VWC_PRESENT and self.cache.flushed < self.cache.written:
+            if self.identity["vwc"] & VWC_PRESENT and self.account.flushed < self.account.written:
                 self._cache_lost = True
             self._admin.shut_down()
             for queue_pair in list(self._queue_pairs):

@@ -76,14 +76,14 @@ def connect_socket(
 class Queue:
     """Commands over one socket, which it closes in the end.
 
-    cache: of the controller's queues together, see new_cache
+    account: of the controller's queues together, see new_account
     """
 
-    def __init__(self, connection: socket.socket, agreement: Agreement, limits: Limits, cache=None):
+    def __init__(self, connection: socket.socket, agreement: Agreement, limits: Limits, account=None):
         self._socket = connection
         self.limits = limits
         self._lock = threading.Lock()
-        self._cache = cache if cache is not None else new_cache()
+        self._account = account if account is not None else new_account()
         options = ffi.new(
             "host_options *",
             {
@@ -97,7 +97,7 @@ class Queue:
                 "block_bytes": limits.block_bytes,
                 "nsid": limits.nsid,
                 "max_transfer_bytes": min(limits.max_transfer_bytes, MAX_TRANSFER_BYTES),
-                "cache": self._cache,
+                "account": self._account,
             },
         )
         state = lib.host_create(options)
@@ -205,9 +205,9 @@ class Queue:
             self._lock.release()
 
 
-def new_cache():
-    """The account of a drive's volatile cache: writes that completed, and of these the flushed."""
-    return ffi.new("host_cache *")
+def new_account():
+    """What a controller's queues count together: see tcp_glue/host_records.h."""
+    return ffi.new("host_account *")
 
 
 def _words(array: np.ndarray) -> np.ndarray:

@@ -137,6 +137,11 @@ static host_queue *host_create(const host_options *options)
 
 /* ---- slots ---- */
 
+static void host_count(uint64_t *counter, uint64_t count)
+{
+    __atomic_fetch_add(counter, count, __ATOMIC_RELAXED);
+}
+
 static int host_fail(host_queue *queue, int fault, uint32_t detail)
 {
     if (!queue->fault) {
@@ -155,16 +160,16 @@ static int is_write(const host_slot *slot)
 /* What a success means for the drive's volatile cache. */
 static void note_durability(host_queue *queue, const host_slot *slot)
 {
-    host_cache *cache = queue->options.cache;
-    if (!cache || !queue->options.queue_id || slot->answer.status)
+    host_account *account = queue->options.account;
+    if (!account || !queue->options.queue_id || slot->answer.status)
         return;
     if (is_write(slot))
-        __atomic_fetch_add(&cache->written, 1, __ATOMIC_SEQ_CST);
+        __atomic_fetch_add(&account->written, 1, __ATOMIC_SEQ_CST);
     if (slot->opcode != OPCODE_FLUSH)
         return;
-    uint64_t flushed = __atomic_load_n(&cache->flushed, __ATOMIC_SEQ_CST);
+    uint64_t flushed = __atomic_load_n(&account->flushed, __ATOMIC_SEQ_CST);
     while (flushed < slot->flushes &&
-           !__atomic_compare_exchange_n(&cache->flushed, &flushed, slot->flushes, 0, __ATOMIC_SEQ_CST,
+           !__atomic_compare_exchange_n(&account->flushed, &flushed, slot->flushes, 0, __ATOMIC_SEQ_CST,
                                         __ATOMIC_SEQ_CST))
         ;
 }
@@ -312,8 +317,10 @@ static int host_start(host_queue *queue, const host_entry *entry, uint64_t addre
     slot->length = (uint32_t)length;
     slot->moved = slot->next = slot->stop = 0;
     slot->to = to;
-    if (slot->opcode == OPCODE_FLUSH && queue->options.cache)
-        slot->flushes = __atomic_load_n(&queue->options.cache->written, __ATOMIC_SEQ_CST);
+    if (slot->opcode == OPCODE_FLUSH && queue->options.account)
+        slot->flushes = __atomic_load_n(&queue->options.account->written, __ATOMIC_SEQ_CST);
+    if (queue->options.account)
+        host_count(&queue->options.account->commands, 1);
     queue->by_cid[slot->cid] = index;
     queue->bytes_under_way += length;
     if (to)
@@ -361,6 +368,8 @@ static int host_output(const host_queue *queue, struct iovec *pieces, int max_pi
 
 static void host_sent(host_queue *queue, size_t size)
 {
+    if (queue->options.account)
+        host_count(&queue->options.account->bytes_to_target, size);
     size += queue->head_sent;
     while (queue->num_out) {
         host_slot *slot = &queue->slots[queue->out[queue->out_head]];
@@ -571,6 +580,8 @@ static int host_input(host_queue *queue, struct iovec pieces[2])
 /* So many bytes came, into the pieces of host_input in their order. 0, or -1: a fault. */
 static int host_received(host_queue *queue, size_t size)
 {
+    if (queue->options.account)
+        host_count(&queue->options.account->bytes_from_target, size);
     if (queue->receiving == IN_DATA) {
         size_t direct = size < queue->data_left ? size : queue->data_left;
         queue->data_at += direct;

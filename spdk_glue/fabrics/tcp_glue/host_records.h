@@ -37,10 +37,12 @@ enum host_fault {
     HOST_FAULT_INCOMPLETE,
 };
 
-/* Writes that completed, and those of them that a Flush made durable: one for all queues of a controller. */
+/* Of all queues of a controller together. written, flushed: writes that completed, and those of them that a Flush made
+ * durable; bytes: on the wire. */
 typedef struct {
     uint64_t written, flushed;
-} host_cache;
+    uint64_t commands, bytes_to_target, bytes_from_target;
+} host_account;
 
 typedef struct {
     uint16_t queue_id; /* 0: admin */
@@ -52,7 +54,7 @@ typedef struct {
     uint32_t block_bytes; /* of the namespace whose Reads and Writes are checked; 0: not checked */
     uint32_t nsid;
     uint64_t max_transfer_bytes; /* of one command */
-    host_cache *cache;
+    host_account *account;
 } host_options;
 
 /* Commands with memory for each. */

@@ -126,11 +126,12 @@ def test_a_flush_does_not_promise_what_may_be_lost():
 def test_submitted_commands_end_aborted(connect, target):
     """Their memory is the caller's again, and a queue pair goes on."""
     namespace = connect()
-    queue_pair = namespace._transport.create_queue_pair(8)
+    queue_pair = namespace.transport.create_queue_pair(8)
     target.on_command = lambda queue_id, entry, connection: b"" if queue_id else None
     entries = command.read([0, 1, 2], [1, 1, 1])
     entries["nsid"] = 1
     cids = queue_pair.submit(entries, list(content(3).reshape(3, BLOCK)))
+    wait_until(lambda: [command for command in target.commands if command[0]].count((1, IoOpcode.READ)) == 3)
     target.on_command = lambda queue_id, entry, connection: None
     target.drop_connections()
     completions = queue_pair.wait(cids)
@@ -224,7 +225,7 @@ def test_garbage_on_the_admin_queue(connect, target):
     namespace = connect()
 
     def on_command(queue_id, entry, connection):
-        return GARBAGE["noise"] if entry["opcode"] == AdminOpcode.GET_LOG_PAGE else None
+        return GARBAGE["noise"] if (queue_id, entry["opcode"]) == (0, AdminOpcode.GET_LOG_PAGE) else None
 
     target.on_command = on_command
     with pytest.raises(ConnectionLost, match="during an admin command: the target breaks the protocol"):
@@ -274,17 +275,17 @@ def test_a_host_name_that_does_not_exist():
 
 def test_more_queues_than_the_target_grants(connect, target):
     namespace = connect()
-    pairs = [namespace._transport.create_queue_pair(4) for _ in range(4)]
+    pairs = [namespace.transport.create_queue_pair(4) for _ in range(4)]
     with pytest.raises(NvmeError, match="no further queue pair: the target grants 4"):
-        namespace._transport.create_queue_pair(4)
+        namespace.transport.create_queue_pair(4)
     pairs.pop().close()
-    pairs.append(namespace._transport.create_queue_pair(4))
+    pairs.append(namespace.transport.create_queue_pair(4))
     for pair in pairs:
         pair.close()
 
 
 def test_queues_are_as_deep_as_the_target_takes(connect, target):
-    pair = connect()._transport.create_queue_pair(1024)
+    pair = connect().transport.create_queue_pair(1024)
     assert pair.depth == 127
     pair.close()
 
@@ -300,7 +301,7 @@ def test_more_data_than_a_command_moves(connect):
 
 def test_two_threads_on_one_queue_pair(connect, target):
     namespace = connect()
-    pair = namespace._transport.create_queue_pair(4)
+    pair = namespace.transport.create_queue_pair(4)
     is_there = threading.Event()
 
     def on_command(queue_id, entry, connection):
@@ -353,8 +354,8 @@ def test_a_keep_alive_without_answer_ends_the_connection(connect, target):
         return b"" if entry["opcode"] == AdminOpcode.KEEP_ALIVE else None
 
     target.on_command = on_command
-    first = namespace._transport._controller.generation
-    wait_until(lambda: namespace._transport._controller.generation not in (first, None))
+    first = namespace.transport._controller.generation
+    wait_until(lambda: namespace.transport._controller.generation not in (first, None))
     namespace.read(0, 1)
 
 
