@@ -30,6 +30,11 @@ def is_nvme(location: str | os.PathLike) -> bool:
     return text.startswith((SPDK_SCHEME, TCP_SCHEME)) or LINUX_DEVICE.fullmatch(text) is not None
 
 
+def is_path(location: str | os.PathLike) -> bool:
+    """Whether a location is one of the file system: a file, or a device of Linux's."""
+    return not os.fspath(location).startswith((SPDK_SCHEME, TCP_SCHEME))
+
+
 def open_transport(location: str | os.PathLike, alone: bool = True) -> "Transport":
     """Connect to the namespace at a location. Raises NvmeError and its relatives, OSError.
 
