@@ -17,3 +17,5 @@ def test_bench_nvme():
     for name in ("pyspdk.random_read_4k", "pyspdk.read_128k", "attention.cold.spdk"):
         assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
         assert figures[f"{name}.ratio"]["goal"] is not None
+    for name in ("initiator.random_read_4k", "initiator.read_128k"):
+        assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0

@@ -208,7 +208,7 @@ def test_the_target_goes_away(drive_file, monkeypatch):
         store.attend(0, random_queries(), [sequence])
     for layer in range(sequence.model.num_layers):
         sequence.append(layer, keys[:1], values[:1])  # in memory
-    with pytest.raises(Exception, match="see whether the target runs|not flushed"):
+    with pytest.raises(Exception, match=r"see whether the target runs|not flushed"):
         store.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "kvfs-nvme-keeper"]
     with kvfs.open(drive_file) as store:
