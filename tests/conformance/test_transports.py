@@ -2,7 +2,7 @@
 
 A transport that needs a drive takes one from the environment and overwrites it:
     KVFS_TEST_NVME=/dev/ng0n1    Linux passthrough
-SPDK's and ours over NVMe/TCP are tested with SPDK's target where that is installed.
+Ours over NVMe/TCP is tested with our own target, and as SPDK's with SPDK's where that is installed.
 """
 
 import os
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvfs
+from kvfs.serving import serve
 from kvfs_bench.nvmf_target import Target, why_no_spdk
 from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
@@ -67,11 +69,23 @@ def tcp_to_spdk(options=""):
             target.close()
 
 
+@contextmanager
+def tcp(options=""):
+    with tempfile.TemporaryDirectory() as folder:
+        drive = Path(folder) / "drive.kvfs"
+        kvfs.format(drive, "48MiB")
+        with serve(drive, "127.0.0.1:0", cache_bytes="8MiB", num_workers=1) as (server, subsystems):
+            location = f"nvme+tcp://127.0.0.1:{server.address[1]}/{subsystems.nqn}{options}"
+            yield BlockNamespace(open_transport(location))
+
+
 # each yields a BlockNamespace over a namespace that may be overwritten
 TRANSPORTS = {
     "inproc": inproc,
     "linux": linux,
     "linux-ioctl": lambda: linux(use_uring=False),
+    "tcp": tcp,
+    "tcp-digests": lambda: tcp("?header-digest=on&data-digest=on"),
     "spdk": spdk,
     "tcp-to-spdk": tcp_to_spdk,
     "tcp-to-spdk-digests": lambda: tcp_to_spdk("?header-digest=on&data-digest=on"),

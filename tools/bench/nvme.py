@@ -1,7 +1,7 @@
 """pyspdk and our own initiator against spdk_nvme_perf, and attention over a drive whose flash SPDK reads.
 
-All on one target in one run. The target is SPDK's own, over TCP on loopback, with a namespace in its memory, on
-the first CPU; each side has the second. Where there are only two, attention's workers share them with the driver
+All on one target in one run. The target is SPDK's own, over TCP on loopback, its namespace in memory, on the
+first CPU; each side has the second. Where there are only two, attention's workers share them with the driver
 and the target.
 """
 

@@ -428,6 +428,13 @@ static int check_common(host_queue *queue)
     return 0;
 }
 
+/* Whether a command that succeeded has all its data. A message of authentication may be shorter than the room for it. */
+static int has_all_data(const host_slot *slot)
+{
+    return !slot->direction || slot->moved == slot->length ||
+           (slot->opcode == OPCODE_FABRICS && slot->direction == TO_HOST);
+}
+
 static int take_response(host_queue *queue)
 {
     host_completion answer;
@@ -438,7 +445,7 @@ static int take_response(host_queue *queue)
         return -1;
     if (!answer.status && slot->state == SLOT_SENDING) /* it cannot have done what it has not got */
         return host_fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
-    if (!answer.status && slot->direction && slot->moved != slot->length)
+    if (!answer.status && !has_all_data(slot))
         return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     slot->answer = answer;
     return host_step(queue, slot, WAS_ANSWERED);
@@ -500,7 +507,7 @@ static int end_data(host_queue *queue)
     expect_pdu(queue);
     if (!(queue->header[1] & FLAG_SUCCESS))
         return 0;
-    if (slot->moved != slot->length)
+    if (!has_all_data(slot))
         return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     memset(&slot->answer, 0, sizeof slot->answer);
     return host_step(queue, slot, WAS_ANSWERED);

@@ -181,6 +181,9 @@ def test_fabrics_commands_move_data_as_their_type_says():
     host.start(records.authentication(records.FabricsType.AUTHENTICATION_RECEIVE, 64), memory.data, cid=1)
     (capsule,) = pdus_in(host.output())
     assert not capsule.data
+    # of these alone the data may be shorter than their room
+    assert host.feed(c2h(1, b"abcd", flags=PduFlag.LAST) + response(1))
+    assert memory.is_intact() and memory.data[:5].tobytes() == b"abcdZ"
 
 
 def test_no_more_than_the_queue_holds():
