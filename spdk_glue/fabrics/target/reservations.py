@@ -99,14 +99,14 @@ class Reservations:
             del self._keys[host_id]
             if self._holder == host_id:
                 self._holder = None
-        elif action == Register.REGISTER or (action == Register.REPLACE and (key is not None or ignores)):
-            if action == Register.REPLACE:
-                self._check_key(host_id, int(data["current_key"]), ignores, must_exist=False)
-            elif key is not None and not ignores and key != int(data["new_key"]):
-                raise _conflict("registered with another key")
-            if len(self._keys) >= MAX_REGISTRANTS and key is None:
+        elif action in (Register.REGISTER, Register.REPLACE):
+            new_key = int(data["new_key"])
+            fits = key in (None, new_key) if action == Register.REGISTER else key == int(data["current_key"])
+            if not (fits or ignores):
+                raise _conflict("not registered, or with another key")
+            if key is None and len(self._keys) >= MAX_REGISTRANTS:
                 self._forget_one_that_is_gone()
-            self._keys[host_id] = int(data["new_key"])
+            self._keys[host_id] = new_key
         else:
             raise CommandFailed(Status.INVALID_FIELD, detail=f"reservation register {action}")
         self._generation += 1
@@ -169,9 +169,9 @@ class Reservations:
         request.data[: len(page)] = page
         request.data[len(page) :] = 0
 
-    def _check_key(self, host_id: bytes, key: int, ignores: bool = False, must_exist: bool = True) -> None:
+    def _check_key(self, host_id: bytes, key: int, ignores: bool = False) -> None:
         known = self._keys.get(host_id)
-        if (known is None and must_exist) or (known is not None and known != key and not ignores):
+        if known is None or (known != key and not ignores):
             raise _conflict("not registered, or with another key")
 
 
