@@ -126,6 +126,10 @@ class ConnectionLost(NvmeError):
     """The drive cannot be reached any more; says which, and what of the work is in doubt."""
 
 
+class NamespaceInUse(NvmeError):
+    """Somebody else's data are, or may be, on the namespace; says whose, and how to proceed."""
+
+
 class QueuePairInUse(NvmeError):
     """Two threads on one queue pair."""
 

@@ -278,6 +278,10 @@ def test_full_drive(path):
         np.testing.assert_array_equal(store.sequence("first").read(0)[0], keys.astype(np.float16))
 
 
+def test_a_namespace_that_linux_uses_is_busy():
+    assert errors.errno_of(NamespaceInUse("mounted")) == errno.EBUSY
+
+
 def test_corrupt_page_is_an_error_with_facts(path):
     """Bit rot: an error that names the block, never wrong numbers; other sequences stay readable."""
     keys, values = random_kv(256)
