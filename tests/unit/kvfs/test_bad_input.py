@@ -1,5 +1,6 @@
 """Bad input: each gets an error of its own, nothing is lost, the store stays usable."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import kvfs
 from kvfs import errors
 from kvfs.sizes import format_size, parse_size
+from spdk_glue.status import NamespaceInUse
 
 from .conftest import add_model, random_kv, random_queries
 
