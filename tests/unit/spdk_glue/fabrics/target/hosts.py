@@ -18,6 +18,7 @@ from tests.unit.spdk_glue.memory_drive import MemoryDrive
 
 SUBSYSTEM = "nqn.2026-11.io.kvfs:drive"
 HOST = "nqn.2026-11.io.kvfs:host"
+HOST_ID = uuid.UUID(int=7)
 BLOCK = 4096
 
 
@@ -48,7 +49,7 @@ class Rig:
     def connection(self, **digests) -> "Host":
         return Host(self, **digests)
 
-    def admin(self, hostnqn=HOST, host_id=uuid.UUID(int=7), subnqn=SUBSYSTEM, keep_alive_ms=0, **digests) -> "Host":
+    def admin(self, hostnqn=HOST, host_id=HOST_ID, subnqn=SUBSYSTEM, keep_alive_ms=0, **digests) -> "Host":
         """Connected and enabled."""
         host = self.connection(**digests)
         entry = records.connect(0, 32, keep_alive_ms=keep_alive_ms)
@@ -180,4 +181,4 @@ def entry(opcode, nsid=1, **dwords):
     return command._entry(opcode, nsid, **dwords)
 
 
-__all__ = ["BLOCK", "HOST", "SUBSYSTEM", "AdminOpcode", "Host", "IoOpcode", "Rig", "entry"]
+__all__ = ["BLOCK", "HOST", "HOST_ID", "SUBSYSTEM", "AdminOpcode", "Host", "IoOpcode", "Rig", "entry"]

@@ -1,4 +1,4 @@
-"""One connection of the target, byte by byte. If these fail, a host's data go astray, or a rule breaker stays."""
+"""One connection of the target, byte by byte. If these fail, data go astray, or a rule breaker stays."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,9 @@ def test_a_run_larger_than_its_memory():
     content = pages(64, 4)
     for lba in range(0, 64, 16):
         write_by_r2t(io, lba, content[lba * BLOCK : (lba + 16) * BLOCK])
-    cids, wire = zip(*(io.capsule(command.read(lba, 16), room=16 * BLOCK) for lba in range(0, 64, 16)), strict=True)
+    cids, wire = zip(
+        *(io.capsule(command.read(lba, 16), room=16 * BLOCK) for lba in range(0, 64, 16)), strict=True
+    )
     io.send(b"".join(wire))
     got = b""
     for cid in cids:
@@ -153,7 +155,7 @@ def test_a_cid_in_use_is_refused(rig):
     assert io.status(command.flush(), cid=9) == Status.COMMAND_ID_CONFLICT
     io.send(io.h2c(io.take(PduType.R2T), pages(1), 0, True))
     assert io.completion(9)["status"] == 0
-    cids, wire = zip(*(io.capsule(command.read(0, 1), room=BLOCK, cid=4) for _ in range(2)), strict=True)
+    _, wire = zip(*(io.capsule(command.read(0, 1), room=BLOCK, cid=4) for _ in range(2)), strict=True)
     io.send(b"".join(wire))  # a run is no way around it
     assert status.decode(int(io.completion(4)["status"])) == Status.COMMAND_ID_CONFLICT
 
@@ -181,7 +183,11 @@ def sgl(kind, length, address=0):
         ({"dptr": sgl(SGL_IN_CAPSULE, BLOCK, 64)}, bytes(BLOCK), Status.SGL_OFFSET_INVALID),
         ({"dptr": sgl(SGL_IN_CAPSULE, 2 * BLOCK)}, bytes(BLOCK), Status.SGL_LENGTH_INVALID),
         ({"dptr": sgl(SGL_TRANSPORT, BLOCK)}, bytes(BLOCK), Status.SGL_LENGTH_INVALID),
-        ({"dptr": sgl(SGL_IN_CAPSULE, 3 * BLOCK)}, bytes(3 * BLOCK), Status.SGL_LENGTH_INVALID),  # too much for one
+        (
+            {"dptr": sgl(SGL_IN_CAPSULE, 3 * BLOCK)},
+            bytes(3 * BLOCK),
+            Status.SGL_LENGTH_INVALID,
+        ),  # too much for one
         ({"flags": 0, "dptr": sgl(SGL_TRANSPORT, BLOCK)}, b"", Status.INVALID_FIELD),  # PRP
         ({"flags": 0x41, "dptr": sgl(SGL_TRANSPORT, BLOCK)}, b"", Status.INVALID_FIELD),  # fused
         ({"dptr": sgl(SGL_TRANSPORT, 0)}, b"", Status.DATA_TRANSFER_ERROR),

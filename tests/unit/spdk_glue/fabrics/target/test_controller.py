@@ -24,7 +24,7 @@ from spdk_glue.identify import (
     LogPage,
 )
 from spdk_glue.status import CommandFailed, Status
-from tests.unit.spdk_glue.fabrics.target.hosts import BLOCK, HOST, SUBSYSTEM, Rig, entry
+from tests.unit.spdk_glue.fabrics.target.hosts import BLOCK, HOST, HOST_ID, SUBSYSTEM, Rig, entry
 
 OTHER = "nqn.2026-11.io.kvfs:other"
 
@@ -34,7 +34,7 @@ def rig():
     return Rig()
 
 
-def connect(rig, *, qid=0, entries=32, subnqn=SUBSYSTEM, hostnqn=HOST, cntlid=0xFFFF, host_id=uuid.UUID(int=7)):
+def connect(rig, *, qid=0, entries=32, subnqn=SUBSYSTEM, hostnqn=HOST, cntlid=0xFFFF, host_id=HOST_ID):
     host = rig.connection()
     data = records.connect_data(host_id, hostnqn, subnqn, cntlid)
     return host.run(records.connect(qid, entries), data.tobytes())
@@ -94,8 +94,8 @@ def test_hosts_that_are_not_on_the_list():
 # Authentication
 
 
-def authenticated_rig(policy=Policy(groups=(DhGroup.NULL,))):
-    credentials = Credentials(Key.generate(), Key.generate(), policy)
+def authenticated_rig():
+    credentials = Credentials(Key.generate(), Key.generate(), Policy(groups=(DhGroup.NULL,)))
     return Rig(access=HostAccess({HOST: AllowedHost(HOST, credentials)})), credentials
 
 
@@ -114,7 +114,9 @@ def authenticate(host, credentials):
 def test_nothing_is_served_before_authentication():
     rig, credentials = authenticated_rig()
     host = rig.connection()
-    completion = host.run(records.connect(0, 32), records.connect_data(uuid.UUID(int=7), HOST, SUBSYSTEM).tobytes())
+    completion = host.run(
+        records.connect(0, 32), records.connect_data(uuid.UUID(int=7), HOST, SUBSYSTEM).tobytes()
+    )
     assert completion["cdw0"] >> 16 == records.AUTHREQ_TRANSACTION
     enable = records.property_set(Property.CC, records.CC_ENABLE)
     for early in (enable, records.property_get(Property.CAP), command.identify(1), entry(0x18)):
