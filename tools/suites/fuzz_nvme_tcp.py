@@ -1,8 +1,8 @@
 """Fuzz the NVMe/TCP target: python tools/suites/fuzz_nvme_tcp.py [--count N] [--seed 1] [--sockets SECONDS]
 
 Hosts that break every rule: headers that lie, data that were not asked for, giant and odd SGLs, unknown
-opcodes, repeated identifiers, PDUs cut short, phases in the wrong order, noise. First on the state tables, without
-sockets, `count` PDUs; then, for so many seconds, against a server on loopback with many connections at once.
+opcodes, repeated identifiers, PDUs cut short, phases in the wrong order, noise. First `count` PDUs to the state
+tables, without sockets; then, for so many seconds, a server on loopback with many connections at once.
 
 What must hold: no exception, no call longer than a second, memory within its limits, every answer belongs to
 a command that asked for it and has no more bytes than that asked for, nothing follows the end of a connection,

@@ -1,8 +1,8 @@
 """Linux's NVMe/TCP initiator against `kvfsctl serve`: python tools/suites/qemu_nvme_tcp.py
 
 Boots Debian's kernel under QEMU, whose user-mode network reaches this machine's loopback, and runs the checks
-of nvme_tcp_guest.py there: discover, connect with and without digests, ext4, log pages, resets, and attention by
-`nvme io-passthru`, to be answered as the embedded drive did. Needs what qemu_nvme.py needs, and nvme-cli and
+of nvme_tcp_guest.py there: discover, connect with and without digests, ext4, log pages, resets, and attention
+by `nvme io-passthru`, to be answered as the embedded drive did. Needs what qemu_nvme.py needs, and nvme-cli and
 e2fsprogs. Exit code 1 if a check failed.
 """
 
