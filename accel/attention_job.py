@@ -21,11 +21,11 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from accel.attention_work import AttentionWork
+from accel.attention_work import AttentionWork, attention_batch
 from accel.merge import merge_units
 from accel.page_cache import PageCache
 from accel.worker_pool import WorkerPool
-from accel.workers import AttentionBatch, BadScales, UnitRange
+from accel.workers import BadScales, UnitRange
 from ftl.errors import CorruptPage, FlashError
 from spdk_glue import dma
 from spdk_glue.status import CommandFailed, Status
@@ -55,6 +55,11 @@ class Engine:
         """Pages of K and V that one span holds at most."""
         largest = self.cache.capacity_bytes // (SPANS_PINNED + 1)
         return max(1, min(SPAN_BYTES, largest) // self.ftl.page_size)
+
+    @property
+    def resident_pages(self) -> int:
+        """Pages that a command may pin at once if all are in the cache."""
+        return self.cache.capacity_bytes // (SPANS_PINNED + 1) // self.ftl.page_size
 
     @property
     def span_lines(self) -> int:
@@ -127,26 +132,7 @@ class AttentionJob:
         tables, plan = self.work.tables, self._plan
         # filled as spans are pinned
         self._addresses = np.empty((2, plan.num_pages), np.uint64)
-        self._batch = AttentionBatch(
-            dtype=tables.dtype_name,
-            head_dim=tables.head_dim,
-            group_size=tables.group_size,
-            key_pages=self._addresses[0],
-            value_pages=self._addresses[1],
-            page_first_token=plan.page_first_token,
-            page_num_tokens=plan.page_num_tokens,
-            unit_first_page=plan.unit_first_page,
-            unit_item=plan.unit_item,
-            unit_kv_head=plan.unit_kv_head,
-            queries=self.work.queries,
-            visible_start=tables.visible_start,
-            visible_stop=tables.visible_stop,
-            scale=tables.scale,
-            softcap=tables.softcap,
-            alibi_slopes=tables.alibi_slopes,
-            query_position=tables.query_position,
-            scales_offset=tables.scales_offset,
-        )
+        self._batch = attention_batch(self.work, self._addresses)
         shape = (plan.num_units, self.work.queries.shape[1], tables.group_size)
         self._unit_out = np.empty((*shape, tables.head_dim), np.float32)
         self._unit_lse = np.empty(shape, np.float32)

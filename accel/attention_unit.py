@@ -15,6 +15,7 @@ import numpy as np
 from accel.attention_job import AttentionJob, Engine
 from accel.attention_work import DescriptorReader
 from accel.page_cache import PageCache
+from accel.resident_attention import ResidentAttention
 from accel.worker_pool import WorkerPool
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import ANSWER_HEADER
@@ -64,8 +65,24 @@ class AttentionUnit:
             WorkerPool(num_workers),
         )
         self._descriptors = DescriptorReader(ftl.page_size, ftl.num_lbas, self._engine.scattered_span_pages)
+        self._resident = ResidentAttention(self._engine, self._descriptors)
         self.counters = AttentionCounters()
         ftl.on_erase(cache.drop)
+
+    def attend_now(self, data: np.ndarray, answer: np.ndarray) -> bool:
+        """Submit and fetch in one, if all pages are in the cache and nothing is wrong; False: nothing done."""
+        done = self._resident.attend(data, answer)
+        if done is None:
+            return False
+        num_items, num_pages, kernel_ns, command_ns = done
+        with self._lock:
+            counters = self.counters
+            counters.commands += 1
+            counters.items += num_items
+            counters.pages_from_cache += num_pages
+            counters.kernel_ns += kernel_ns
+            counters.command_ns += command_ns
+        return True
 
     def submit(self, ticket_id: int, data: np.ndarray) -> None:
         """Start a descriptor's work. Raises CommandFailed for a bad one or too many tickets."""

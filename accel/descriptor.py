@@ -5,6 +5,7 @@ its layer and its queries is checked apart: layer after layer, and often token a
 """
 
 import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,9 @@ MAX_GROUP_TOKENS = 1 << 16
 MAX_TRANSFER_BYTES = 256 << 20
 _SLOPE, _POSITION = np.dtype("<f4"), np.dtype("<u4")
 _HEADER = record_struct(ATTENTION_HEADER)
-_LAYER_AT = ATTENTION_HEADER.fields["layer"][1]
-_NO_LAYER = bytes(ATTENTION_HEADER["layer"].itemsize)
+_LAYER_AT, _QUERIES_OFFSET_AT = (ATTENTION_HEADER.fields[name][1] for name in ("layer", "queries_offset"))
+_LAYER, _QUERIES_OFFSET = struct.Struct("<H"), struct.Struct("<I")
+_NO_LAYER = bytes(_LAYER.size)
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,14 @@ def split(data: np.ndarray) -> tuple[bytes, int, np.ndarray]:
     The first is a copy: the host may reuse its buffer. Raises CommandFailed(INVALID_DESCRIPTOR).
     """
     _demand(data.nbytes >= _HEADER.size, "shorter than its header")
-    header = _fields(data)
-    start = header["queries_offset"]
+    start, layer = (
+        _QUERIES_OFFSET.unpack_from(data, _QUERIES_OFFSET_AT)[0],
+        _LAYER.unpack_from(data, _LAYER_AT)[0],
+    )
     _demand(start % 4 == 0 and _HEADER.size <= start <= data.nbytes, "queries_offset")
     tables = bytearray(data[:start])
     tables[_LAYER_AT : _LAYER_AT + len(_NO_LAYER)] = _NO_LAYER
-    return bytes(tables), header["layer"], data[start:]
+    return bytes(tables), layer, data[start:]
 
 
 def _fields(data) -> dict:

@@ -93,7 +93,9 @@ class Drive:
             blocks.batch_handlers(),
         )
         admin.error_log = controller.error_log
-        self.transport = InprocTransport(controller, config.num_command_threads, ftl.read_run)
+        self.transport = InprocTransport(
+            controller, config.num_command_threads, ftl.read_run, self.attention_unit.attend_now
+        )
         stack.callback(self.transport.close)
 
     @staticmethod

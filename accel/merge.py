@@ -110,13 +110,28 @@ def merge_units(
     num_queries, num_query_heads]; zero and -inf where no unit saw a token. A unit whose lse is NaN makes
     its heads NaN. Raises ShapeMismatch.
     """
-    num_units, num_queries, group_size, head_dim = out.shape
-    if lse.shape != out.shape[:-1] or not num_units == len(unit_item) == len(unit_kv_head):
+    _, num_queries, group_size, head_dim = out.shape
+    shape = (num_items, num_queries, num_kv_heads * group_size)
+    merged, merged_lse = np.empty((*shape, head_dim), np.float32), np.empty(shape, np.float32)
+    merge_units_into(out, lse, unit_item, unit_kv_head, merged, merged_lse)
+    return merged, merged_lse
+
+
+def merge_units_into(
+    out: np.ndarray,
+    lse: np.ndarray,
+    unit_item: np.ndarray,
+    unit_kv_head: np.ndarray,
+    merged: np.ndarray,
+    merged_lse: np.ndarray,
+) -> None:
+    """As merge_units, into arrays of the caller's."""
+    if lse.shape != out.shape[:-1] or not len(out) == len(unit_item) == len(unit_kv_head):
         raise ShapeMismatch(
             f"out {out.shape}, lse {lse.shape}, {len(unit_item)} items, {len(unit_kv_head)} KV heads of units"
         )
-    shape = (num_items, num_queries, num_kv_heads * group_size)
-    merged, merged_lse = np.empty((*shape, head_dim), np.float32), np.empty(shape, np.float32)
     if not _merge_units(out, lse, unit_item, unit_kv_head, merged, merged_lse):
-        raise ShapeMismatch(f"a unit's item or KV head is outside {num_items} items and {num_kv_heads} heads")
-    return merged, merged_lse
+        num_items, _, num_heads = merged_lse.shape
+        raise ShapeMismatch(
+            f"a unit's item or KV head is outside {num_items} items and {num_heads // out.shape[2]} heads"
+        )

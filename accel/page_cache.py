@@ -219,6 +219,46 @@ def _acquire(
 
 
 @njit(nogil=True, cache=True)
+def _acquire_resident(
+    slots, state, index, line_shift, page_size, arena, entries, lbas, lba_offset, max_lines, pages, addresses
+):
+    """Resolve and pin every page if all are valid here, in at most max_lines lines; else pin none."""
+    state[_NOW] += 1
+    now = state[_NOW]
+    num_lines = 0
+    first = 0
+    while first < len(lbas):
+        page = np.int64(entries[lbas[first] + lba_offset]) - 1
+        line = page >> line_shift
+        slot = index[line] - 1 if page >= 0 else np.int64(NONE)
+        if slot < 0:
+            break
+        bit = page - (line << line_shift)
+        stop = min(len(lbas), first + (1 << line_shift) - bit)
+        position = first + 1
+        while position < stop and np.int64(entries[lbas[position] + lba_offset]) - 1 == page + position - first:
+            position += 1
+        wanted = ((np.int64(1) << (position - first)) - 1) << bit
+        if slots[slot, _USED] != now:
+            slots[slot, _USED] = now
+            num_lines += 1
+        if slots[slot, _VALID] & wanted != wanted or num_lines > max_lines:
+            break
+        state[_PINNED] += slots[slot, _PINS] == 0
+        slots[slot, _PINS] += position - first
+        address = arena + np.uint64(((slot << line_shift) + bit) * page_size)
+        for place in range(first, position):
+            pages[place] = page + (place - first)
+            addresses[place] = address
+            address += np.uint64(page_size)
+        first = position
+    if first < len(lbas):
+        _release(slots, state, index, line_shift, pages[:first])
+        return False
+    return True
+
+
+@njit(nogil=True, cache=True)
 def _mark_valid(slots, index, line_shift, pages):
     for page in pages:
         line = page >> line_shift
@@ -317,6 +357,36 @@ class PageCache:
                 if count == TOO_MANY_LINES:
                     raise MemoryError(f"{len(pages)} pages are scattered over more than {max_lines} lines")
                 self._changed.wait()
+
+    def acquire_resident(
+        self,
+        entries: np.ndarray,
+        lbas: np.ndarray,
+        lba_offset: int,
+        max_lines: int,
+        pages: np.ndarray,
+        addresses: np.ndarray,
+    ) -> bool:
+        """Pin the pages that LBAs are mapped to, if all are here, in max_lines lines at most. Never blocks.
+
+        entries: the map's, page + 1 by LBA; lbas: int64 [n], to which lba_offset is added. Fills pages, int64
+        [n], for `release`, and addresses, uint64 [n]. False: nothing is pinned.
+        """
+        with self._changed:
+            return _acquire_resident(
+                self._slots,
+                self._state,
+                self._index,
+                self._line_shift,
+                self.page_size,
+                self._arena_address,
+                entries,
+                lbas,
+                lba_offset,
+                max_lines,
+                pages,
+                addresses,
+            )
 
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""

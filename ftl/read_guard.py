@@ -20,15 +20,23 @@ class ReadGuards:
     @contextmanager
     def guard(self):
         with self.changed:
-            guard = self._next_guard
-            self._next_guard += 1
-            self._active[guard] = self._epoch
+            guard = self.begin()
         try:
             yield
         finally:
-            with self.changed:
-                del self._active[guard]
-                self.changed.notify_all()
+            self.end(guard)
+
+    def begin(self) -> int:
+        """A guard that `end` takes. Called with the lock held."""
+        guard = self._next_guard
+        self._next_guard += 1
+        self._active[guard] = self._epoch
+        return guard
+
+    def end(self, guard: int) -> None:
+        with self.changed:
+            del self._active[guard]
+            self.changed.notify_all()
 
     def next_epoch(self) -> int:
         """The epoch that ends now; readers of later ones cannot see what is unmapped by now."""

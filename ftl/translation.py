@@ -300,6 +300,16 @@ class FlashTranslationLayer:
         """While held (as a context), nothing that was readable at its start is erased."""
         return self._state.guards.guard()
 
+    def begin_read(self, take: Callable[[np.ndarray], bool]) -> int | None:
+        """A read guard, for `end_read`, if `take` says so of the map's entries (see Mapping), which stand still
+        meanwhile. For who resolves and pins in one go."""
+        with self._state.lock:
+            self._check_usable()
+            return self._state.guards.begin() if take(self._state.mapping.entries) else None
+
+    def end_read(self, guard: int) -> None:
+        self._state.guards.end(guard)
+
     def read_physical(self, pages: np.ndarray, lbas: np.ndarray, destinations: np.ndarray) -> None:
         """Read resolved pages, each checked against its checksum. lbas are for the error only."""
         if len(pages):

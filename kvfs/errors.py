@@ -6,7 +6,7 @@ Every error carries its facts as attributes and prints as one line that says wha
 import errno
 
 from spdk_glue.namespace import NotAKvfsDrive
-from spdk_glue.status import NvmeError, NvmeStatusError, Status
+from spdk_glue.status import NamespaceInUse, NvmeError, NvmeStatusError, Status
 from spdk_glue.transports.url import BadLocation
 
 
@@ -213,6 +213,7 @@ ERRNO = {
     InvalidArgument: errno.EINVAL,
     NvmeError: errno.EIO,
     NvmeStatusError: errno.EIO,
+    NamespaceInUse: errno.EBUSY,
     BadLocation: errno.EINVAL,
     NotAKvfsDrive: errno.ENODEV,
 }

@@ -62,6 +62,10 @@ class Transport(Protocol):
         """Fill a DMA buffer of whole blocks as one Read would, where a drive beside the host has a short way;
         False: the command is to be sent."""
 
+    def attend_now(self, descriptor: np.ndarray, answer: np.ndarray) -> bool:
+        """Fill an attention descriptor's answer, uint8 of its exact length, where a drive beside the host has a
+        short way; False: the commands are to be sent."""
+
     def close(self) -> None: ...
 
 
@@ -404,8 +408,15 @@ class Namespace(BlockNamespace):
 
     def attend(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray:
         """Submit an attention descriptor, fetch its answer: uint8 [answer_bytes]."""
-        ticket = self.attention_submit(descriptor)
-        return self.attention_fetch(ticket, answer_bytes)
+        answer = self.attend_now(descriptor, answer_bytes)
+        if answer is None:
+            answer = self.attention_fetch(self.attention_submit(descriptor), answer_bytes)
+        return answer
+
+    def attend_now(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray | None:
+        """As `attend` if the transport has a short way; None if the command is to be submitted."""
+        answer = np.empty(answer_bytes, np.uint8)
+        return answer if self._transport.attend_now(descriptor, answer) else None
 
     def attention_submit(self, descriptor: np.ndarray) -> int:
         with self._ticket_lock:

@@ -156,6 +156,10 @@ class ConnectionRefused(NvmeError):
     """A controller cannot be reached or does not take us; says which and why."""
 
 
+class NamespaceInUse(NvmeError):
+    """Somebody else's data are, or may be, on the namespace; says whose, and how to proceed."""
+
+
 class QueuePairInUse(NvmeError):
     """Two threads on one queue pair."""
 

@@ -7,6 +7,7 @@ for runs of PDUs, out of the same table RULES. The builders return arrays of hea
 batch; who sends them puts the digests in. Source: NVMe/TCP Transport Specification 1.0, section 3.6.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -327,17 +328,19 @@ def r2t(cids, ttags, offsets, lengths, framing: Framing) -> np.ndarray:
     return records
 
 
-def with_digests(header: np.ndarray, data: bytes | memoryview = b"") -> bytes:
+def with_digests(
+    header: np.ndarray, data: bytes | memoryview = b"", checksum: Callable[[bytes], int] = crc32c
+) -> bytes:
     """One whole PDU as it goes on the wire: padding and digests as its header says. header: a record [1]"""
     raw = header.tobytes()
     common = np.frombuffer(raw, COMMON_HEADER, 1)[0]
     if common["flags"] & PduFlag.HEADER_DIGEST:
-        raw += crc32c(raw).to_bytes(DIGEST_BYTES, "little")
+        raw += checksum(raw).to_bytes(DIGEST_BYTES, "little")
     if not len(data):
         return raw
     raw += bytes(max(0, int(common["pdo"]) - len(raw))) + bytes(data)
     if common["flags"] & PduFlag.DATA_DIGEST:
-        raw += crc32c(data).to_bytes(DIGEST_BYTES, "little")
+        raw += checksum(data).to_bytes(DIGEST_BYTES, "little")
     return raw
 
 
@@ -345,11 +348,11 @@ def with_digests(header: np.ndarray, data: bytes | memoryview = b"") -> bytes:
 PIECE = np.dtype([("header_address", "<u8"), ("data_address", "<u8"), ("data_length", "<u8")])
 
 
-def join(pieces: np.ndarray) -> bytes:
+def join(pieces: np.ndarray, checksum: Callable[[bytes], int] = crc32c) -> bytes:
     """PIECE [n] as they go on the wire; the definition of what tcp_glue sends."""
     wire = b""
     for header_address, data_address, length in pieces.tolist():
         hlen = int(dma.view(header_address + HLEN_OFFSET, 1)[0])
         body = dma.view(data_address, length).tobytes() if length else b""
-        wire += with_digests(dma.view(header_address, hlen).copy(), body)
+        wire += with_digests(dma.view(header_address, hlen).copy(), body, checksum)
     return wire

@@ -11,17 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdk_glue.status import NvmeError
+from spdk_glue.status import NamespaceInUse
 from spdk_glue.transports.url import BadLocation
 
 ROOT = Path("/")
 NODE = re.compile(r"(ng|nvme)(\d+n\d+)(p\d+)?")
 KERNEL_PAGE = 4096  # the smallest
 ONE_SEGMENT_MORE = 1  # than it has pages: memory that begins within one
-
-
-class NamespaceInUse(NvmeError):
-    """Somebody else's data are, or may be, on the namespace; says whose, and how to proceed."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ const char *pyspdk_last_error(void);
 int pyspdk_env_start(const pyspdk_env_options *options);
 void *pyspdk_allocate(size_t size, size_t alignment);
 void pyspdk_free(void *memory);
-int pyspdk_probe(char *text, size_t size);
 
 pyspdk_controller *pyspdk_connect(const char *transport_id, const pyspdk_controller_options *options,
                                   int *result);

@@ -29,16 +29,6 @@ class NamespaceFacts:
     num_lbas: int
 
 
-def probe() -> list[str]:
-    """Addresses of the PCIe controllers that SPDK could take now. Raises SpdkUnavailable."""
-    environment.start(pci=True)
-    ffi, lib = library()
-    text = ffi.new("char[]", 1 << 16)
-    if lib.pyspdk_probe(text, len(text)) < 0:
-        raise ConnectionRefused(f"the PCIe bus cannot be scanned: {last_error('no reason given')}")
-    return ffi.string(text).decode("ascii").split()
-
-
 class Controller:
     """One NVMe controller. A thread of its own keeps the connection alive, and restores it after a loss.
 

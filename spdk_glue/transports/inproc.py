@@ -37,7 +37,7 @@ class LinkCounters:
 class InprocTransport:
     """Queue pairs into a controller of this process.
 
-    read_now: the drive's short way for a Read of a few blocks, see Transport
+    read_now, attend_now: the drive's short ways, see Transport
     """
 
     nsid = NSID
@@ -48,9 +48,11 @@ class InprocTransport:
         controller: Controller,
         num_command_threads: int = 2,
         read_now: Callable[[int, np.ndarray], bool] = lambda first_lba, data: False,
+        attend_now: Callable[[np.ndarray, np.ndarray], bool] = lambda descriptor, answer: False,
     ):
         self._controller = controller
         self._read_now = read_now
+        self._attend_now = attend_now
         self._threads: ThreadPoolExecutor | None = None
         if num_command_threads:
             self._threads = ThreadPoolExecutor(num_command_threads, thread_name_prefix="kvfs-command")
@@ -74,6 +76,15 @@ class InprocTransport:
             self.counters.commands += 1
             self.counters.bytes_to_drive += SUBMISSION_ENTRY.itemsize
             self.counters.bytes_from_drive += data.nbytes + COMPLETION_ENTRY.itemsize
+        return True
+
+    def attend_now(self, descriptor: np.ndarray, answer: np.ndarray) -> bool:
+        if not self._attend_now(descriptor, answer):
+            return False
+        with self._lock:  # as SUBMIT and FETCH
+            self.counters.commands += 2
+            self.counters.bytes_to_drive += descriptor.nbytes + 2 * SUBMISSION_ENTRY.itemsize
+            self.counters.bytes_from_drive += answer.nbytes + 2 * COMPLETION_ENTRY.itemsize
         return True
 
     def _count(self, entries: np.ndarray, buffers: Sequence[Buffer], completions: np.ndarray) -> None:

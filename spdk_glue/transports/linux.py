@@ -99,6 +99,9 @@ class LinuxTransport:
     def read_now(self, first_lba: int, data: np.ndarray) -> bool:
         return False
 
+    def attend_now(self, descriptor: np.ndarray, answer: np.ndarray) -> bool:
+        return False
+
     def close(self) -> None:
         """Waits for what is under way."""
         with self._resources:

@@ -312,8 +312,8 @@ _ATTENTION = _of(
     "kvfs/attention.py",
     (
         "host's part of attention dropped",
-        "return merge_states(*answer, out, lse) if sees_tail else answer",
-        "return answer",
+        "return merge_states(*state, out, lse) if sees_tail else state",
+        "return state",
     ),
 )
 

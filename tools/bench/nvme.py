@@ -35,8 +35,8 @@ class SpdkMissing(Exception):
     """There is nothing to measure; says why."""
 
 
-def perf(target: Target, io_bytes: int, pattern: str, depth: int, seconds: float) -> float:
-    """Commands per second of spdk_nvme_perf on the second CPU."""
+def perf(target, io_bytes: int, pattern: str, depth: int, seconds: float, nsid: int = 1) -> float:
+    """Commands per second of spdk_nvme_perf on the second CPU; target: whatever has a `transport_id`."""
     done = subprocess.run(
         [
             *(
@@ -50,7 +50,7 @@ def perf(target: Target, io_bytes: int, pattern: str, depth: int, seconds: float
                 "-t",
                 str(round(seconds)),
             ),
-            *("-c", "0x2", "-s", str(PERF_MEMORY_MB), "--no-huge", "-r", f"{target.transport_id} ns:1"),
+            *("-c", "0x2", "-s", str(PERF_MEMORY_MB), "--no-huge", "-r", f"{target.transport_id} ns:{nsid}"),
         ],
         capture_output=True,
         text=True,
@@ -218,6 +218,8 @@ def _cold_attention(target: Target, num_tokens: int, seconds: float, rounds: int
 
 def measure(quick: bool = False) -> list[Figure]:
     """All figures. Raises SpdkMissing."""
+    from kvfs_bench import nvme_target
+
     why_not = why_no_spdk()
     if why_not:
         raise SpdkMissing(why_not)
@@ -231,9 +233,10 @@ def measure(quick: bool = False) -> list[Figure]:
             is_polling=True,
         )
         try:
-            return [
+            figures = [
                 *_rates(target, seconds, rounds),
                 *_cold_attention(target, 2048 if quick else 32_768, seconds, rounds),
             ]
         finally:
             target.close()
+    return [*figures, *nvme_target.measure(seconds, rounds)]

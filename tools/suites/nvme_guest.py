@@ -24,9 +24,8 @@ import numpy as np
 
 from ftl.geometry import Geometry
 from spdk_glue import command, dma
-from spdk_glue.linux_nvme.node import NamespaceInUse
 from spdk_glue.namespace import BlockNamespace
-from spdk_glue.status import ConnectionLost, NvmeStatusError
+from spdk_glue.status import ConnectionLost, NamespaceInUse, NvmeStatusError
 from spdk_glue.transports.linux import LinuxTransport
 from spdk_glue.transports.url import open_transport
 

@@ -94,11 +94,11 @@ def compile_kernels(cache: Path) -> Path:
     return folder
 
 
-def module_files(kernel: Kernel) -> list[Path]:
+def module_files(kernel: Kernel, modules: list[str]) -> list[Path]:
     """In the order in which they load."""
     shown = [
         line
-        for module in MODULES
+        for module in modules
         for line in run(
             "modprobe", "--show-depends", "-d", kernel.modules, "-S", kernel.release, module
         ).splitlines()
@@ -107,15 +107,15 @@ def module_files(kernel: Kernel) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def build_initramfs(kernel: Kernel, command: str, folder: Path) -> Path:
+def build_initramfs(kernel: Kernel, command: str, folder: Path, modules: list[str]) -> Path:
     tree = folder / "initramfs"
     (tree / "bin").mkdir(parents=True)
     (tree / "lib").mkdir()
     shutil.copy2(shutil.which("busybox"), tree / "bin" / "busybox")
-    modules = module_files(kernel)
-    for module in modules:
+    files = module_files(kernel, modules)
+    for module in files:
         shutil.copy2(module, tree / "lib")
-    lines = [f"{module.name} {MODULE_OPTIONS.get(module.stem, '')}\n" for module in modules]
+    lines = [f"{module.name} {MODULE_OPTIONS.get(module.stem, '')}\n" for module in files]
     (tree / "modules").write_text("".join(lines))
     (tree / "init").write_text(INIT.format(share=SHARE, command=shlex.quote(command)))
     (tree / "init").chmod(0o755)
@@ -146,19 +146,27 @@ def drive_options(folder: Path) -> list[str]:
     return options
 
 
-def boot(kernel: Kernel, command: str, folder: Path, seconds: float, is_verbose: bool) -> tuple[str, str]:
-    """(what the checks reported, the console)."""
+def boot(
+    kernel: Kernel,
+    command: str,
+    folder: Path,
+    seconds: float,
+    is_verbose: bool,
+    modules: list[str],
+    devices: list[str],
+) -> tuple[str, str]:
+    """(what the checks reported, the console). devices: options of QEMU"""
     report, console = folder / "report", folder / "console"
     report.touch()
     line = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3G",
         "-nodefaults", "-no-reboot", "-display", "none",
-        "-kernel", kernel.image, "-initrd", build_initramfs(kernel, command, folder),
+        "-kernel", kernel.image, "-initrd", build_initramfs(kernel, command, folder, modules),
         "-append", "console=ttyS0 loglevel=7 panic=-1 mitigations=off",
         "-serial", f"file:{console}", "-serial", f"file:{report}",
         "-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", f"virtio-9p-pci,fsdev=root,mount_tag={SHARE}",
-        *drive_options(folder),
+        *devices,
     ]  # fmt: skip
     machine = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True)
     give_up, shown = time.monotonic() + seconds, 0
@@ -218,7 +226,13 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvfs-qemu-") as folder:
         report, console = boot(
-            kernel, command, Path(folder), arguments.timeout, sys.stderr.isatty() and not arguments.json_output
+            kernel,
+            command,
+            Path(folder),
+            arguments.timeout,
+            sys.stderr.isatty() and not arguments.json_output,
+            MODULES,
+            drive_options(Path(folder)),
         )
     checks = parse_report(report, wanted)
     failed = [check for check in checks if not check.passed]

@@ -245,10 +245,8 @@ class Association:
 
     def execute(self, qid: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
         if qid != ADMIN_QUEUE and self.reservations is not None:
-            refused = [
-                self.reservations.refuses(self.host_id, opcode) for opcode in set(entries["opcode"].tolist())
-            ]
-            if any(refused):
+            opcodes = set(entries["opcode"].tolist())
+            if any(self.reservations.refuses(self.host_id, opcode) for opcode in opcodes):
                 return self._refuse(qid, entries)
         return self.controller.execute(qid, entries, buffers)
 

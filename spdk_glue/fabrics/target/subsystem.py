@@ -120,14 +120,18 @@ class Subsystems:
         names = {}
         for field in ("hostnqn", "subnqn"):
             try:
-                names[field] = nqn_of(data[field])
+                # SPDK's tools have no name unless they are given one; no list has that
+                is_nameless = field == "hostnqn" and not any(bytes(data[field]))
+                names[field] = "" if is_nameless else nqn_of(data[field])
             except BadNqn as error:
                 raise _fault(CONNECT_DATA, field, str(error)) from error
         if names["subnqn"] not in (self.nqn, DISCOVERY_NQN):
             raise _fault(CONNECT_DATA, "subnqn", f"no subsystem {names['subnqn']}")
         host = self.access.allowed(names["hostnqn"])
         if host is None:
-            raise ConnectRefused(Status.CONNECT_INVALID_HOST, f"host {names['hostnqn']} is not on the list")
+            raise ConnectRefused(
+                Status.CONNECT_INVALID_HOST, f"host {names['hostnqn'] or 'without a name'} is not on the list"
+            )
         if not 1 <= entry["sqsize"] < self.limits.queue_entries:
             raise _fault(CONNECT_COMMAND, "sqsize", f"a queue of {int(entry['sqsize']) + 1} entries")
         if entry["qid"] == ADMIN_QUEUE_ID:

@@ -205,6 +205,94 @@ def test_attention(namespace, num_groups):
         np.testing.assert_allclose(out_of(answer), plain(queries, keys, values), atol=1e-5)
 
 
+@pytest.fixture
+def short_way(drive, monkeypatch):
+    """One entry for each command that went it: whether it could."""
+    found = []
+    attend = drive.attention_unit._resident.attend
+
+    def watched(data, answer):
+        done = attend(data, answer)
+        found.append(done is not None)
+        return done
+
+    monkeypatch.setattr(drive.attention_unit._resident, "attend", watched)
+    return found
+
+
+def is_at_rest(drive):
+    return not drive.cache._slots[:, 1].any() and not drive.ftl._state.guards._active
+
+
+@pytest.mark.parametrize("inline_bytes", [0, INLINE_BYTES])
+@pytest.mark.parametrize("num_groups", [1, 15])
+def test_the_short_way(drive, namespace, short_way, monkeypatch, num_groups, inline_bytes):
+    """From the cache, by workers or on the caller's thread: the long way's answer, bit for bit; and counted."""
+    monkeypatch.setattr("accel.resident_attention.INLINE_BYTES", inline_bytes)
+    groups(namespace, num_groups)
+    data, _ = descriptor(num_groups)
+    first = namespace.attend(data, ANSWER)
+    before, sent = drive.attention_unit.counters.as_dict(), drive.transport.counters.as_dict()
+    again = namespace.attend(data, ANSWER)
+    assert short_way == [False, True]
+    np.testing.assert_array_equal(again[ANSWER_HEADER.itemsize :], first[ANSWER_HEADER.itemsize :])
+    assert counts(again) == (0, num_groups * LAYER_LBAS)
+    after = drive.attention_unit.counters.as_dict()
+    assert after["commands"] == before["commands"] + 1
+    assert after["pages_from_cache"] == before["pages_from_cache"] + num_groups * LAYER_LBAS
+    assert after["kernel_ns"] > before["kernel_ns"]
+    crossed = drive.transport.counters.as_dict()
+    assert crossed["bytes_to_drive"] - sent["bytes_to_drive"] == data.nbytes + 2 * 64
+    assert crossed["bytes_from_drive"] - sent["bytes_from_drive"] == ANSWER + 2 * 16
+    assert is_at_rest(drive)
+
+
+def test_when_the_short_way_is_left(drive, namespace, short_way):
+    """A page that is not in the cache, not mapped or moved; another length; a bad descriptor: right answers or
+    the long way's errors, and nothing pinned."""
+    keys, values = groups(namespace, 3)
+    data, queries = descriptor(3)
+    want = plain(queries, keys, values)
+
+    def attend(data=data, size=ANSWER):
+        np.testing.assert_allclose(out_of(namespace.attend(data, size)), want, atol=1e-5)
+        assert is_at_rest(drive)
+        return short_way[-1]
+
+    assert [attend(), attend()] == [False, True]
+    page = int(drive.ftl.resolve(np.array([64 + 5]))[0])
+    drive.cache.drop(page, 1)
+    assert [attend(), attend()] == [False, True]
+    namespace.write(64 + 5, namespace.read(64 + 5, 1))  # the same bytes at another place
+    assert [attend(), attend()] == [False, True]
+    assert status_of(lambda: namespace.attend(data, ANSWER + 8)) == Status.DATA_TRANSFER_ERROR
+    assert status_of(lambda: namespace.attend(descriptor(3, version=9)[0], ANSWER)) == Status.INVALID_DESCRIPTOR
+    assert attend()
+    namespace.deallocate([(64 + 5, 1)])
+    assert status_of(lambda: namespace.attend(data, ANSWER)) == Status.DEALLOCATED_BLOCK
+    assert not short_way[-1]
+    assert is_at_rest(drive)
+
+
+@pytest.mark.parametrize("inline_bytes", [0, INLINE_BYTES])
+def test_a_worker_that_fails(drive, namespace, short_way, monkeypatch, inline_bytes):
+    """Here or on its own thread: the long way's status, and all is given back."""
+    monkeypatch.setattr("accel.resident_attention.INLINE_BYTES", inline_bytes)
+    groups(namespace, 3)
+    data, _ = descriptor(3)
+    namespace.attend(data, ANSWER)
+
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive.attention_unit._engine.worker, "attend_units", fail)
+        assert status_of(lambda: namespace.attend(data, ANSWER)) == Status.INTERNAL_ERROR
+    assert is_at_rest(drive)
+    namespace.attend(data, ANSWER)
+    assert short_way == [False, False, True]
+
+
 def counts(answer):
     header = answer[: ANSWER_HEADER.itemsize].view(ANSWER_HEADER)[0]
     return int(header["pages_from_flash"]), int(header["pages_from_cache"])

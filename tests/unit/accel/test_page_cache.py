@@ -519,6 +519,42 @@ def test_clear():
     assert touch(cache, array(range(4 * LINE_PAGES))) == list(range(4 * LINE_PAGES))
 
 
+def test_acquire_resident():
+    """All or nothing: each page mapped, valid, and in few enough lines; the pins are counted and released."""
+    cache = new_cache(4)
+    entries = np.zeros(100, np.uint32)
+    entries[10:42] = np.arange(32) + 1  # LBAs 10 to 41: lines 0 and 1
+    entries[50:52] = [33, 5]
+    pages, addresses = np.empty(4, np.int64), np.empty(4, np.uint64)
+
+    def acquire(lbas, offset=0, max_lines=4):
+        lbas = array(lbas)
+        return cache.acquire_resident(
+            entries, lbas, offset, max_lines, pages[: len(lbas)], addresses[: len(lbas)]
+        )
+
+    assert not acquire([10])  # not there
+    places, missing = cache.acquire(array(range(32)))
+    bring_in(cache, array(range(32)), places, missing)
+    cache.release(array(range(32)))
+    assert acquire([10, 11, 41, 51])
+    assert pages.tolist() == [0, 1, 31, 4]
+    np.testing.assert_array_equal(addresses, places[pages])
+    assert cache._slots[:, _PINS].sum() == 4
+    assert acquire([0, 1], offset=10)
+    assert pages[:2].tolist() == [0, 1]
+    assert not acquire([10, 41], max_lines=1)
+    assert not acquire([10, 49])  # not mapped
+    assert not acquire([10, 50])  # a line that is not there
+    assert cache._slots[:, _PINS].sum() == 6
+    cache.drop(31, 1)
+    assert not acquire([10, 41])
+    cache.release(array([0, 1, 31, 4]))
+    cache.release(array([0, 1]))
+    assert not cache._slots[:, _PINS].any()
+    assert cache._state[_PINNED] == 0
+
+
 class Model:
     """A cache of six lines beside plain sets: which pages are pinned, and which may be or must be valid."""
 
@@ -560,6 +596,21 @@ class Model:
         self.valid -= missing_pages
         self.holds.append((pages, addresses, missing))
         assert len({self.place[page] for page in self.pins()}) == len(self.pins())
+
+    def acquire_resident(self, pages):
+        entries = np.zeros(self.NUM_PAGES + 5, np.uint32)
+        entries[5:] = np.arange(self.NUM_PAGES) + 1
+        taken, addresses = np.full(len(pages), -7, np.int64), np.empty(len(pages), np.uint64)
+        pinned = self.cache._slots[:, _PINS].sum()
+        if not self.cache.acquire_resident(entries, pages, 5, self.NUM_LINES, taken, addresses):
+            assert self.cache._slots[:, _PINS].sum() == pinned
+            return
+        assert taken.tolist() == pages.tolist()
+        for page, address in zip(pages.tolist(), addresses.tolist(), strict=True):
+            assert page in self.valid, "a page that was never read is served"
+            assert word(address).value == page
+            self.place[page] = address
+        self.holds.append((pages, addresses, array([])))
 
     def read(self, number):
         pages, addresses, missing = self.holds[number % len(self.holds)]
@@ -606,7 +657,7 @@ PAGES = st.one_of(
 )
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("acquire"), PAGES.map(array)),
+        st.tuples(st.sampled_from(["acquire", "acquire_resident"]), PAGES.map(array)),
         st.tuples(st.sampled_from(["read", "release"]), st.integers(0, 20)),
         st.tuples(st.just("drop"), st.integers(0, Model.NUM_PAGES - 1), st.integers(1, 4 * LINE_PAGES)),
         st.tuples(st.just("clear")),

@@ -1,5 +1,6 @@
 """Bad input: each gets an error of its own, nothing is lost, the store stays usable."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import kvfs
 from kvfs import errors
 from kvfs.sizes import format_size, parse_size
+from spdk_glue.status import NamespaceInUse
 
 from .conftest import add_model, random_kv, random_queries
 
@@ -276,6 +278,10 @@ def test_full_drive(path):
     with kvfs.open(path, cache_bytes="8MiB") as store:
         assert store.check() == []
         np.testing.assert_array_equal(store.sequence("first").read(0)[0], keys.astype(np.float16))
+
+
+def test_a_namespace_that_linux_uses_is_busy():
+    assert errors.errno_of(NamespaceInUse("mounted")) == errno.EBUSY
 
 
 def test_corrupt_page_is_an_error_with_facts(path):

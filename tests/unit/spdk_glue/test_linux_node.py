@@ -6,7 +6,8 @@ import stat
 import pytest
 
 from spdk_glue.linux_nvme import node
-from spdk_glue.linux_nvme.node import NamespaceInUse, Node
+from spdk_glue.linux_nvme.node import Node
+from spdk_glue.status import NamespaceInUse
 from spdk_glue.transports.linux import LinuxTransport
 from spdk_glue.transports.url import BadLocation, is_nvme
 
