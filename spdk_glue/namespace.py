@@ -416,7 +416,7 @@ class Namespace(BlockNamespace):
     def attend_now(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray | None:
         """As `attend` if the transport has a short way; None if the command is to be submitted."""
         answer = np.empty(answer_bytes, np.uint8)
-        return answer if self._transport.attend_now(descriptor, answer) else None
+        return answer if self.transport.attend_now(descriptor, answer) else None
 
     def attention_submit(self, descriptor: np.ndarray) -> int:
         with self._ticket_lock:

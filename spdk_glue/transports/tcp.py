@@ -58,6 +58,9 @@ class TcpTransport:
     def read_now(self, first_lba: int, data: np.ndarray) -> bool:
         return False  # no way is shorter than a command
 
+    def attend_now(self, descriptor: np.ndarray, answer: np.ndarray) -> bool:
+        return False
+
     def close(self) -> None:
         self._controller.close()
 
