@@ -14,7 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from spdk_glue.fabrics.pdu import PDU_OVERHEAD_BYTES
-from spdk_glue.fabrics.target.connection import Connection, State
+from spdk_glue.fabrics.target.connection import Connection
+from spdk_glue.fabrics.target.states import State
 from spdk_glue.fabrics.target.subsystem import Subsystems
 from spdk_glue.fabrics.tcp_glue.api import MAX_FRAMES, PeerClosed, Stream
 from spdk_glue.status import NvmeError
