@@ -98,7 +98,9 @@ class Server:
                 del self._peers[threading.current_thread()]
 
     def close(self) -> None:
-        """Ends all connections; commands that are running finish first."""
+        """Ends all connections; commands that are running finish first. Once more does nothing."""
+        if self._is_closing.is_set():
+            return
         self._is_closing.set()
         self._wake_writing.send(b"x")
         self._acceptor.join()
