@@ -14,61 +14,27 @@ There is no I/O, no thread and no clock here: `wake` asks the owner to call `pol
 some other thread, and every call that needs the time is told it.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from enum import Enum, auto
 
 import numpy as np
 
-from spdk_glue import dma
 from spdk_glue import status as nvme_status
 from spdk_glue.command import SUBMISSION_ENTRY, AdminOpcode, Direction, IoOpcode
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.fabrics import pdu
 from spdk_glue.fabrics.authentication import ControllerAuthenticator
 from spdk_glue.fabrics.pdu import DATA, FatalError, FatalPduError, Framing, PduFlag, PduType
-from spdk_glue.fabrics.records import (
-    AUTHENTICATION_COMMAND,
-    AUTHREQ_TRANSACTION,
-    CONNECT_COMMAND,
-    CONNECT_DATA,
-    CONNECT_NO_FLOW_CONTROL,
-    FABRICS_COMMAND,
-    PROPERTY_8_BYTES,
-    PROPERTY_COMMAND,
-    PSDT_SGL,
-    SECURITY_PROTOCOL_NVME,
-    SGL_DESCRIPTOR,
-    SGL_TRANSPORT,
-    FabricsType,
-)
 from spdk_glue.fabrics.target.association import Association
 from spdk_glue.fabrics.target.buffers import Buffers
 from spdk_glue.fabrics.target.commands import Command, parse
+from spdk_glue.fabrics.target.fabrics_commands import FabricsCommands
 from spdk_glue.fabrics.target.outbox import Outbox
-from spdk_glue.fabrics.target.subsystem import ConnectRefused, Subsystems
+from spdk_glue.fabrics.target.read_runs import ReadRuns
+from spdk_glue.fabrics.target.states import NEXT, State
+from spdk_glue.fabrics.target.subsystem import Subsystems
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import record_struct
-
-log = logging.getLogger(__name__)
-
-
-class State(Enum):
-    AWAIT_IC = auto()
-    AWAIT_CONNECT = auto()
-    AUTHENTICATE = auto()
-    LIVE = auto()
-    CLOSED = auto()
-
-
-NEXT = {  # every transition
-    State.AWAIT_IC: {State.AWAIT_CONNECT, State.CLOSED},
-    State.AWAIT_CONNECT: {State.AUTHENTICATE, State.LIVE, State.CLOSED},
-    State.AUTHENTICATE: {State.LIVE, State.CLOSED},
-    State.LIVE: {State.CLOSED},
-    State.CLOSED: set(),
-}
 
 # Commands that may take long: they run beside the others.
 BACKGROUND = {
@@ -82,7 +48,7 @@ _DATA = record_struct(DATA)
 _ENTRY_START, _ENTRY_STOP = 8, 72  # of the submission entry in a capsule's header
 
 
-class Connection:
+class Connection(ReadRuns, FabricsCommands):
     """address: IP and port that the host reached us at.
 
     framing: what is to be looked for in what arrives; the owner reads it before each receive.
@@ -327,55 +293,6 @@ class Connection:
             del self._transfers[tag]
             self._ready.append(command)
 
-    # Runs of Reads: nothing in Python for each.
-
-    def _is_read_run(self, entries: np.ndarray, frames: np.ndarray) -> bool:
-        sgls = entries["dptr"].view(SGL_DESCRIPTOR)
-        cids = set(entries["cid"].tolist())
-        return bool(
-            (entries["opcode"] == IoOpcode.READ).all()
-            and (entries["flags"] == PSDT_SGL).all()
-            and (sgls["type"] == SGL_TRANSPORT).all()
-            and not frames["data_length"].any()
-            and int(sgls["length"].min()) > 0
-            and int(sgls["length"].max()) <= self._limits.max_transfer_bytes
-            and len(cids) == len(entries)
-            and cids.isdisjoint(self._outstanding)
-        )
-
-    def _run_reads(self, entries: np.ndarray) -> Iterator[np.ndarray]:
-        if self._arena is None:
-            self._arena = dma.allocate(self._limits.buffer_bytes)
-        lengths = entries["dptr"].view(SGL_DESCRIPTOR)["length"].astype(np.int64)
-        stops = np.cumsum(-(-lengths // dma.ALIGNMENT) * dma.ALIGNMENT)  # of each one's place, page-aligned
-        first, base = 0, 0
-        while first < len(entries):
-            # how many of them the arena holds
-            stop = int(np.searchsorted(stops, base + len(self._arena), side="right"))
-            part = slice(first, stop)
-            starts = np.concatenate([[base], stops[first : stop - 1]]) - base
-            buffers = [
-                self._arena[start : start + length]
-                for start, length in zip(starts.tolist(), lengths[part].tolist(), strict=True)
-            ]
-            completions = self.association.execute(self.qid, entries[part], buffers)
-            self._answer_reads(completions, buffers, starts, lengths[part])
-            yield from self._flush()
-            first, base = stop, int(stops[stop - 1])
-
-    def _answer_reads(self, completions, buffers, starts: np.ndarray, lengths: np.ndarray) -> None:
-        num = len(completions)
-        completions["sqhd"] = (self._sqhd + 1 + np.arange(num)) % self._num_entries
-        if not completions["status"].any():
-            self._sqhd = (self._sqhd + num) % self._num_entries
-            addresses = starts + dma.address_of(self._arena)
-            self._out.read_answers(completions, addresses, lengths, self._may_omit_responses)
-            return
-        for completion, data in zip(completions.tolist(), buffers, strict=True):
-            cdw0, cdw1, _, _, cid, status = completion
-            self._sqhd = (self._sqhd + 1) % self._num_entries
-            self._send_answer(cid, status, cdw0, cdw1, data)
-
     # One command.
 
     def _admit(self, raw: bytes, in_capsule: np.ndarray, is_intact: bool) -> None:
@@ -411,16 +328,6 @@ class Connection:
             return CommandFailed(Status.AUTHENTICATION_REQUIRED)
         if self.qid == ADMIN_QUEUE and not self.association.is_enabled:
             return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="not enabled")
-        return None
-
-    def _why_no_fabrics_command_now(self, command: Command) -> CommandFailed | None:
-        kind = _fabrics_type(command)
-        if command.length > self._limits.in_capsule_bytes:  # none has more; a stranger gets no memory
-            return CommandFailed(Status.SGL_LENGTH_INVALID, detail="fabrics command")
-        if (kind == FabricsType.CONNECT) != (self.state is State.AWAIT_CONNECT):
-            return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail=f"fabrics command {kind:#x}")
-        if self.state is State.AUTHENTICATE and kind not in _AUTHENTICATION:
-            return CommandFailed(Status.AUTHENTICATION_REQUIRED)
         return None
 
     def _hold(self, command: Command) -> None:
@@ -610,123 +517,7 @@ class Connection:
         queue = self.association.queues.get(qid)
         self._respond(command, cdw0=0 if queue is not None and queue.abort(cid) else 1)
 
-    # Fabrics commands.
 
-    def _run_fabrics(self, command: Command) -> None:
-        handler = _FABRICS.get(_fabrics_type(command))
-        try:
-            if handler is None:
-                raise CommandFailed(Status.INVALID_OPCODE, detail=f"fabrics {_fabrics_type(command):#x}")
-            handler(self, command)
-        except ConnectRefused as refusal:
-            log.warning("%s: %s", self.peer, refusal)
-            self._fail(command, refusal, cdw0=refusal.result)
-        except CommandFailed as failure:
-            self._fail(command, failure)
-
-    def _connect(self, command: Command) -> None:
-        if command.length != CONNECT_DATA.itemsize:
-            raise CommandFailed(Status.SGL_LENGTH_INVALID, detail="Connect's data")
-        entry = np.frombuffer(command.raw, CONNECT_COMMAND)[0]
-        data = command.data.view(CONNECT_DATA)[0]
-        association, host = self._subsystems.connect(entry, data, self, self._address, self._now)
-        self.qid, self.association = int(entry["qid"]), association
-        self._num_entries = int(entry["sqsize"]) + 1
-        self._sqhd = 1 % self._num_entries
-        self._may_omit_responses = bool(entry["cattr"] & CONNECT_NO_FLOW_CONTROL)
-        if not association.is_discovery:  # which tells the drive's name, and no more
-            self._authenticator = host.authenticator(association.subnqn)
-        if self._authenticator is None:
-            self._go(State.LIVE)
-            self._deadline = None
-        else:
-            self._go(State.AUTHENTICATE)
-            self._deadline = self._now + self._limits.authentication_seconds
-        authreq = AUTHREQ_TRANSACTION if self._authenticator is not None else 0
-        self._respond(command, cdw0=association.cntlid | authreq << 16)
-
-    def _get_property(self, command: Command) -> None:
-        value = self._controller_here().get_property(*self._property(command)[:2])
-        self._respond(command, cdw0=value & 0xFFFFFFFF, cdw1=value >> 32)
-
-    def _set_property(self, command: Command) -> None:
-        association = self._controller_here()
-        association.set_property(*self._property(command))
-        if not association.is_enabled:  # event requests end with the reset, without a completion
-            for other in list(self._outstanding.values()):
-                if other.opcode == AdminOpcode.ASYNC_EVENT_REQUEST:
-                    del self._outstanding[other.cid]
-        self._respond(command)
-
-    @staticmethod
-    def _property(command: Command) -> tuple[int, bool, int]:
-        entry = np.frombuffer(command.raw, PROPERTY_COMMAND)[0]
-        size = int(entry["attrib"]) & 7
-        if size > PROPERTY_8_BYTES:
-            raise CommandFailed(Status.INVALID_FIELD, detail="property size")
-        return int(entry["ofst"]), size == PROPERTY_8_BYTES, int(entry["value"])
-
-    def _controller_here(self) -> Association:
-        if self.qid != ADMIN_QUEUE:
-            raise CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="on an I/O queue")
-        return self.association
-
-    def _disconnect(self, command: Command) -> None:
-        if self.qid == ADMIN_QUEUE:
-            raise CommandFailed(Status.INVALID_QUEUE, detail="admin queue")
-        self._respond(command)
-        self._close("the host disconnected the queue")
-
-    def _check_authentication(self, command: Command) -> ControllerAuthenticator:
-        entry = np.frombuffer(command.raw, AUTHENTICATION_COMMAND)[0]
-        if self._authenticator is None:
-            raise CommandFailed(Status.INVALID_FIELD, detail="host has no key here")
-        if (entry["secp"], entry["spsp0"], entry["spsp1"]) != (SECURITY_PROTOCOL_NVME, 1, 1):
-            raise CommandFailed(Status.INVALID_FIELD, detail="security protocol")
-        if not command.length or entry["length"] != command.length:
-            raise CommandFailed(Status.INVALID_FIELD, detail="length of the message")
-        return self._authenticator
-
-    def _authentication_send(self, command: Command) -> None:
-        self._check_authentication(command).receive(command.data.tobytes())
-        self._respond(command)
-        self._see_authentication()
-
-    def _authentication_receive(self, command: Command) -> None:
-        authenticator = self._check_authentication(command)
-        self._make_room(command)
-        message = authenticator.next_message(command.length)
-        command.data[: len(message)] = np.frombuffer(message, np.uint8)
-        self._respond(command)
-        self._see_authentication()
-
-    def _see_authentication(self) -> None:
-        authenticator = self._authenticator
-        if authenticator.has_failed:
-            log.warning("%s: %s", self.peer, authenticator.error())
-            self._close("authentication failed")
-        elif authenticator.in_progress:
-            if self._deadline is None:
-                self._deadline = self._now + self._limits.authentication_seconds
-        else:
-            self._deadline = None
-            if self.state is State.AUTHENTICATE:
-                self._go(State.LIVE)
-
-
-def _fabrics_type(command: Command) -> int:
-    return command.raw[FABRICS_COMMAND.fields["fctype"][1]]
-
-
-_AUTHENTICATION = (FabricsType.AUTHENTICATION_SEND, FabricsType.AUTHENTICATION_RECEIVE)
-_FABRICS = {
-    FabricsType.CONNECT: Connection._connect,
-    FabricsType.PROPERTY_GET: Connection._get_property,
-    FabricsType.PROPERTY_SET: Connection._set_property,
-    FabricsType.AUTHENTICATION_SEND: Connection._authentication_send,
-    FabricsType.AUTHENTICATION_RECEIVE: Connection._authentication_receive,
-    FabricsType.DISCONNECT: Connection._disconnect,
-}
 _ADMIN = {
     AdminOpcode.ASYNC_EVENT_REQUEST: Connection._request_event,
     AdminOpcode.KEEP_ALIVE: Connection._keep_alive,
