@@ -188,7 +188,8 @@ class ControllerAuthenticator:
         S.AWAIT_NEGOTIATE: {MessageId.NEGOTIATE: _take_negotiate},
         S.AWAIT_REPLY: {MessageId.REPLY: _take_reply, MessageId.FAILURE2: _take_failure2},
         S.AWAIT_SUCCESS2: {MessageId.SUCCESS2: _take_success2, MessageId.FAILURE2: _take_failure2},
-        S.AUTHENTICATED: {MessageId.NEGOTIATE: _take_negotiate},
+        # the host may authenticate again, or find only now that it does not like what it was told
+        S.AUTHENTICATED: {MessageId.NEGOTIATE: _take_negotiate, MessageId.FAILURE2: _take_failure2},
     }
 
     # What goes.
