@@ -110,6 +110,10 @@ class Key:
             return self._secret
         return hmac.digest(self._secret, nqn.encode() + _TRANSFORM_CONTEXT, self.transform.algorithm)
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self._secret)
+
     def has_secret_of(self, other: "Key") -> bool:
         return hmac.compare_digest(self._secret, other._secret)
 
