@@ -64,7 +64,11 @@ DATASET_DEALLOCATE = 1 << 2  # CDW11 bit AD
 class AdminOpcode(IntEnum):
     GET_LOG_PAGE = 0x02
     IDENTIFY = 0x06
+    ABORT = 0x08
+    SET_FEATURES = 0x09
     GET_FEATURES = 0x0A
+    ASYNC_EVENT_REQUEST = 0x0C
+    KEEP_ALIVE = 0x18
     GET_LBA_STATUS = 0x86
     # Vendor command; see FORMAT.md.
     FLASH_MAINTENANCE = 0xC0
@@ -96,6 +100,9 @@ class IoOpcode(IntEnum):
 
 
 class Feature(IntEnum):
+    NUM_QUEUES = 0x07
+    ASYNC_EVENT_CONFIGURATION = 0x0B
+    KEEP_ALIVE_TIMER = 0x0F
     FLEXIBLE_DATA_PLACEMENT = 0x1D
 
 
@@ -172,7 +179,7 @@ class Direction(IntEnum):
 
 
 # Of a data transfer command, those whose variants may have no data.
-MAY_MOVE_NOTHING = {AdminOpcode.GET_FEATURES, IoOpcode.ZONE_MANAGEMENT_SEND}
+MAY_MOVE_NOTHING = {AdminOpcode.GET_FEATURES, AdminOpcode.SET_FEATURES, IoOpcode.ZONE_MANAGEMENT_SEND}
 
 
 def direction(opcode: int) -> int:
@@ -265,6 +272,14 @@ def identify(cns: int, nsid: int = 0, command_set: int = CommandSet.NVM) -> np.n
 
 def get_features(feature: Feature, cdw11: int = 0) -> np.ndarray:
     return _entry(AdminOpcode.GET_FEATURES, 0, cdw10=feature, cdw11=cdw11)
+
+
+def set_features(feature: Feature, cdw11: int) -> np.ndarray:
+    return _entry(AdminOpcode.SET_FEATURES, 0, cdw10=feature, cdw11=cdw11)
+
+
+def keep_alive() -> np.ndarray:
+    return _entry(AdminOpcode.KEEP_ALIVE, 0)
 
 
 def reclaim_unit_handle_status(size_bytes: int) -> np.ndarray:

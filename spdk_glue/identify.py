@@ -110,10 +110,18 @@ IDENTIFY_CONTROLLER = _record(
         "sgls": (536, "<u4"),
         "mnan": (540, "<u4"),
         "subnqn": (768, "S256"),
+        # fabrics
+        "ioccsz": (1792, "<u4"),  # a command's capsule on an I/O queue, in 16 bytes, and an answer's
+        "iorcsz": (1796, "<u4"),
+        "icdoff": (1800, "<u2"),  # where the capsule's data start behind the entry, in 16 bytes
+        "fcatt": (1802, "u1"),
+        "msdbd": (1803, "u1"),  # SGL descriptors in a capsule at most
+        "ofcs": (1804, "<u2"),
         "attention": (VENDOR_AREA_OFFSET, ATTENTION_CAPABILITIES),
     },
 )
 CONTROLLER_TYPE_IO = 1
+CONTROLLER_TYPE_DISCOVERY = 2
 CTRATT_FLEXIBLE_DATA_PLACEMENT = 1 << 19
 OACS_GET_LBA_STATUS = 1 << 9
 ONCS_DATASET_MANAGEMENT = 1 << 2

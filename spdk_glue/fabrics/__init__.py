@@ -1,1 +1,1 @@
-"""NVMe over fabrics: both sides of NVMe/TCP, as a core without I/O, and what moves its bytes."""
+"""NVMe over fabrics, TCP: the protocol of both sides as a core without I/O, and what moves its bytes."""
