@@ -4,7 +4,7 @@
 
 Nothing here sends or receives. `take_pdu` is the definition of what may arrive; the C of tcp_glue does the same
 for runs of PDUs, out of the same table RULES. The builders return arrays of headers, one for each command of a
-batch; who sends them puts the digests in. Source: NVM Express NVMe/TCP Transport Specification 1.0, section 3.6.
+batch; who sends them puts the digests in. Source: NVMe/TCP Transport Specification 1.0, section 3.6.
 """
 
 from dataclasses import dataclass
@@ -108,6 +108,8 @@ DIGEST_BYTES = 4
 MAX_HEADER_BYTES = 128
 MAX_TERMINATE_DATA_BYTES = 128
 MAX_PDA = 31  # of hpda and cpda
+# What a PDU has besides its data, at most: data start within the 255 bytes that pdo can say.
+PDU_OVERHEAD_BYTES = 256 + DIGEST_BYTES
 
 # What may follow a header. The type is the index; a row whose hlen is zero is no type.
 NO_DATA, MAY_HAVE_DATA, HAS_DATA = 0, 1, 2
