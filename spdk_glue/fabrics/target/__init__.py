@@ -1,0 +1,1 @@
+"""The target: what a host finds when it connects."""
