@@ -2,11 +2,13 @@
 
 The access file is TOML. It holds no secret, only the names of the files that do, relative to its own folder:
 
-    [[host]] nqn = "nqn.2014-08.org.nvmexpress:uuid:7a9e53a4-0a2e-4b3c-9a8e-0f4a2f3b6c11" key_file =
-    "host-a.key"                # with which the host proves itself; see `kvfsctl nvme gen-dhchap-key`
-    controller_key_file = "drive.key"      # with which the drive proves itself to hosts that ask for it
-    hashes = ["sha512", "sha384"]          # that may be agreed on, by preference dh_groups = ["ffdhe4096"]
-    read_only = true                       # no command of this host changes anything
+    [[host]]
+    nqn = "nqn.2014-08.org.nvmexpress:uuid:7a9e53a4-0a2e-4b3c-9a8e-0f4a2f3b6c11"
+    key_file = "host-a.key"             # the host proves itself with it; see `kvfsctl nvme gen-dhchap-key`
+    controller_key_file = "drive.key"   # the drive proves itself with it to hosts that ask for that
+    hashes = ["sha512", "sha384"]       # that may be agreed on, by preference
+    dh_groups = ["ffdhe4096"]
+    read_only = true                    # no command of this host changes anything
 
 Only `nqn` must be there. A host without a key file need not prove anything, and a target with such a host
 listens on loopback alone.
