@@ -12,6 +12,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
+from spdk_glue import dma
 from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY
 from spdk_glue.fabrics.crc32c import crc32c
 from spdk_glue.status import NvmeError
@@ -338,3 +339,17 @@ def with_digests(header: np.ndarray, data: bytes | memoryview = b"") -> bytes:
     if common["flags"] & PduFlag.DATA_DIGEST:
         raw += crc32c(data).to_bytes(DIGEST_BYTES, "little")
     return raw
+
+
+# A PDU to send: its header, and its data where it has some. The header says which digests follow.
+PIECE = np.dtype([("header_address", "<u8"), ("data_address", "<u8"), ("data_length", "<u8")])
+
+
+def join(pieces: np.ndarray) -> bytes:
+    """PIECE [n] as they go on the wire; the definition of what tcp_glue sends."""
+    wire = b""
+    for header_address, data_address, length in pieces.tolist():
+        hlen = int(dma.view(header_address + HLEN_OFFSET, 1)[0])
+        body = dma.view(data_address, length).tobytes() if length else b""
+        wire += with_digests(dma.view(header_address, hlen).copy(), body)
+    return wire

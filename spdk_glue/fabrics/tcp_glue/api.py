@@ -5,10 +5,19 @@ Both ends of a connection use it. A stream is one thread's; only `wake` may be c
 
 import os
 import socket
+import threading
 
 import numpy as np
 
-from spdk_glue.fabrics.pdu import MAX_HEADER_BYTES, PDU_OVERHEAD_BYTES, RULE, RULES, FatalError, Framing
+from spdk_glue.fabrics.pdu import (
+    MAX_HEADER_BYTES,
+    PDU_OVERHEAD_BYTES,
+    PIECE,
+    RULE,
+    RULES,
+    FatalError,
+    Framing,
+)
 from spdk_glue.fabrics.tcp_glue._tcp_glue import ffi, lib
 
 FRAME = np.dtype(
@@ -22,7 +31,6 @@ FRAME = np.dtype(
         ("reserved", "V6"),
     ]
 )
-PIECE = np.dtype([("header_address", "<u8"), ("data_address", "<u8"), ("data_length", "<u8")])
 assert FRAME.itemsize == ffi.sizeof("tcp_frame") and PIECE.itemsize == ffi.sizeof("tcp_piece")
 assert RULE.itemsize == ffi.sizeof("tcp_rule") and {e.value for e in FatalError} >= {1, 3, 5}
 
@@ -82,6 +90,7 @@ class Stream:
         self.spin_us = spin_us
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setblocking(False)
+        self._lock, self._is_closed = threading.Lock(), False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._frames = np.zeros(MAX_FRAMES, FRAME)
         self._out = ffi.from_buffer("tcp_frame *", self._frames)
@@ -133,10 +142,19 @@ class Stream:
         if result:
             raise OSError(-result, os.strerror(-result))
 
+    @property
+    def num_waiting_bytes(self) -> int:
+        """That have arrived and are in no frame yet."""
+        return self._record.end - self._record.taken
+
     def wake(self) -> None:
-        """Have `receive` return, now or when it is called next."""
-        os.eventfd_write(self._wake_fd, 1)
+        """Have `receive` return, now or when it is called next. Nothing once the stream is closed."""
+        with self._lock:  # so that no descriptor of another's is woken
+            if not self._is_closed:
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        self.socket.close()
-        os.close(self._wake_fd)
+        with self._lock:
+            self._is_closed = True
+            self.socket.close()
+            os.close(self._wake_fd)
