@@ -12,6 +12,7 @@ cffi_modules = [
     "ftl/direct_io/build.py:ffibuilder",
     "kvfs/mount/fuse_glue/build.py:ffibuilder",
     "spdk_glue/linux_nvme/build.py:ffibuilder",
+    "spdk_glue/fabrics/tcp_glue/build.py:ffibuilder",
 ]
 _, why_no_spdk = runpy.run_path("spdk_glue/pyspdk/build.py")["find_spdk"]()
 if why_no_spdk:
@@ -33,6 +34,7 @@ setup(
         "ftl.direct_io": ["*.c", "*.h"],
         "kvfs.mount.fuse_glue": ["*.c"],
         "spdk_glue.linux_nvme": ["*.c", "*.h"],
+        "spdk_glue.fabrics.tcp_glue": ["*.c", "*.h"],
         "spdk_glue.pyspdk": ["*.c", "*.h"],
     },
     cffi_modules=cffi_modules,

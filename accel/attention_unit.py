@@ -6,6 +6,7 @@ Readers are two, so that requests are queued while the other checks checksums.
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
@@ -44,6 +45,7 @@ class Ticket:
     job: AttentionJob | None = None
     done: threading.Event = field(default_factory=threading.Event)
     command_ns: int = 0
+    waiting: list[Callable[[], None]] = field(default_factory=list)  # called once it is done
 
 
 class AttentionUnit:
@@ -91,7 +93,19 @@ class AttentionUnit:
             counters.pages_from_cache += job.pages_from_cache
             counters.kernel_ns += job.kernel_ns
             counters.command_ns += ticket.command_ns
-        ticket.done.set()
+            ticket.done.set()
+            waiting, ticket.waiting = ticket.waiting, []
+        for call in waiting:
+            call()
+
+    def when_done(self, ticket_id: int, call: Callable[[], None]) -> None:
+        """Call once, from any thread, as soon as a fetch of this ticket has nothing to wait for."""
+        with self._lock:
+            ticket = self._tickets.get(ticket_id)
+            if ticket is not None and not ticket.done.is_set():
+                ticket.waiting.append(call)
+                return
+        call()
 
     def fetch(self, ticket_id: int, answer: np.ndarray) -> int:
         """Wait for a ticket, write its answer, drop it. Returns the answer's true length in bytes."""

@@ -85,7 +85,7 @@ class Drive:
         stack.callback(self.attention_unit.close)
         admin = AdminCommands(ftl, self.attention_unit, self.cache, config.worker)
         blocks = BlockCommands(ftl)
-        controller = Controller(
+        self.controller = controller = Controller(
             {**blocks.handlers(), **VendorCommands(self.attention_unit, ftl).handlers()},
             admin.handlers(),
             blocks.batch_handlers(),

@@ -61,7 +61,7 @@ class Request:
 
 Handler = Callable[[Sequence[Request]], None]
 BatchHandler = Callable[[np.ndarray, Sequence[np.ndarray | None]], bool]
-_FIELDS = ["opcode", "nsid", "cdw10", "cdw11", "cdw12", "cdw13"]
+REQUEST_FIELDS = ["opcode", "nsid", "cdw10", "cdw11", "cdw12", "cdw13"]
 
 
 @dataclass
@@ -114,6 +114,17 @@ class Controller:
         self.error_log = ErrorLog()
         self._error_lock = threading.Lock()
 
+    def handlers(self, is_admin: bool) -> dict[int, Handler]:
+        return dict(self._handlers[not is_admin])
+
+    def with_handlers(
+        self, io_handlers: dict[int, Handler], admin_handlers: dict[int, Handler]
+    ) -> "Controller":
+        """Another of the same drive: other handlers for some opcodes, and an error log of its own."""
+        return Controller(
+            self._handlers[True] | io_handlers, self._handlers[False] | admin_handlers, self._batch_handlers
+        )
+
     def execute(self, queue_id: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
         """Run a batch of SUBMISSION_ENTRY records; COMPLETION_ENTRY [n] in the same order."""
         completions = np.zeros(len(entries), COMPLETION_ENTRY)
@@ -122,7 +133,8 @@ class Controller:
         if queue_id != ADMIN_QUEUE and self._is_done_at_once(entries, buffers):
             return completions
         requests = [
-            Request(*values, data) for values, data in zip(entries[_FIELDS].tolist(), buffers, strict=True)
+            Request(*values, data)
+            for values, data in zip(entries[REQUEST_FIELDS].tolist(), buffers, strict=True)
         ]
         handlers = self._handlers[queue_id != ADMIN_QUEUE]
         for opcode, run in groupby(requests, key=lambda request: request.opcode):
@@ -137,6 +149,12 @@ class Controller:
                 with self._error_lock:
                     self.error_log.add(queue_id, int(completion["cid"]), request)
         return completions
+
+    def note_failure(self, queue_id: int, cid: int, opcode: int, failure: CommandFailed) -> None:
+        """Of a command that came to no handler."""
+        request = Request(opcode, 0, 0, 0, 0, 0, None, failure.status, failure=failure)
+        with self._error_lock:
+            self.error_log.add(queue_id, cid, request)
 
     def _is_done_at_once(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> bool:
         handler = self._batch_handlers.get(int(entries["opcode"][0])) if len(entries) > 1 else None

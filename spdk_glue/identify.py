@@ -17,11 +17,21 @@ class Cns(IntEnum):
     ACTIVE_NAMESPACES = 0x02
     NAMESPACE_DESCRIPTORS = 0x03
     COMMAND_SET_NAMESPACE = 0x05
+    COMMAND_SET_CONTROLLER = 0x06
+    INDEPENDENT_NAMESPACE = 0x08  # of any command set
+    ALLOCATED_NAMESPACES = 0x10
+    ALLOCATED_NAMESPACE = 0x11
+    NAMESPACE_CONTROLLERS = 0x12
+    CONTROLLERS = 0x13
 
 
 class LogPage(IntEnum):
+    SUPPORTED_LOG_PAGES = 0x00
     ERROR_INFORMATION = 0x01
     SMART = 0x02
+    FIRMWARE_SLOTS = 0x03
+    CHANGED_NAMESPACES = 0x04
+    COMMANDS_SUPPORTED = 0x05
     FLASH_HEALTH = 0xC0  # vendor: what the flash translation layer did
     ATTENTION_COUNTERS = 0xC1  # vendor: what the attention unit did
     SUPERBLOCKS = 0xC2  # vendor: a SUPERBLOCK_RECORD for each

@@ -4,7 +4,7 @@
 
 Nothing here sends or receives. `take_pdu` is the definition of what may arrive; the C of tcp_glue does the same
 for runs of PDUs, out of the same table RULES. The builders return arrays of headers, one for each command of a
-batch; who sends them puts the digests in. Source: NVM Express NVMe/TCP Transport Specification 1.0, section 3.6.
+batch; who sends them puts the digests in. Source: NVMe/TCP Transport Specification 1.0, section 3.6.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
+from spdk_glue import dma
 from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY
 from spdk_glue.fabrics.crc32c import crc32c
 from spdk_glue.status import NvmeError
@@ -108,6 +109,8 @@ DIGEST_BYTES = 4
 MAX_HEADER_BYTES = 128
 MAX_TERMINATE_DATA_BYTES = 128
 MAX_PDA = 31  # of hpda and cpda
+# What a PDU has besides its data, at most: data start within the 255 bytes that pdo can say.
+PDU_OVERHEAD_BYTES = 256 + DIGEST_BYTES
 
 # What may follow a header. The type is the index; a row whose hlen is zero is no type.
 NO_DATA, MAY_HAVE_DATA, HAS_DATA = 0, 1, 2
@@ -336,3 +339,17 @@ def with_digests(header: np.ndarray, data: bytes | memoryview = b"") -> bytes:
     if common["flags"] & PduFlag.DATA_DIGEST:
         raw += crc32c(data).to_bytes(DIGEST_BYTES, "little")
     return raw
+
+
+# A PDU to send: its header, and its data where it has some. The header says which digests follow.
+PIECE = np.dtype([("header_address", "<u8"), ("data_address", "<u8"), ("data_length", "<u8")])
+
+
+def join(pieces: np.ndarray) -> bytes:
+    """PIECE [n] as they go on the wire; the definition of what tcp_glue sends."""
+    wire = b""
+    for header_address, data_address, length in pieces.tolist():
+        hlen = int(dma.view(header_address + HLEN_OFFSET, 1)[0])
+        body = dma.view(data_address, length).tobytes() if length else b""
+        wire += with_digests(dma.view(header_address, hlen).copy(), body)
+    return wire

@@ -22,6 +22,7 @@ from kvfsctl import (
     nvme,
     rm,
     scrub,
+    serve,
     stats,
     tree,
     umount,
@@ -54,6 +55,7 @@ app.command("wear")(wear.wear)
 app.command("gc")(gc.gc)
 app.command("mount")(mount.mount)
 app.command("umount")(umount.umount)
+app.command("serve")(serve.serve)
 app.command("df")(df.df)
 app.add_typer(nvme.app, name="nvme")
 app.add_typer(bench.app, name="bench")

@@ -1,0 +1,45 @@
+"""Builds `spdk_glue.fabrics.tcp_glue._tcp_glue`: run this file to build in place; packaging: `ffibuilder`."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+CRC32C = HERE.parents[2] / "ftl" / "direct_io"  # its crc32c.c
+
+CDEF = """
+static const int TCP_WOKEN, TCP_CLOSED;
+
+uint32_t tcp_crc32c(const uint8_t *at, size_t length);
+int tcp_take_frames(const tcp_rule *rules, const tcp_framing *framing, const uint8_t *bytes, uint64_t size,
+                    tcp_frame *frames, int max_frames, uint64_t *taken, uint64_t *wanted);
+int tcp_receive(tcp_stream *stream, const tcp_rule *rules, const tcp_framing *framing, tcp_frame *frames,
+                int max_frames, int timeout_ms, int spin_us);
+int tcp_send(int fd, const tcp_piece *pieces, size_t n, int timeout_ms);
+"""
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "records.h").read_text() + CDEF)
+ffibuilder.set_source(
+    "spdk_glue.fabrics.tcp_glue._tcp_glue",
+    "#include <stddef.h>\n#include <stdint.h>\n"
+    "enum { TCP_WOKEN = -100000, TCP_CLOSED = -100001 };  /* no errno */\n"
+    '#include "records.h"\n#include "crc32c.c"\n#include "digest.c"\n#include "receive.c"\n#include "send.c"\n',
+    include_dirs=[str(HERE), str(CRC32C)],
+    extra_compile_args=["-O3", "-std=gnu11", "-pthread", "-Wno-unused-function"],
+    extra_link_args=["-pthread"],
+)
+
+
+def build_in_place() -> Path:
+    """Compiles in a scratch directory and leaves only the shared object beside this file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(ffibuilder.compile(tmpdir=scratch))
+        fresh = shutil.copy2(built, HERE / f".{built.name}")
+        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
+
+
+if __name__ == "__main__":
+    print(build_in_place())
