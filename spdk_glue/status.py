@@ -147,6 +147,14 @@ class ConnectionLost(NvmeError):
     """The drive cannot be reached any more; says which, and what of the work is in doubt."""
 
 
+class BadLocation(NvmeError):
+    """No drive can be reached by this; says what is wrong and what would do."""
+
+
+class ConnectionRefused(NvmeError):
+    """A controller cannot be reached or does not take us; says which and why."""
+
+
 class QueuePairInUse(NvmeError):
     """Two threads on one queue pair."""
 

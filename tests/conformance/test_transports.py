@@ -2,7 +2,7 @@
 
 A transport that needs a drive takes one from the environment and overwrites it:
     KVFS_TEST_NVME=/dev/ng0n1    Linux passthrough
-SPDK's is tested over NVMe/TCP where its target is installed.
+SPDK's and ours over NVMe/TCP are tested with SPDK's target where that is installed.
 """
 
 import os
@@ -55,12 +55,32 @@ def spdk():
             target.close()
 
 
+@contextmanager
+def tcp_to_spdk(options=""):
+    if reason := why_no_spdk():
+        pytest.skip(f"needs SPDK: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Target(Path(folder), {"memory": ("malloc", 64 << 20)})
+        try:
+            yield BlockNamespace(open_transport(target.address + options))
+        finally:
+            target.close()
+
+
 # each yields a BlockNamespace over a namespace that may be overwritten
-TRANSPORTS = {"inproc": inproc, "linux": linux, "linux-ioctl": lambda: linux(use_uring=False), "spdk": spdk}
+TRANSPORTS = {
+    "inproc": inproc,
+    "linux": linux,
+    "linux-ioctl": lambda: linux(use_uring=False),
+    "spdk": spdk,
+    "tcp-to-spdk": tcp_to_spdk,
+    "tcp-to-spdk-digests": lambda: tcp_to_spdk("?header-digest=on&data-digest=on"),
+}
+NEED_SPDK = {"spdk", "tcp-to-spdk", "tcp-to-spdk-digests"}
 
 
 @pytest.fixture(
-    params=[pytest.param(kind, marks=[pytest.mark.spdk] if kind == "spdk" else []) for kind in TRANSPORTS]
+    params=[pytest.param(kind, marks=[pytest.mark.spdk] if kind in NEED_SPDK else []) for kind in TRANSPORTS]
 )
 def namespace(request):
     with TRANSPORTS[request.param]() as namespace:
