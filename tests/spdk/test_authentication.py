@@ -16,7 +16,7 @@ from spdk_glue.fabrics.authentication import (
     Policy,
     write_key_file,
 )
-from tests.spdk.socket_host import CommandRefused, SocketHost
+from tests.unit.spdk_glue.fabrics.socket_host import CommandRefused, SocketHost
 
 MIB = 1 << 20
 NULL = DhGroup.NULL

@@ -66,7 +66,7 @@ NEXT = {  # every transition
     State.AWAIT_IC: {State.AWAIT_CONNECT, State.CLOSED},
     State.AWAIT_CONNECT: {State.AUTHENTICATE, State.LIVE, State.CLOSED},
     State.AUTHENTICATE: {State.LIVE, State.CLOSED},
-    State.LIVE: {State.CLOSED},
+    State.LIVE: {State.AUTHENTICATE, State.CLOSED},  # back, if the host fails to prove itself again
     State.CLOSED: set(),
 }
 
@@ -705,7 +705,10 @@ class Connection:
         if authenticator.has_failed:
             log.warning("%s: %s", self.peer, authenticator.error())
             self._close("authentication failed")
-        elif authenticator.in_progress:
+            return
+        if self.state is State.LIVE and not authenticator.is_authenticated:
+            self._go(State.AUTHENTICATE)
+        if authenticator.in_progress:
             if self._deadline is None:
                 self._deadline = self._now + self._limits.authentication_seconds
         else:
