@@ -419,6 +419,15 @@ static int check_common(host_queue *queue)
     return 0;
 }
 
+/* Of a command that succeeded. A fabrics command's answer (an authentication message) may be shorter than the room
+ * that there is for it. */
+static int lacks_data(const host_slot *slot)
+{
+    if (slot->opcode == OPCODE_FABRICS && slot->direction == TO_HOST)
+        return 0;
+    return slot->direction && slot->moved != slot->length;
+}
+
 static int take_response(host_queue *queue)
 {
     host_completion answer;
@@ -429,7 +438,7 @@ static int take_response(host_queue *queue)
         return -1;
     if (!answer.status && slot->state == SLOT_SENDING) /* it cannot have done what it has not got */
         return host_fail(queue, HOST_FAULT_OUT_OF_ORDER, slot->cid);
-    if (!answer.status && slot->direction && slot->moved != slot->length)
+    if (!answer.status && lacks_data(slot))
         return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     slot->answer = answer;
     return host_step(queue, slot, WAS_ANSWERED);
@@ -491,7 +500,7 @@ static int end_data(host_queue *queue)
     expect_pdu(queue);
     if (!(queue->header[1] & FLAG_SUCCESS))
         return 0;
-    if (slot->moved != slot->length)
+    if (lacks_data(slot))
         return host_fail(queue, HOST_FAULT_INCOMPLETE, slot->cid);
     memset(&slot->answer, 0, sizeof slot->answer);
     return host_step(queue, slot, WAS_ANSWERED);
