@@ -4,9 +4,13 @@ import socket
 import threading
 from contextlib import closing
 
+import numpy as np
 import pytest
 
+from spdk_glue.namespace import BlockNamespace
+from spdk_glue.transports.tcp import TcpTransport
 from tests.tunnel.stunnel import Tunnel, secret_file, why_no_stunnel
+from tests.unit.spdk_glue.fabrics.authenticated_target import DRIVE_NQN, AuthenticatedTarget, host_name
 
 pytestmark = pytest.mark.skipif(bool(why_no_stunnel()), reason=why_no_stunnel() or "there")
 SECONDS = 20
@@ -69,3 +73,19 @@ def test_no_tls(tmp_path, echo):
     secret = secret_file(tmp_path / "psk")
     with closing(Tunnel(tmp_path, echo, secret, secret)) as tunnel:
         assert TEXT[:20] not in exchange(tunnel.target_port)
+
+
+def test_drive_behind_the_tunnel(tmp_path):
+    """The whole recipe: our host proves itself to our target, and the drive's data pass, unseen."""
+    target = AuthenticatedTarget(tmp_path)
+    files = {"key_file": target.new_key("host.key"), "controller_key_file": target.new_key("drive.key")}
+    target.allow(host_name(1), **{name: path.name for name, path in files.items()})
+    secret = secret_file(tmp_path / "psk")
+    with target.serving(), closing(Tunnel(tmp_path, target.port, secret, secret)) as tunnel:
+        address = target.address(hostnqn=host_name(1), **files).replace(f":{target.port}/", f":{tunnel.port}/")
+        with closing(BlockNamespace(TcpTransport.connect(address))) as namespace:
+            data = np.frombuffer((TEXT * 4)[: 16 * 4096], np.uint8)
+            namespace.write(1, data)
+            assert (namespace.read(1, 16) == data).all()
+        seen = bytes(tunnel.relay.seen)
+    assert len(seen) > 2 * len(data) and TEXT[:20] not in seen and DRIVE_NQN.encode() not in seen
