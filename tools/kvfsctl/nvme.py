@@ -2,7 +2,7 @@
 
 import typer
 
-from kvfsctl import nvme_blocks, nvme_describe, nvme_list, nvme_passthru
+from kvfsctl import nvme_blocks, nvme_describe, nvme_dhchap_key, nvme_list, nvme_passthru
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,3 +15,4 @@ app.command("smart-log")(nvme_describe.smart_log)
 app.command("read")(nvme_blocks.read)
 app.command("write")(nvme_blocks.write)
 app.command("passthru")(nvme_passthru.passthru)
+app.command("gen-dhchap-key")(nvme_dhchap_key.gen_dhchap_key)

@@ -37,6 +37,7 @@ from spdk_glue.fabrics.initiator.queue import (
 )
 from spdk_glue.identify import FLBAS_FORMAT, IDENTIFY_NAMESPACE, VWC_PRESENT, Cns
 from spdk_glue.status import (
+    BadLocation,
     ConnectionLost,
     ConnectionRefused,
     NvmeError,
@@ -512,9 +513,11 @@ def _place(data: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _credentials(where: Address) -> Credentials | None:
-    """The keys that the address names, or the host's default one. Raises KeyFileError."""
+    """The keys that the address names, or the host's default one. Raises KeyFileError, BadKey, BadLocation."""
     path = where.key_file or (addresses.KEY_FILE if addresses.KEY_FILE.exists() else None)
     if path is None:
+        if where.controller_key_file is not None:  # who wants a proof must not go without
+            raise BadLocation(f"{where}: a controller-key-file needs a key-file, the host's own")
         return None
     controller_key = None if where.controller_key_file is None else read_key_file(where.controller_key_file)
     return Credentials(read_key_file(path), controller_key)
