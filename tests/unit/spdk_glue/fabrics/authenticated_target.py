@@ -20,7 +20,7 @@ def host_name(number: int) -> str:
 
 def drive_in_memory() -> MemoryDrive:
     drive = MemoryDrive(block_bytes=4096)
-    drive.controller["nn"] = 1  # SPDK looks at it
+    drive.controller["nn"], drive.namespace["ncap"] = 1, drive.num_lbas  # SPDK looks at both
     return drive
 
 
