@@ -17,3 +17,6 @@ def test_bench_nvme():
     for name in ("pyspdk.random_read_4k", "pyspdk.read_128k", "attention.cold.spdk"):
         assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
         assert figures[f"{name}.ratio"]["goal"] is not None
+    for name in ("target.disk.read_128k", "target.disk.random_read_4k"):
+        assert figures[name]["value"] > 0 and figures[f"{name}.ratio"]["goal"] is not None
+    assert figures["target.attention.over_kernel"]["value"] > 0
