@@ -1,0 +1,162 @@
+"""What SPDK's target is to be: where it listens, who may connect, and the calls that make it so."""
+
+import ipaddress
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BDEV_NAME = "kvfs"
+DEFAULT_PORT = 4420
+MAX_IO_BYTES = 1 << 20
+# Fewer than SPDK's own numbers: 1,024 buffers of 128 KiB are all queues of a host with a MiB under way in each.
+IOBUF_OPTIONS = {"small_pool_count": 4096, "large_pool_count": 1024}
+BDEV_OPTIONS = {"bdev_io_pool_size": 16383, "bdev_io_cache_size": 256, "bdev_auto_examine": False}
+# What SPDK would make of several reads and writes: the block device knows whose those of a host are, not these.
+MASKED = {"masked_oncs": ["nvmcmps", "nvmcpys"], "masked_fuses": ["fcws"]}
+TRANSPORTS = {"tcp": "TCP", "rdma": "RDMA", "vfio-user": "VFIOUSER"}
+KEY_PREFIX = "DHHC-1:"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """transport: TCP, RDMA or VFIOUSER; address: numeric, or the folder of a vfio-user socket."""
+
+    transport: str
+    address: str
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Listener":
+        """Of HOST:PORT, rdma:HOST:PORT or vfio-user:FOLDER. Raises ValueError."""
+        name, colon, rest = text.partition(":")
+        if name not in TRANSPORTS or not colon:
+            name, rest = "tcp", text
+        if name == "vfio-user":
+            if not Path(rest).is_dir():
+                raise ValueError(f"no folder for a vfio-user socket: {rest}")
+            return cls("VFIOUSER", os.path.abspath(rest))
+        host, colon, port = rest.rpartition(":")
+        if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"an address to listen on is HOST:PORT, not {rest!r}")
+        host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError(f"SPDK listens on numeric addresses only, not on {host!r}") from None
+        return cls(TRANSPORTS[name], host, int(port))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only processes of this machine reach it."""
+        return self.transport == "VFIOUSER" or ipaddress.ip_address(self.address).is_loopback
+
+    @property
+    def rpc_address(self) -> dict[str, str]:
+        address = {"trtype": self.transport, "traddr": self.address, "trsvcid": str(self.port)}
+        if self.transport != "VFIOUSER":
+            address["adrfam"] = f"IPv{ipaddress.ip_address(self.address).version}"
+        return address
+
+    def __str__(self) -> str:
+        if self.transport == "VFIOUSER":
+            return f"vfio-user:{self.address}"
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{'rdma:' if self.transport == 'RDMA' else ''}{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class AllowedHost:
+    """A host that may connect: by its NQN, and with a key file by DH-HMAC-CHAP.
+
+    key_file: the host's key; controller_key_file: the target's own, if the host asks for it
+    """
+
+    nqn: str
+    key_file: Path | None = None
+    controller_key_file: Path | None = None
+
+    def __post_init__(self):
+        check_nqn(self.nqn)
+        for file in filter(None, (self.key_file, self.controller_key_file)):
+            check_key_file(file)
+        if self.controller_key_file and not self.key_file:
+            raise ValueError(f"{self.nqn}: a controller key file needs the host's key file, too")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """hosts: who may connect; with none, anybody on this machine.
+
+    is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes; cpus: of the reactors,
+    None for the first that this process may use; hugepages: None for where enough are free; memory_mb: what SPDK
+    takes, touched only as it is used.
+    """
+
+    listeners: tuple[Listener, ...]
+    nqn: str
+    hosts: tuple[AllowedHost, ...] = ()
+    is_polling: bool = False
+    cpus: tuple[int, ...] | None = None
+    hugepages: bool | None = None
+    memory_mb: int = 768
+
+    def __post_init__(self):
+        check_nqn(self.nqn)
+        if not self.listeners:
+            raise ValueError("a target listens on at least one address")
+        foreign = [listener for listener in self.listeners if not listener.is_local]
+        if foreign and (not self.hosts or any(host.key_file is None for host in self.hosts)):
+            raise ValueError(
+                f"{foreign[0]} can be reached from other machines: name the hosts that may connect, each with a "
+                "key file"
+            )
+        if self.cpus is not None and not set(self.cpus) <= os.sched_getaffinity(0):
+            raise ValueError(f"this process may not use all of the CPUs {sorted(self.cpus)}")
+
+    def calls(self, serial_number: str, model_number: str) -> Iterator[tuple[str, dict]]:
+        """(method, parameters) of the RPCs that set up a running SPDK, in order."""
+        for transport in dict.fromkeys(listener.transport for listener in self.listeners):
+            sizes = {"max_io_size": MAX_IO_BYTES, "in_capsule_data_size": 4096}
+            yield (
+                "nvmf_create_transport",
+                {"trtype": transport, **MASKED, **(sizes if transport != "VFIOUSER" else {})},
+            )
+        subsystem = {
+            "nqn": self.nqn,
+            "allow_any_host": not self.hosts,
+            "serial_number": serial_number,
+            "model_number": model_number,
+            "max_namespaces": 1,
+        }
+        yield "nvmf_create_subsystem", subsystem
+        yield "nvmf_subsystem_add_ns", {"nqn": self.nqn, "namespace": {"bdev_name": BDEV_NAME, "nsid": 1}}
+        for index, host in enumerate(self.hosts):
+            allowed = {"nqn": self.nqn, "host": host.nqn}
+            for kind, file in (("dhchap_key", host.key_file), ("dhchap_ctrlr_key", host.controller_key_file)):
+                if file is not None:
+                    allowed[kind] = f"{kind}_{index}"
+                    path = os.path.abspath(file)
+                    yield "keyring_file_add_key", {"name": allowed[kind], "path": path}
+            yield "nvmf_subsystem_add_host", allowed
+        for listener in self.listeners:
+            yield "nvmf_subsystem_add_listener", {"nqn": self.nqn, "listen_address": listener.rpc_address}
+
+
+def check_nqn(nqn: str) -> None:
+    """Raises ValueError. Source: NVM Express Base Specification 2.0, 4.5."""
+    if not re.fullmatch(r"nqn\.[0-9]{4}-[0-9]{2}\.[!-~]+", nqn) or len(nqn) > 223:
+        raise ValueError(f"not an NVMe qualified name (nqn.2026-11.org.example:name): {nqn!r}")
+
+
+def check_key_file(path: Path) -> None:
+    """Raises ValueError, OSError where a key cannot or must not be taken from a file."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"key file {path} is not a regular file")
+    if status.st_mode & 0o077:
+        raise ValueError(f"key file {path} can be read by others: chmod 600 it")
+    if not Path(path).read_text(encoding="ascii", errors="replace").startswith(KEY_PREFIX):
+        raise ValueError(f"key file {path} holds no DH-HMAC-CHAP key ({KEY_PREFIX}...)")
