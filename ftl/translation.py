@@ -290,8 +290,8 @@ class FlashTranslationLayer:
 
     @property
     def page_map(self) -> int | None:
-        """Address of a dio_map (direct_io/records.h), by which native code reads as `read_run` does, as long as this
-        layer is open; None where pages do not lie in a plain file.
+        """Address of a dio_map (direct_io/records.h), by which native code reads as `read_run` does, as long as
+        this layer is open; None where pages do not lie in a plain file.
         """
         return self._runs.address if self._runs else None
 

@@ -1,13 +1,14 @@
 """The drive's threads: they take batches of commands from SPDK's reactors, and answer them.
 
-Every host, which is a controller of SPDK's subsystem, has a controller of the drive: tickets and errors of one are
-not another's. SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much as a Keep
-Alive, is taken for gone; until then its attention may use memory, but no place of other hosts'.
+Every host, which is a controller of SPDK's subsystem, has a controller of the drive: tickets and errors of one
+are not another's. SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much as
+a Keep Alive, is taken for gone; until then its attention may use memory, but no place of other hosts'.
 """
 
 import logging
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,7 +40,7 @@ LOOK_SECONDS = 10
 
 
 class DriveCommands:
-    """new_controller: a controller of the drive for one more host; before_admin: called before admin commands."""
+    """new_controller: a controller of the drive for one more host; before_admin: done before admin commands"""
 
     def __init__(self, ffi, lib, new_controller: Callable[[], Controller], block_bytes: int, before_admin):
         self._ffi, self._lib = ffi, lib
@@ -70,7 +71,10 @@ class DriveCommands:
         ffi, lib = self._ffi, self._lib
         pieces = np.zeros(MAX_PIECES, PIECE)
         requests = np.zeros(max_requests, np.uint64)
-        of_pieces, of_requests = ffi.from_buffer("kvfs_piece[]", pieces), ffi.from_buffer("uint64_t[]", requests)
+        of_pieces, of_requests = (
+            ffi.from_buffer("kvfs_piece[]", pieces),
+            ffi.from_buffer("uint64_t[]", requests),
+        )
         num_requests = ffi.new("unsigned *")
         while True:
             taken = lib.kvfs_target_take(
@@ -99,7 +103,7 @@ class DriveCommands:
             for address, length in zip(pieces["address"].tolist(), pieces["length"].tolist(), strict=True)
         ]
         completions = np.zeros(len(pieces), COMPLETION_ENTRY)
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             part = slice(start, stop)
             try:
                 controller = self._controller(int(pieces["controller"][start]))

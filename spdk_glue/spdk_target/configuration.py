@@ -90,9 +90,9 @@ class AllowedHost:
 class TargetConfig:
     """hosts: who may connect; with none, anybody on this machine.
 
-    is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes; cpus: of the reactors,
-    None for the first that this process may use; hugepages: None for where enough are free; memory_mb: what SPDK
-    takes, touched only as it is used.
+    is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes; cpus: of the
+    reactors, None for the first that this process may use; hugepages: None for where enough are free;
+    memory_mb: what SPDK takes, touched only as it is used.
     """
 
     listeners: tuple[Listener, ...]
@@ -110,8 +110,8 @@ class TargetConfig:
         foreign = [listener for listener in self.listeners if not listener.is_local]
         if foreign and (not self.hosts or any(host.key_file is None for host in self.hosts)):
             raise ValueError(
-                f"{foreign[0]} can be reached from other machines: name the hosts that may connect, each with a "
-                "key file"
+                f"{foreign[0]} can be reached from other machines: name the hosts that may connect, each with"
+                " a key file"
             )
         if self.cpus is not None and not set(self.cpus) <= os.sched_getaffinity(0):
             raise ValueError(f"this process may not use all of the CPUs {sorted(self.cpus)}")
@@ -119,11 +119,12 @@ class TargetConfig:
     def calls(self, serial_number: str, model_number: str) -> Iterator[tuple[str, dict]]:
         """(method, parameters) of the RPCs that set up a running SPDK, in order."""
         for transport in dict.fromkeys(listener.transport for listener in self.listeners):
-            sizes = {"max_io_size": MAX_IO_BYTES, "in_capsule_data_size": 4096}
-            yield (
-                "nvmf_create_transport",
-                {"trtype": transport, **MASKED, **(sizes if transport != "VFIOUSER" else {})},
-            )
+            if transport == "VFIOUSER":
+                # what wakes a reactor that sleeps is a message; doorbells in shared memory are only polled
+                options = {"disable_mappable_bar0": not self.is_polling}
+            else:
+                options = {"max_io_size": MAX_IO_BYTES, "in_capsule_data_size": 4096}
+            yield "nvmf_create_transport", {"trtype": transport, **MASKED, **options}
         subsystem = {
             "nqn": self.nqn,
             "allow_any_host": not self.hosts,

@@ -1,6 +1,7 @@
 """A drive exported by SPDK's own NVMe over fabrics target, in the process that has the drive open."""
 
 import os
+import re
 import tempfile
 import threading
 import time
@@ -23,7 +24,13 @@ from spdk_glue.identify import (
 from spdk_glue.pyspdk import environment
 from spdk_glue.spdk_target import rpc
 from spdk_glue.spdk_target.commands import DriveCommands
-from spdk_glue.spdk_target.configuration import BDEV_NAME, BDEV_OPTIONS, IOBUF_OPTIONS, MAX_IO_BYTES, TargetConfig
+from spdk_glue.spdk_target.configuration import (
+    BDEV_NAME,
+    BDEV_OPTIONS,
+    IOBUF_OPTIONS,
+    MAX_IO_BYTES,
+    TargetConfig,
+)
 from spdk_glue.status import NvmeError
 
 START_SECONDS = 30
@@ -42,7 +49,7 @@ class ServedDrive(Protocol):
 
     @property
     def page_map(self) -> int | None:
-        """Address of the map by which pages can be read without the drive's code, a dio_map of ftl/direct_io."""
+        """Address of the map by which pages are read without the drive's code, a dio_map of ftl/direct_io."""
 
     def count_reads(self, num_pages: int) -> None:
         """So many pages were read by that map."""
@@ -148,8 +155,10 @@ class SpdkTarget:
             address = params.get("listen_address")
             if address is not None:
                 where = next(str(one) for one in self.config.listeners if one.rpc_address == address)
-                raise TargetError(f"cannot listen on {where}: {said}") from refused
-            raise TargetError(f"SPDK refuses {method}: {said}") from refused
+                found = re.search(r"errno = (\d+)", said)
+                why = os.strerror(int(found[1])) if found else said
+                raise TargetError(f"cannot listen on {where}: {why}") from refused
+            raise TargetError(f"SPDK refuses {method}: {refused.message.rstrip('.')} ({said})") from refused
         except OSError as error:
             raise TargetError(f"SPDK's target has ended: {self._last_words(str(error))}") from error
 
