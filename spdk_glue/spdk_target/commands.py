@@ -1,8 +1,8 @@
 """The drive's threads: they take batches of commands from SPDK's reactors, and answer them.
 
 Every host, which is a controller of SPDK's subsystem, has a controller of the drive: tickets and errors of one
-are not another's. SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much as
-a Keep Alive, is taken for gone; until then its attention may use memory, but no place of other hosts'.
+are not another's. SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much
+as a Keep Alive, is taken for gone; until then its attention may use memory, but no place of other hosts'.
 """
 
 import logging

@@ -90,9 +90,9 @@ class AllowedHost:
 class TargetConfig:
     """hosts: who may connect; with none, anybody on this machine.
 
-    is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes; cpus: of the
-    reactors, None for the first that this process may use; hugepages: None for where enough are free;
-    memory_mb: what SPDK takes, touched only as it is used.
+    is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes, which vfio-user
+    needs: its doorbells are memory; cpus: of the reactors, None for the first that this process may use;
+    hugepages: None for where enough are free; memory_mb: what SPDK takes, touched only as it is used.
     """
 
     listeners: tuple[Listener, ...]
@@ -116,13 +116,15 @@ class TargetConfig:
         if self.cpus is not None and not set(self.cpus) <= os.sched_getaffinity(0):
             raise ValueError(f"this process may not use all of the CPUs {sorted(self.cpus)}")
 
+    @property
+    def polls(self) -> bool:
+        return self.is_polling or any(listener.transport == "VFIOUSER" for listener in self.listeners)
+
     def calls(self, serial_number: str, model_number: str) -> Iterator[tuple[str, dict]]:
         """(method, parameters) of the RPCs that set up a running SPDK, in order."""
         for transport in dict.fromkeys(listener.transport for listener in self.listeners):
-            if transport == "VFIOUSER":
-                # what wakes a reactor that sleeps is a message; doorbells in shared memory are only polled
-                options = {"disable_mappable_bar0": not self.is_polling}
-            else:
+            options = {}
+            if transport != "VFIOUSER":  # which takes what a PCIe drive would
                 options = {"max_io_size": MAX_IO_BYTES, "in_capsule_data_size": 4096}
             yield "nvmf_create_transport", {"trtype": transport, **MASKED, **options}
         subsystem = {

@@ -117,7 +117,7 @@ class SpdkTarget:
         options.name = self._keep(f"kvfs_{os.getpid()}".encode())
         options.cpus = self._keep(f"[{','.join(map(str, cpus))}]".encode())
         options.bdev_name = self._keep(BDEV_NAME.encode())
-        options.memory_mb, options.hugepages, options.polling = memory_mb, hugepages, self.config.is_polling
+        options.memory_mb, options.hugepages, options.polling = memory_mb, hugepages, self.config.polls
         options.num_blocks = int(namespace["nsze"])
         options.block_bytes = 1 << int(namespace["lbaf"][namespace["flbas"] & FLBAS_FORMAT]["lbads"])
         options.uuid = bytes.fromhex(self.serial_number.ljust(32, "0"))

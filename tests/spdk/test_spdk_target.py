@@ -18,7 +18,7 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.status import ConnectionLost, NvmeStatusError, Status
 from spdk_glue.transports.url import open_transport
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
-from tests.spdk.served_drive import NQN, ServedDrive
+from kvfs_bench.served_drive import NQN, ServedDrive
 from tests.unit.accel.test_drive import (
     ANSWER,
     GROUP,
