@@ -28,6 +28,7 @@ typedef struct {
     uint8_t uuid[16];
     const void *map; /* of the drive's pages, a dio_map, or NULL: see ftl/direct_io */
     const uint8_t *identity, *identity_mask; /* what Identify Controller says instead of SPDK's words, 4096 bytes each */
+    uint32_t max_transfer_at; /* where it says, in 32 bits, how much a vendor command moves */
 } kvfs_target_options;
 
 typedef struct {

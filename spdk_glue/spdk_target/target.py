@@ -28,7 +28,6 @@ from spdk_glue.spdk_target.configuration import (
     BDEV_NAME,
     BDEV_OPTIONS,
     IOBUF_OPTIONS,
-    MAX_IO_BYTES,
     TargetConfig,
 )
 from spdk_glue.status import NvmeError
@@ -105,9 +104,6 @@ class SpdkTarget:
         controller.close()
         self.serial_number = identity["sn"].decode()
         self.model_number = identity["mn"].decode()
-        identity["attention"]["max_transfer_bytes"] = min(
-            identity["attention"]["max_transfer_bytes"], MAX_IO_BYTES
-        )
         self._kept = [*(_raw(record) for record in (identity, _identity_mask()))]
         hugepages, memory_mb = self.config.hugepages, self.config.memory_mb
         if hugepages is None:
@@ -122,6 +118,7 @@ class SpdkTarget:
         options.block_bytes = 1 << int(namespace["lbaf"][namespace["flbas"] & FLBAS_FORMAT]["lbads"])
         options.uuid = bytes.fromhex(self.serial_number.ljust(32, "0"))
         options.map = self._ffi.cast("void *", drive.page_map or 0)
+        options.max_transfer_at = VENDOR_AREA_OFFSET + ATTENTION_CAPABILITIES.fields["max_transfer_bytes"][1]
         options.identity = self._ffi.from_buffer("uint8_t[]", self._kept[0])
         options.identity_mask = self._ffi.from_buffer("uint8_t[]", self._kept[1])
         return options

@@ -1,8 +1,9 @@
 """The plug-in for SPDK's target beside SPDK's own target on the same medium, with spdk_nvme_perf as client.
 
 Both targets poll the first CPU, the client polls the second; one of the targets is stopped while the other is
-measured. Media: a file on disk by direct I/O, which SPDK reads through its aio block device, and a file in memory,
-which both read through the kernel; SPDK's malloc block device, without a file or checksums, is the other bound.
+measured. Media: a file on disk by direct I/O, which SPDK reads through its aio block device, and a file in
+memory, which both read through the kernel; SPDK's malloc block device, without file or checksums, is the other
+bound.
 """
 
 import os
