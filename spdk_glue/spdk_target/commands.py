@@ -15,7 +15,7 @@ import numpy as np
 from spdk_glue import dma
 from spdk_glue import status as nvme_status
 from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY
-from spdk_glue.controller import Controller
+from spdk_glue.spdk_target.hosts import Hosts
 from spdk_glue.status import Status
 
 log = logging.getLogger(__name__)
@@ -40,15 +40,13 @@ LOOK_SECONDS = 10
 
 
 class DriveCommands:
-    """new_controller: a controller of the drive for one more host; before_admin: done before admin commands"""
+    """before_admin: done before admin commands"""
 
-    def __init__(self, ffi, lib, new_controller: Callable[[], Controller], block_bytes: int, before_admin):
+    def __init__(self, ffi, lib, hosts: Hosts, block_bytes: int, before_admin: Callable[[], None]):
         self._ffi, self._lib = ffi, lib
-        self._new_controller = new_controller
+        self._hosts = hosts
         self._block_bytes = block_bytes
         self._before_admin = before_admin
-        self._controllers: dict[int, Controller] = {}
-        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(lane, most), name=f"kvfs-spdk-{lane}", daemon=True)
@@ -64,8 +62,7 @@ class DriveCommands:
         self._ended.set()
         for thread in self._threads:
             thread.join()
-        for controller in self._controllers.values():
-            controller.close()
+        self._hosts.forget(lambda controller_id: True)
 
     def _run(self, lane: int, max_requests: int) -> None:
         ffi, lib = self._ffi, self._lib
@@ -106,7 +103,7 @@ class DriveCommands:
         for start, stop in pairwise(starts):
             part = slice(start, stop)
             try:
-                controller = self._controller(int(pieces["controller"][start]))
+                controller = self._hosts.controller(int(pieces["controller"][start]))
                 queue_id = 0 if is_admin else int(pieces["queue"][start])
                 completions[part] = controller.execute(queue_id, entries[part], buffers[part])
             except Exception:
@@ -115,22 +112,13 @@ class DriveCommands:
                 completions["status"][part] = nvme_status.encode(Status.INTERNAL_ERROR)
         return completions
 
-    def _controller(self, controller_id: int) -> Controller:
-        with self._lock:
-            controller = self._controllers.get(controller_id)
-            if controller is None:
-                controller = self._controllers[controller_id] = self._new_controller()
-            return controller
-
     def _look(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
             self.forget_silent(SILENT_SECONDS)
 
     def forget_silent(self, seconds: float) -> list[int]:
         """Let go of hosts that were silent for so long; their controllers' identifiers."""
-        with self._lock:
-            gone = [i for i in self._controllers if i and self._lib.kvfs_target_silent_ms(i) >= 1000 * seconds]
-            controllers = [self._controllers.pop(i) for i in gone]
-        for controller in controllers:
-            controller.close()
-        return gone
+        silent = self._lib.kvfs_target_silent_ms
+        return self._hosts.forget(
+            lambda controller_id: controller_id and silent(controller_id) >= 1000 * seconds
+        )

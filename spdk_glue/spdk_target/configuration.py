@@ -2,11 +2,14 @@
 
 import ipaddress
 import os
-import re
-import stat
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from spdk_glue.fabrics.authentication import read_key_file
+from spdk_glue.fabrics.records import check_nqn
+from spdk_glue.fabrics.target.host_access import HostAccess, HostAccessError, is_loopback
 
 BDEV_NAME = "kvfs"
 DEFAULT_PORT = 4420
@@ -17,7 +20,6 @@ BDEV_OPTIONS = {"bdev_io_pool_size": 16383, "bdev_io_cache_size": 256, "bdev_aut
 # What SPDK would make of several reads and writes: the block device knows whose those of a host are, not these.
 MASKED = {"masked_oncs": ["nvmcmps", "nvmcpys"], "masked_fuses": ["fcws"]}
 TRANSPORTS = {"tcp": "TCP", "rdma": "RDMA", "vfio-user": "VFIOUSER"}
-KEY_PREFIX = "DHHC-1:"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Listener:
     @property
     def is_local(self) -> bool:
         """Whether only processes of this machine reach it."""
-        return self.transport == "VFIOUSER" or ipaddress.ip_address(self.address).is_loopback
+        return self.transport == "VFIOUSER" or is_loopback(self.address)
 
     @property
     def rpc_address(self) -> dict[str, str]:
@@ -81,14 +83,14 @@ class AllowedHost:
     def __post_init__(self):
         check_nqn(self.nqn)
         for file in filter(None, (self.key_file, self.controller_key_file)):
-            check_key_file(file)
+            read_key_file(file)  # SPDK's words for a bad one are few
         if self.controller_key_file and not self.key_file:
             raise ValueError(f"{self.nqn}: a controller key file needs the host's key file, too")
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """hosts: who may connect; with none, anybody on this machine.
+    """nqn: None for the drive's own name; hosts: who may connect; with none, anybody on this machine.
 
     is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes, which vfio-user
     needs: its doorbells are memory; cpus: of the reactors, None for the first that this process may use;
@@ -96,7 +98,7 @@ class TargetConfig:
     """
 
     listeners: tuple[Listener, ...]
-    nqn: str
+    nqn: str | None = None
     hosts: tuple[AllowedHost, ...] = ()
     is_polling: bool = False
     cpus: tuple[int, ...] | None = None
@@ -104,7 +106,8 @@ class TargetConfig:
     memory_mb: int = 768
 
     def __post_init__(self):
-        check_nqn(self.nqn)
+        if self.nqn is not None:
+            check_nqn(self.nqn)
         if not self.listeners:
             raise ValueError("a target listens on at least one address")
         foreign = [listener for listener in self.listeners if not listener.is_local]
@@ -120,7 +123,7 @@ class TargetConfig:
     def polls(self) -> bool:
         return self.is_polling or any(listener.transport == "VFIOUSER" for listener in self.listeners)
 
-    def calls(self, serial_number: str, model_number: str) -> Iterator[tuple[str, dict]]:
+    def calls(self, nqn: str, serial_number: str, model_number: str) -> Iterator[tuple[str, dict]]:
         """(method, parameters) of the RPCs that set up a running SPDK, in order."""
         for transport in dict.fromkeys(listener.transport for listener in self.listeners):
             options = {}
@@ -128,16 +131,16 @@ class TargetConfig:
                 options = {"max_io_size": MAX_IO_BYTES, "in_capsule_data_size": 4096}
             yield "nvmf_create_transport", {"trtype": transport, **MASKED, **options}
         subsystem = {
-            "nqn": self.nqn,
+            "nqn": nqn,
             "allow_any_host": not self.hosts,
             "serial_number": serial_number,
             "model_number": model_number,
             "max_namespaces": 1,
         }
         yield "nvmf_create_subsystem", subsystem
-        yield "nvmf_subsystem_add_ns", {"nqn": self.nqn, "namespace": {"bdev_name": BDEV_NAME, "nsid": 1}}
+        yield "nvmf_subsystem_add_ns", {"nqn": nqn, "namespace": {"bdev_name": BDEV_NAME, "nsid": 1}}
         for index, host in enumerate(self.hosts):
-            allowed = {"nqn": self.nqn, "host": host.nqn}
+            allowed = {"nqn": nqn, "host": host.nqn}
             for kind, file in (("dhchap_key", host.key_file), ("dhchap_ctrlr_key", host.controller_key_file)):
                 if file is not None:
                     allowed[kind] = f"{kind}_{index}"
@@ -145,21 +148,22 @@ class TargetConfig:
                     yield "keyring_file_add_key", {"name": allowed[kind], "path": path}
             yield "nvmf_subsystem_add_host", allowed
         for listener in self.listeners:
-            yield "nvmf_subsystem_add_listener", {"nqn": self.nqn, "listen_address": listener.rpc_address}
+            yield "nvmf_subsystem_add_listener", {"nqn": nqn, "listen_address": listener.rpc_address}
 
 
-def check_nqn(nqn: str) -> None:
-    """Raises ValueError. Source: NVM Express Base Specification 2.0, 4.5."""
-    if not re.fullmatch(r"nqn\.[0-9]{4}-[0-9]{2}\.[!-~]+", nqn) or len(nqn) > 223:
-        raise ValueError(f"not an NVMe qualified name (nqn.2026-11.org.example:name): {nqn!r}")
+def hosts_of_access_file(path: str | os.PathLike) -> tuple[AllowedHost, ...]:
+    """The hosts that an access file names: see spdk_glue/fabrics/target/host_access.py.
 
-
-def check_key_file(path: Path) -> None:
-    """Raises ValueError, OSError where a key cannot or must not be taken from a file."""
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"key file {path} is not a regular file")
-    if status.st_mode & 0o077:
-        raise ValueError(f"key file {path} can be read by others: chmod 600 it")
-    if not Path(path).read_text(encoding="ascii", errors="replace").startswith(KEY_PREFIX):
-        raise ValueError(f"key file {path} holds no DH-HMAC-CHAP key ({KEY_PREFIX}...)")
+    Raises HostAccessError, also for what SPDK cannot hold a single host to.
+    """
+    HostAccess.read(path)  # says what is wrong with it
+    hosts = []
+    for table in tomllib.loads(Path(path).read_text())["host"]:
+        for name in ("hashes", "dh_groups", "read_only"):
+            if name in table:
+                raise HostAccessError(
+                    path, f"host {table['nqn']}: SPDK's target has no {name} for one host alone"
+                )
+        files = (table.get(name) for name in ("key_file", "controller_key_file"))
+        hosts.append(AllowedHost(table["nqn"], *(file and Path(path).parent / file for file in files)))
+    return tuple(hosts)

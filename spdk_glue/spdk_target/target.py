@@ -30,6 +30,7 @@ from spdk_glue.spdk_target.configuration import (
     IOBUF_OPTIONS,
     TargetConfig,
 )
+from spdk_glue.spdk_target.hosts import Hosts
 from spdk_glue.status import NvmeError
 
 START_SECONDS = 30
@@ -43,8 +44,7 @@ class TargetError(NvmeError):
 class ServedDrive(Protocol):
     """What of a drive the target needs."""
 
-    def create_controller(self) -> Controller:
-        """For one host: see accel.drive.Drive."""
+    controller: Controller
 
     @property
     def page_map(self) -> int | None:
@@ -76,9 +76,8 @@ class SpdkTarget:
         self._options = self._make_options(drive)
         if lib.kvfs_target_prepare() < 0:
             raise TargetError("no semaphores are left")
-        self._commands = DriveCommands(
-            ffi, lib, drive.create_controller, self._options.block_bytes, self._count_reads
-        )
+        hosts = Hosts(drive.controller, self._max_tickets)
+        self._commands = DriveCommands(ffi, lib, hosts, self._options.block_bytes, self._count_reads)
         self._folder = tempfile.TemporaryDirectory(prefix="kvfs-spdk-")  # mode 0700
         self._socket = os.path.join(self._folder.name, "rpc.sock")
         self._options.rpc_socket = self._keep(self._socket.encode())
@@ -98,10 +97,10 @@ class SpdkTarget:
         return self._kept[-1]
 
     def _make_options(self, drive: ServedDrive):
-        controller = drive.create_controller()
-        identity = _identify(controller, Cns.CONTROLLER, IDENTIFY_CONTROLLER)
-        namespace = _identify(controller, Cns.NAMESPACE, IDENTIFY_NAMESPACE)
-        controller.close()
+        identity = _identify(drive.controller, Cns.CONTROLLER, IDENTIFY_CONTROLLER)
+        namespace = _identify(drive.controller, Cns.NAMESPACE, IDENTIFY_NAMESPACE)
+        self.nqn = self.config.nqn or identity["subnqn"].decode()
+        self._max_tickets = int(identity["attention"]["max_tickets"])
         self.serial_number = identity["sn"].decode()
         self.model_number = identity["mn"].decode()
         self._kept = [*(_raw(record) for record in (identity, _identity_mask()))]
@@ -131,7 +130,7 @@ class SpdkTarget:
         self._call("iobuf_set_options", IOBUF_OPTIONS)
         self._call("bdev_set_options", BDEV_OPTIONS)
         self._call("framework_start_init", {})
-        for method, params in self.config.calls(self.serial_number, self.model_number):
+        for method, params in self.config.calls(self.nqn, self.serial_number, self.model_number):
             self._call(method, params)
 
     def _wait_for_rpc(self) -> None:

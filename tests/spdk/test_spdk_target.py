@@ -3,16 +3,21 @@
 import re
 import socket
 import subprocess
+import sys
+import textwrap
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from accel.drive import Drive, DriveConfig
 from ftl.geometry import Geometry
+from kvfs_bench.nvmf_target import free_port
 from kvfs_bench.served_drive import NQN, ServedDrive
 from spdk_glue import command, spdk_target
+from spdk_glue.fabrics.authentication import Credentials, HostAuthenticator, Key, write_key_file
 from spdk_glue.flash_admin import FlashAdmin
 from spdk_glue.identify import (
     ERROR_LOG_ENTRY,
@@ -25,6 +30,7 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.status import ConnectionLost, NvmeStatusError, Status
 from spdk_glue.transports.url import open_transport
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
+from tests.spdk.socket_host import CommandRefused, SocketHost
 from tests.unit.accel.test_drive import (
     ANSWER,
     GROUP,
@@ -114,7 +120,7 @@ def test_health(namespace):
 
 
 def test_maintenance(served, namespace):
-    """The drive's own check and its allocated blocks, over the wire; what a wire does not carry is not offered."""
+    """The drive's own check, its allocated blocks: what a wire does not carry is not offered on it."""
     namespace.write(100, blocks(10))
     assert FlashAdmin(namespace).check()[0] == 0
     if namespace.controller["oacs"] & OACS_GET_LBA_STATUS:
@@ -216,7 +222,7 @@ def test_as_embedded(own):
     data, _ = descriptor(40)
     over_the_wire = namespace.attend(data, ANSWER)
     namespace.close()
-    assert own.end() == ""
+    own.end()
     drive = Drive.open(own.drive, DriveConfig(cache_bytes=16 << 20, num_workers=2))
     embedded = Namespace(drive.transport).attend(data, ANSWER)
     drive.close()
@@ -416,17 +422,6 @@ def test_killed_host(own):
     namespace.close()
 
 
-def test_silent_hosts_are_forgotten(own):
-    """What a host that is gone left behind ends; one that is heard keeps its tickets."""
-    # the look of 10 s and the patience of 120 s are the server's: ask through a page that counts cancelled work
-    namespace = connect(own)
-    groups(namespace, 2)
-    ticket = namespace.attention_submit(descriptor(2)[0])
-    time.sleep(1)
-    namespace.attention_fetch(ticket, ANSWER)
-    namespace.close()
-
-
 def test_closed_cleanly_under_load(own):
     """SIGTERM while hosts write: the drive is closed, all that was flushed is there."""
     namespace = connect(own)
@@ -479,3 +474,114 @@ def test_port_in_use(tmp_path):
     last = str(caught.value).strip().splitlines()[-1]
     assert f"cannot listen on {address}: Address already in use" in last
     Drive.open(tmp_path / "drive", DriveConfig(num_workers=1)).close()  # it was let go of
+
+
+def test_authentication(tmp_path):
+    """Only hosts of the access file, and only with their keys; the target proves itself, too."""
+    nqn = "nqn.2014-08.org.nvmexpress:uuid:00000000-0000-4000-8000-000000000001"
+    key, controller_key = Key.generate(), Key.generate()
+    write_key_file(tmp_path / "host.key", key)
+    write_key_file(tmp_path / "drive.key", controller_key)
+    access = tmp_path / "access.toml"
+    access.write_text(f'[[host]]\nnqn = "{nqn}"\nkey_file = "host.key"\ncontroller_key_file = "drive.key"\n')
+    access.chmod(0o600)
+    Drive.format(tmp_path / "drive", GEOMETRY)
+    served = ServedDrive(tmp_path / "drive", options=["--host-access", str(access)])
+    try:
+        with closing(SocketHost(served.port, nqn, NQN)) as host:
+            assert host.must_authenticate
+            authenticator = HostAuthenticator(nqn, NQN, Credentials(key, controller_key))
+            host.authenticate(authenticator)
+            assert authenticator.is_authenticated, authenticator.failure
+            assert host.version() >> 16 == 2
+        with closing(SocketHost(served.port, nqn, NQN)) as host, pytest.raises(CommandRefused):
+            host.version()
+        with closing(SocketHost(served.port, nqn, NQN)) as host:
+            authenticator = HostAuthenticator(nqn, NQN, Credentials(Key.generate(), controller_key))
+            host.authenticate(authenticator)
+            assert authenticator.has_failed
+        with pytest.raises((CommandRefused, ConnectionError)):
+            SocketHost(served.port, f"{nqn[:-1]}2", NQN)
+    finally:
+        served.close()
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"listen": "0.0.0.0:4455"}, "can be reached from other machines"),
+        ({"listen": "somewhere:4455"}, "SPDK listens on numeric addresses only"),
+        ({"listen": "127.0.0.1"}, "an address to listen on is HOST:PORT"),
+        ({"listen": "vfio-user:/no/such/folder"}, "no folder for a vfio-user socket"),
+        ({"options": ["--host-access", "/no/such/file"]}, "/no/such/file: "),
+        ({"options": ["--nqn", "no name"]}, "no name"),
+    ],
+)
+def test_bad_input(tmp_path, options, line):
+    """One clear line, before the drive is opened."""
+    with pytest.raises(RuntimeError) as caught:
+        ServedDrive(tmp_path / "no_drive", **options)
+    (said,) = str(caught.value).strip().splitlines()
+    assert said.startswith("kvfsctl: ") and line in said
+
+
+def test_no_memory_for_spdk(tmp_path):
+    """More huge pages than there are: one line. (All other tests run without any.)"""
+    done = in_process(tmp_path, "TargetConfig(LISTEN, hugepages=True, memory_mb=1 << 30)")
+    assert "does not start" in done.stderr.strip().splitlines()[-1]
+
+
+def test_second_start(tmp_path):
+    """SPDK starts once in a process: the second drive is told, the first goes on."""
+    done = in_process(tmp_path, "TargetConfig(LISTEN)", "SpdkTarget(drive, TargetConfig(LISTEN))")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("SPDK was started in this process before: its target needs a process of its own")
+    )
+    assert "closed" in done.stdout
+
+
+def test_silent_hosts_are_forgotten(tmp_path):
+    """What a host that is gone left under way ends; one that is heard keeps its tickets."""
+    host = (
+        "from tests.unit.accel.test_drive import *; from spdk_glue.transports.url import open_transport;"
+        "import sys; namespace = Namespace(open_transport(sys.argv[1])); groups(namespace, 2);"
+        "print(namespace.attention_submit(descriptor(2)[0]), flush=True); import os; os.kill(os.getpid(), 9)"
+    )
+    steps = f"""
+import subprocess, sys, time
+def submit():
+    program = [sys.executable, "-c", {host!r}, "spdk:" + TRANSPORT_ID]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
+submit()
+assert target.forget_silent_hosts(60) == []
+time.sleep(1.5)
+submit()  # the same number: the other host's is not in its way
+print("forgotten", target.forget_silent_hosts(1))
+"""
+    done = in_process(tmp_path, "TargetConfig(LISTEN)", steps)
+    assert re.search(r"forgotten \[\d+\]", done.stdout), done.stdout + done.stderr
+
+
+def in_process(folder, config: str, steps: str = "") -> subprocess.CompletedProcess:
+    """A process that serves a new drive, does some steps, and closes both."""
+    Drive.format(folder / "drive", GEOMETRY)
+    port = free_port()
+    code = f"""
+from accel.drive import Drive, DriveConfig
+from spdk_glue.spdk_target.configuration import Listener, TargetConfig
+from spdk_glue.spdk_target.target import SpdkTarget
+LISTEN = (Listener("TCP", "127.0.0.1", {port}),)
+TRANSPORT_ID = "trtype:TCP adrfam:IPv4 traddr:127.0.0.1 trsvcid:{port} subnqn:"
+drive = Drive.open({str(folder / "drive")!r}, DriveConfig(cache_bytes=16 << 20, num_workers=2))
+try:
+    with SpdkTarget(drive, {config}) as target:
+        TRANSPORT_ID += target.nqn
+{textwrap.indent(steps, "        ")}
+finally:
+    drive.close()
+    print("closed")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

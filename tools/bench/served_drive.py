@@ -1,49 +1,45 @@
 """A kvfs drive that a process of its own exports by SPDK's target."""
 
-import os
 import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvfs_bench.nvmf_target import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 NQN = "nqn.2026-11.io.kvfs:served"
 START_SECONDS = 60
 END_SECONDS = 30
 
 
 class ServedDrive:
-    """options: of serve_spdk, by their text; it is killed when the test's process ends."""
+    """A `kvfsctl serve --stack spdk` process, which does not outlive the one that starts it.
 
-    def __init__(self, drive: Path, *listen: str, **options: str):
+    listen: what to listen on, a free port of loopback by default; options: further arguments
+    """
+
+    def __init__(self, drive: Path, listen: str | None = None, options: Sequence[str] = ()):
         self.drive = drive
         self.port = free_port()
-        self.listen = listen or (f"127.0.0.1:{self.port}",)
-        self.options = {"nqn": repr(NQN), "cache_bytes": "16 << 20", "num_workers": "2", **options}
+        self.listen = listen or f"127.0.0.1:{self.port}"
+        self.options = options
         self.start()
 
     def start(self) -> None:
-        arguments = ", ".join(f"{name}={text}" for name, text in self.options.items())
-        code = (
-            "from pathlib import Path; from kvfsctl.serve_spdk import serve_spdk;"
-            "from spdk_glue.spdk_target.configuration import AllowedHost;"
-            f"serve_spdk(Path({str(self.drive)!r}), {list(self.listen)!r}, {arguments})"
-        )
+        command = [sys.executable, "-m", "kvfsctl", "serve", str(self.drive), "--stack", "spdk", "--nqn", NQN]
+        sizes = ["--listen", self.listen, "--cache-bytes", "16MiB", "--num-workers", "2"]
         self.process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", code],
+            ["setpriv", "--pdeathsig", "KILL", *command, *sizes, *self.options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
         )
         if not select.select([self.process.stdout], [], [], START_SECONDS)[0]:
             self.kill()
             raise TimeoutError("the drive is not served")
-        self.first_line = self.process.stdout.readline()
-        if not self.first_line.startswith("serving"):
+        if not self.process.stdout.readline():
             _, errors = self.process.communicate(timeout=END_SECONDS)
             raise RuntimeError(errors[-3000:])
 
@@ -73,6 +69,3 @@ class ServedDrive:
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
-
-    def num_threads(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))

@@ -73,7 +73,7 @@ def _served(folder: Path) -> ServedDrive:
         namespace.write(first, content[: (namespace.num_lbas - first) * namespace.block_bytes])
     namespace.flush()
     drive.close()
-    return ServedDrive(folder / "drive", is_polling="True", cpus="(0,)")
+    return ServedDrive(folder / "drive", options=["--poll"])
 
 
 @contextmanager

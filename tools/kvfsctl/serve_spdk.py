@@ -1,56 +1,55 @@
-"""Exporting a drive by SPDK's own target, for `kvfsctl serve --stack spdk`."""
+"""`kvfsctl serve --stack spdk`: a drive exported by SPDK's own target."""
 
-import signal
 import threading
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from kvfsctl.output import fail, print_json
+
 LOOK_SECONDS = 0.5
-TARGET_OPTIONS = ("is_polling", "cpus", "hugepages")
 
 
-class TargetEnded(Exception):
-    """SPDK's target has ended by itself."""
+def serve_spdk(
+    drive: Path,
+    listen: str,
+    stop: threading.Event,
+    *,
+    nqn: str | None = None,
+    host_access: Path | None = None,
+    is_polling: bool = False,
+    cpus: tuple[int, ...] | None = None,
+    json_output: bool = False,
+    **options,
+) -> None:
+    """Serve a drive until `stop` is set; a process can do so once.
 
+    listen: HOST:PORT, rdma:HOST:PORT or vfio-user:FOLDER, or several of them with commas between; options: of
+    DriveConfig
 
-def serve_spdk(drive: Path, listen: list[str], *, nqn: str | None = None, hosts=(), **options) -> None:
-    """Serve a drive until SIGTERM or SIGINT. Call it in the main thread; a process serves once.
-
-    listen: HOST:PORT, rdma:HOST:PORT or vfio-user:FOLDER each; nqn: the drive's own by default; hosts:
-    AllowedHost; options: the others of TargetConfig, and those of DriveConfig
-
-    Raises kvfs's errors for the drive, NvmeError, ValueError and OSError for the target.
+    Raises what open_drive raises, NvmeError, OSError, InvalidArgument.
     """
     from kvfs.embedded_drive import DriveConfig, close_drive, open_drive
-    from spdk_glue.spdk_target.configuration import Listener, TargetConfig
+    from kvfs.errors import InvalidArgument
+    from spdk_glue.spdk_target.configuration import Listener, TargetConfig, hosts_of_access_file
     from spdk_glue.spdk_target.target import SpdkTarget
 
-    target_options = {
-        name: options.pop(name) for name in ("is_polling", "cpus", "hugepages") if name in options
-    }
-    listeners = tuple(map(Listener.parse, listen))
-    # what is wrong with these shows before the drive is opened, which may take long
-    TargetConfig(listeners, nqn or "nqn.2014-08.org.nvmexpress:uuid:0", tuple(hosts), **target_options)
-    with ExitStack() as stack:
-        ended = stack.enter_context(_end_signals())
-        served = open_drive(drive, DriveConfig(**options))
-        stack.callback(close_drive, served, drive)
-        config = TargetConfig(listeners, nqn or served.nqn, tuple(hosts), **target_options)
-        target = stack.enter_context(SpdkTarget(served, config))
-        print(f"serving {drive} as {config.nqn} on {', '.join(map(str, listeners))}", flush=True)
-        while not ended.wait(LOOK_SECONDS):
-            if target.has_ended:
-                raise TargetEnded("SPDK's target has ended by itself: see the system log")
-
-
-@contextmanager
-def _end_signals():
-    """An event that the first of the signals sets."""
-    ended = threading.Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in END_SIGNALS}
     try:
-        yield ended
+        # what is wrong with these shows before the drive is opened, which may take long
+        listeners = tuple(Listener.parse(text.strip()) for text in listen.split(","))
+        hosts = () if host_access is None else hosts_of_access_file(host_access)
+        config = TargetConfig(listeners, nqn, hosts, is_polling, cpus)
+        drive_config = DriveConfig(**options)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    served = open_drive(drive, drive_config)
+    try:
+        with SpdkTarget(served, config) as target:
+            if json_output:
+                print_json("serve", drive=str(drive), listen=list(map(str, listeners)), nqn=target.nqn)
+            else:
+                print(f"{drive}: {target.nqn} at {', '.join(map(str, listeners))}")
+            print(end="", flush=True)  # a pipe's reader waits for this line
+            while not stop.wait(LOOK_SECONDS):
+                if target.has_ended:
+                    fail("SPDK's target has ended by itself: see the system log")
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        close_drive(served, drive)
