@@ -20,7 +20,7 @@ class RpcRefused(Exception):
         return f"{self.method}: {self.message}"
 
 
-def call(path: str | os.PathLike, method: str, **params):
+def call(path: str | os.PathLike, method: str, /, **params):
     """The result of a method. Raises RpcRefused, OSError."""
     request = {"jsonrpc": "2.0", "id": 1, "method": method}
     if params:
