@@ -22,20 +22,6 @@ static int is_mapped_to(const dio_map *map, const dio_run *run)
     return 1;
 }
 
-/* Whether LBAs are one run of pages in a superblock. */
-static int dio_find_run(const dio_map *map, uint64_t first_lba, uint64_t num_pages, dio_run *run)
-{
-    if (num_pages == 0 || num_pages > MAX_RUN_PAGES || first_lba >= map->num_lbas ||
-        num_pages > map->num_lbas - first_lba)
-        return 0;
-    uint64_t entry = entry_of(map, first_lba);
-    if (entry == 0)
-        return 0;
-    *run = (dio_run){first_lba, num_pages, entry - 1};
-    return run->page % map->pages_per_superblock + num_pages <= map->pages_per_superblock &&
-           is_mapped_to(map, run);
-}
-
 /* How many LBAs from the first on, at most `max`, are one run of pages in a superblock; *run is that run. */
 static uint64_t dio_find_longest(const dio_map *map, uint64_t first_lba, uint64_t max, dio_run *run)
 {
@@ -51,6 +37,13 @@ static uint64_t dio_find_longest(const dio_map *map, uint64_t first_lba, uint64_
     while (run->num_pages < max && entry_of(map, first_lba + run->num_pages) == entry + run->num_pages)
         run->num_pages++;
     return run->num_pages;
+}
+
+/* Whether LBAs are one run of pages in a superblock. */
+static int dio_find_run(const dio_map *map, uint64_t first_lba, uint64_t num_pages, dio_run *run)
+{
+    return num_pages != 0 && num_pages <= MAX_RUN_PAGES && first_lba < map->num_lbas &&
+           num_pages <= map->num_lbas - first_lba && dio_find_longest(map, first_lba, num_pages, run) == num_pages;
 }
 
 /* Where the checksums of a run's pages are in memory; negative where they are not. */

@@ -1,9 +1,4 @@
-"""The drive's threads: they take batches of commands from SPDK's reactors, and answer them.
-
-Every host, which is a controller of SPDK's subsystem, has a controller of the drive: tickets and errors of one
-are not another's. SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much
-as a Keep Alive, is taken for gone; until then its attention may use memory, but no place of other hosts'.
-"""
+"""The drive's threads: they take batches of commands from SPDK's reactors, and answer them."""
 
 import logging
 import threading
@@ -35,8 +30,6 @@ MAX_PIECES = 512
 # Of each lane: threads, and requests that a thread takes at once. What waits for something, takes one.
 BLOCKS, FLUSH, ATTENTION, ADMIN = range(4)
 LANES = {BLOCKS: (2, 64), FLUSH: (1, 8), ATTENTION: (8, 1), ADMIN: (2, 1)}
-SILENT_SECONDS = 120
-LOOK_SECONDS = 10
 
 
 class DriveCommands:
@@ -47,19 +40,16 @@ class DriveCommands:
         self._hosts = hosts
         self._block_bytes = block_bytes
         self._before_admin = before_admin
-        self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(lane, most), name=f"kvfs-spdk-{lane}", daemon=True)
             for lane, (count, most) in LANES.items()
             for _ in range(count)
         ]
-        self._threads.append(threading.Thread(target=self._look, name="kvfs-spdk-hosts", daemon=True))
         for thread in self._threads:
             thread.start()
 
     def join(self) -> None:
         """Once the target has ended: wait for the threads, and let go of all hosts."""
-        self._ended.set()
         for thread in self._threads:
             thread.join()
         self._hosts.forget(lambda controller_id: True)
@@ -111,14 +101,3 @@ class DriveCommands:
                 log.exception("commands of SPDK's target failed")
                 completions["status"][part] = nvme_status.encode(Status.INTERNAL_ERROR)
         return completions
-
-    def _look(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
-            self.forget_silent(SILENT_SECONDS)
-
-    def forget_silent(self, seconds: float) -> list[int]:
-        """Let go of hosts that were silent for so long; their controllers' identifiers."""
-        silent = self._lib.kvfs_target_silent_ms
-        return self._hosts.forget(
-            lambda controller_id: controller_id and silent(controller_id) >= 1000 * seconds
-        )

@@ -1,13 +1,19 @@
-"""The drive as each host has it: with tickets of its own, and an error log of its own."""
+"""The drive as each host, which is a controller of SPDK's, has it: with tickets and an error log of its own.
+
+SPDK says nothing when a host goes. One that was silent for SILENT_SECONDS, without as much as a Keep Alive, is
+taken for gone; until then what it left under way uses memory, and some of the drive's tickets.
+"""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spdk_glue.command import AdminOpcode
 from spdk_glue.controller import Controller, Request
 from spdk_glue.fabrics.target.identity import fill
 from spdk_glue.fabrics.target.tickets import Tickets
 from spdk_glue.identify import LogPage
+
+SILENT_SECONDS = 120
 
 
 class HostController:
@@ -49,7 +55,7 @@ class Hosts:
                 host = self._hosts[controller_id] = HostController(self._drives, self._max_tickets)
             return host.controller
 
-    def forget(self, is_gone) -> list[int]:
+    def forget(self, is_gone: Callable[[int], bool]) -> list[int]:
         """Let go of those of whose identifier `is_gone` is true; the identifiers."""
         with self._lock:
             gone = [controller_id for controller_id in self._hosts if is_gone(controller_id)]

@@ -1,11 +1,11 @@
 """A drive exported by SPDK's own NVMe over fabrics target, in the process that has the drive open."""
 
+import logging
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -30,10 +30,13 @@ from spdk_glue.spdk_target.configuration import (
     IOBUF_OPTIONS,
     TargetConfig,
 )
-from spdk_glue.spdk_target.hosts import Hosts
+from spdk_glue.spdk_target.hosts import SILENT_SECONDS, Hosts
 from spdk_glue.status import NvmeError
 
+log = logging.getLogger(__name__)
+
 START_SECONDS = 30
+WATCH_SECONDS = 1
 _started = False  # SPDK's environment and its reactors start once in a process
 
 
@@ -72,19 +75,23 @@ class SpdkTarget:
         self._num_counted = 0
         self._count_lock = threading.Lock()
         self._result: int | None = None
-        self._is_closing = False
+        self._is_up = False  # SPDK has answered
+        self._is_closing = threading.Event()
         self._options = self._make_options(drive)
         if lib.kvfs_target_prepare() < 0:
             raise TargetError("no semaphores are left")
-        hosts = Hosts(drive.controller, self._max_tickets)
-        self._commands = DriveCommands(ffi, lib, hosts, self._options.block_bytes, self._count_reads)
+        self._hosts = Hosts(drive.controller, self._max_tickets)
+        self._commands = DriveCommands(ffi, lib, self._hosts, self._options.block_bytes, self._count_reads)
         self._folder = tempfile.TemporaryDirectory(prefix="kvfs-spdk-")  # mode 0700
         self._socket = os.path.join(self._folder.name, "rpc.sock")
         self._options.rpc_socket = self._keep(self._socket.encode())
         self._reactor = threading.Thread(target=self._run, name="kvfs-spdk-reactor", daemon=True)
         self._reactor.start()
+        self._watcher = threading.Thread(target=self._watch, name="kvfs-spdk-watch", daemon=True)
         try:
             self._set_up()
+            self._folder.cleanup()  # nobody calls any more
+            self._watcher.start()
         except BaseException:
             self.close()
             raise
@@ -138,6 +145,7 @@ class SpdkTarget:
         while self._result is None and time.monotonic() < give_up:
             try:
                 rpc.call(self._socket, "spdk_get_version")
+                self._is_up = True
                 return
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.02)
@@ -158,19 +166,29 @@ class SpdkTarget:
         except OSError as error:
             raise TargetError(f"SPDK's target has ended: {self._last_words(str(error))}") from error
 
-    def _last_words(self, otherwise: str) -> str:
-        """The first error that SPDK has logged since the last call: those that follow say what came of it."""
+    def _errors(self) -> list[str]:
+        """What SPDK has logged since the last call."""
         text = self._ffi.new("char[]", 8192)
         self._lib.kvfs_target_errors(text, len(text))
         lines = self._ffi.string(text).decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in lines if line.strip()), otherwise)
+        return [line.strip() for line in lines if line.strip()]
+
+    def _last_words(self, otherwise: str) -> str:
+        """The first of the latest errors: those that follow say what came of it."""
+        return next(iter(self._errors()), otherwise)
 
     # running
 
     @property
     def has_ended(self) -> bool:
         """Whether it has ended by itself."""
-        return self._result is not None and not self._is_closing
+        return self._result is not None and not self._is_closing.is_set()
+
+    def _watch(self) -> None:
+        while not self._is_closing.wait(WATCH_SECONDS):
+            for line in self._errors():
+                log.warning("SPDK: %s", line)
+            self.forget_silent_hosts(SILENT_SECONDS)
 
     def _count_reads(self) -> None:
         found = self._ffi.new("kvfs_target_counters *")
@@ -186,19 +204,22 @@ class SpdkTarget:
         return {name: getattr(found, name) for name in ("short_reads", "short_read_pages", "handed_over")}
 
     def forget_silent_hosts(self, seconds: float) -> list[int]:
-        """See DriveCommands.forget_silent."""
-        return self._commands.forget_silent(seconds)
+        """Let go of hosts that were not heard for so long; the identifiers of their controllers."""
+        silent_ms = self._lib.kvfs_target_silent_ms
+        return self._hosts.forget(lambda number: number != 0 and silent_ms(number) >= 1000 * seconds)
 
     # ending
 
     def close(self) -> None:
         """Stop listening, end what is under way, and let go of the drive."""
-        if self._is_closing:
+        if self._is_closing.is_set():
             return
-        self._is_closing = True
-        if self._result is None and os.path.exists(self._socket):
+        self._is_closing.set()
+        if self._result is None and self._is_up:
             self._lib.kvfs_target_stop()
         self._reactor.join()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._commands.join()
         self._count_reads()
         self._folder.cleanup()
@@ -229,9 +250,3 @@ def _identity_mask() -> np.void:
     record["elpe"] = 0xFF
     record["oncs"] = ONCS_VERIFY
     return record
-
-
-def serve(drive: ServedDrive, config: TargetConfig, wait: Callable[["SpdkTarget"], None]) -> None:
-    """Export a drive until `wait` returns."""
-    with SpdkTarget(drive, config) as target:
-        wait(target)
