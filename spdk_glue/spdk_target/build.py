@@ -39,7 +39,7 @@ def find_spdk() -> tuple[dict, str]:
     if why_not:
         return {}, why_not
     options["include_dirs"][0] = str(HERE)
-    options["extra_compile_args"].append("-Wno-unused-function")  # of the C that ftl/direct_io has, not all is used
+    options["extra_compile_args"].append("-Wno-unused-function")  # not all of ftl/direct_io's C is used here
     # Block devices of SPDK's own would look at what hosts have written to ours, and might claim it.
     options["extra_link_args"] = [f for f in options["extra_link_args"] if not f.startswith("-lspdk_bdev_")]
     return options, ""

@@ -88,9 +88,9 @@ static void submit_queued(channel_t *channel)
     while (channel->to_submit) {
         long taken = syscall(__NR_io_uring_enter, channel->ring, channel->to_submit, 0, 0, NULL, 0);
         if (taken < 0) {
-            if (errno == EINTR)
-                continue;
-            break; /* EAGAIN, EBUSY: again with the next poll */
+            if (errno == EINTR || !channel->in_kernel)
+                continue; /* no completion would bring us back */
+            break; /* EAGAIN, EBUSY: again with the next of them */
         }
         channel->to_submit -= (unsigned)taken;
         channel->in_kernel += (unsigned)taken;

@@ -6,6 +6,7 @@ import pytest
 from ftl import layout
 from ftl.direct_io.api import crc32c_pages, crc32c_records, use_software_crc32c
 from ftl.layout import BLOCK_BYTES, DEALLOCATION, DRIVE_HEADER, ERASE_BLOCK, LOG_HEADER, PAGE_OOB
+from spdk_glue import dma
 
 # field: (byte offset, bytes)
 LAYOUTS = {
@@ -68,7 +69,6 @@ LAYOUTS = {
     ),
     "ERASE_BLOCK": (ERASE_BLOCK, 16, {"erase_count": (0, 4), "flags": (4, 4), "crc32c": (8, 4)}),
 }
-from spdk_glue import dma
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -142,7 +142,7 @@ def test_records_that_carry_a_checksum(record, field):
 @pytest.mark.parametrize("is_software", [False, True])
 @pytest.mark.parametrize("size", [512, 4096, 8192])
 def test_checksums_of_pages(size, is_software):
-    """However many pages come together, and however long they are: some ways of computing are for some of these."""
+    """However many pages come together, and however long: some ways of computing are for some of these."""
     data = np.random.default_rng(size).integers(0, 256, (9, size), np.uint8)
     wanted = [crc32c(page.tobytes()) for page in data]
     addresses = dma.page_addresses(data, size)
