@@ -180,6 +180,11 @@ class SpdkTarget:
     # running
 
     @property
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        return [str(listener) for listener in self.config.listeners]
+
+    @property
     def has_ended(self) -> bool:
         """Whether it has ended by itself."""
         return self._result is not None and not self._is_closing.is_set()

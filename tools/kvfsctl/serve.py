@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from kvfsctl.opening import scan_progress
-from kvfsctl.output import DriveArgument, JsonOption, print_json
-from kvfsctl.serve_spdk import serve_spdk
+from kvfsctl.output import DriveArgument, JsonOption, fail, print_json
+
+LOOK_SECONDS = 0.5  # whether SPDK still runs
 
 
 class Stack(StrEnum):
@@ -62,28 +63,36 @@ def serve(
     """
     from kvfs.mount.service_manager import log_to_stderr
     from kvfs.serving import serve as serve_drive
-    from kvfs.sizes import parse_size
+    from kvfs.serving_spdk import serve_by_spdk
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log_to_stderr(logging.DEBUG if debug else logging.INFO)
     if stack == Stack.SPDK:
-        with scan_progress() as progress:
-            serve_spdk(
+        with (
+            scan_progress() as progress,
+            serve_by_spdk(
                 drive,
                 listen,
-                stop,
                 nqn=nqn,
                 host_access=host_access,
                 is_polling=poll,
-                json_output=json_output,
-                cache_bytes=parse_size(cache_bytes),
+                cache_bytes=cache_bytes,
                 num_workers=num_workers,
                 worker=worker,
                 read_only=read_only,
                 progress=progress,
-            )
+            ) as target,
+        ):
+            if json_output:
+                print_json("serve", drive=str(drive), listen=target.addresses, nqn=target.nqn)
+            else:
+                print(f"{drive}: {target.nqn} at {', '.join(target.addresses)}")
+            print(end="", flush=True)
+            while not stop.wait(LOOK_SECONDS):
+                if target.has_ended:
+                    fail("SPDK's target has ended by itself: see the log")
         return
     with (
         scan_progress() as progress,
