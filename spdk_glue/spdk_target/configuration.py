@@ -94,7 +94,7 @@ class TargetConfig:
 
     is_polling: the reactors take their CPUs whole instead of sleeping while nothing comes, which vfio-user
     needs: its doorbells are memory; cpus: of the reactors, None for the first that this process may use;
-    hugepages: None for where enough are free; memory_mb: what SPDK takes, touched only as it is used.
+    hugepages, memory_mb: None for what pyspdk.environment.start says of them.
     """
 
     listeners: tuple[Listener, ...]
@@ -103,7 +103,7 @@ class TargetConfig:
     is_polling: bool = False
     cpus: tuple[int, ...] | None = None
     hugepages: bool | None = None
-    memory_mb: int = 768
+    memory_mb: int | None = None
 
     def __post_init__(self):
         if self.nqn is not None:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 30
 WATCH_SECONDS = 1
+DEFAULT_MEMORY_MB = 768  # touched only as it is used
 _started = False  # SPDK's environment and its reactors start once in a process
 
 
@@ -111,9 +112,9 @@ class SpdkTarget:
         self.serial_number = identity["sn"].decode()
         self.model_number = identity["mn"].decode()
         self._kept = [*(_raw(record) for record in (identity, _identity_mask()))]
-        hugepages, memory_mb = self.config.hugepages, self.config.memory_mb
-        if hugepages is None:
-            hugepages = environment.free_hugepages_mb() >= memory_mb
+        hugepages, memory_mb = environment.memory_options(
+            self.config.hugepages, self.config.memory_mb, DEFAULT_MEMORY_MB
+        )
         cpus = self.config.cpus or (min(os.sched_getaffinity(0)),)
         options = self._ffi.new("kvfs_target_options *")
         options.name = self._keep(f"kvfs_{os.getpid()}".encode())
