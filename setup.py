@@ -19,6 +19,11 @@ if why_no_spdk:
     print(f"kvfs: pyspdk is left out, all else is built: {why_no_spdk}", file=sys.stderr)
 else:
     cffi_modules.append("spdk_glue/pyspdk/build.py:make_ffibuilder")
+    _, why_no_target = runpy.run_path("spdk_glue/spdk_target/build.py")["find_spdk"]()
+    if why_no_target:
+        print(f"kvfs: the plug-in for SPDK's target is left out: {why_no_target}", file=sys.stderr)
+    else:
+        cffi_modules.append("spdk_glue/spdk_target/build.py:make_ffibuilder")
 
 setup(
     name="kvfs",
@@ -36,6 +41,7 @@ setup(
         "spdk_glue.linux_nvme": ["*.c", "*.h"],
         "spdk_glue.fabrics.tcp_glue": ["*.c", "*.h"],
         "spdk_glue.pyspdk": ["*.c", "*.h"],
+        "spdk_glue.spdk_target": ["*.c", "*.h"],
     },
     cffi_modules=cffi_modules,
     setup_requires=["cffi>=1.16"],

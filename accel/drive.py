@@ -98,6 +98,14 @@ class Drive:
         )
         stack.callback(self.transport.close)
 
+    @property
+    def page_map(self) -> int | None:
+        """See ftl.translation."""
+        return self.ftl.page_map
+
+    def count_reads(self, num_pages: int) -> None:
+        self.ftl.count_reads(num_pages)
+
     @staticmethod
     def format(
         location: str | os.PathLike,

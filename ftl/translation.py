@@ -285,9 +285,20 @@ class FlashTranslationLayer:
         run = self._runs.find(first_lba, num_pages) if self._runs and not self._state.closed else None
         if run is None or not self._runs.read(run, data):
             return False
+        self.count_reads(num_pages)
+        return True
+
+    @property
+    def page_map(self) -> int | None:
+        """Address of a dio_map (direct_io/records.h), by which native code reads as `read_run` does, as long as
+        this layer is open; None where pages do not lie in a plain file.
+        """
+        return self._runs.address if self._runs else None
+
+    def count_reads(self, num_pages: int) -> None:
+        """So many pages were read by the short way."""
         self.media.counters.add(pages_read=num_pages)
         self._state.counters.host_pages_read += num_pages
-        return True
 
     def resolve(self, lbas: np.ndarray) -> np.ndarray:
         """int64 physical pages, PAGE_NONE where unmapped. They hold while a read guard does."""

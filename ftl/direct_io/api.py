@@ -189,6 +189,11 @@ class MappedRuns:
             },
         )
 
+    @property
+    def address(self) -> int:
+        """Of the dio_map, for native code that reads pages in the same way; it lives as long as this object."""
+        return int(ffi.cast("uintptr_t", self._map))
+
     def find(self, first_lba: int, num_pages: int):
         """For `read`: the run of pages that these LBAs are mapped to; None if they are not, or are several."""
         run = ffi.new("dio_run *")

@@ -22,31 +22,40 @@ static int is_mapped_to(const dio_map *map, const dio_run *run)
     return 1;
 }
 
+/* How many LBAs from the first on, at most `max`, are one run of pages in a superblock; *run is that run. */
+static uint64_t dio_find_longest(const dio_map *map, uint64_t first_lba, uint64_t max, dio_run *run)
+{
+    uint64_t entry = entry_of(map, first_lba);
+    if (entry == 0 || max == 0)
+        return 0;
+    *run = (dio_run){first_lba, 1, entry - 1};
+    uint64_t left = map->pages_per_superblock - run->page % map->pages_per_superblock;
+    if (max > left)
+        max = left;
+    if (max > MAX_RUN_PAGES)
+        max = MAX_RUN_PAGES;
+    while (run->num_pages < max && entry_of(map, first_lba + run->num_pages) == entry + run->num_pages)
+        run->num_pages++;
+    return run->num_pages;
+}
+
 /* Whether LBAs are one run of pages in a superblock. */
 static int dio_find_run(const dio_map *map, uint64_t first_lba, uint64_t num_pages, dio_run *run)
 {
-    if (num_pages == 0 || num_pages > MAX_RUN_PAGES || first_lba >= map->num_lbas ||
-        num_pages > map->num_lbas - first_lba)
-        return 0;
-    uint64_t entry = entry_of(map, first_lba);
-    if (entry == 0)
-        return 0;
-    *run = (dio_run){first_lba, num_pages, entry - 1};
-    return run->page % map->pages_per_superblock + num_pages <= map->pages_per_superblock &&
-           is_mapped_to(map, run);
+    return num_pages != 0 && num_pages <= MAX_RUN_PAGES && first_lba < map->num_lbas &&
+           num_pages <= map->num_lbas - first_lba && dio_find_longest(map, first_lba, num_pages, run) == num_pages;
 }
 
-/* Whether a run's pages are at `to` now: read, still the LBAs', and each with its checksum. */
-static int dio_read_run(const dio_map *map, const dio_run *run, uint8_t *to)
+/* Where the checksums of a run's pages are in memory; negative where they are not. */
+static int32_t slot_of(const dio_map *map, const dio_run *run)
 {
-    uint64_t superblock = run->page / map->pages_per_superblock;
-    int32_t slot = __atomic_load_n(map->slots + superblock, __ATOMIC_ACQUIRE);
-    if (slot < 0)
-        return 0;
-    size_t size = run->num_pages * map->page_size;
-    if (pread(map->fd, to, size, (off_t)(map->data_start + run->page * map->page_size)) != (ssize_t)size)
-        return 0;
-    if (!is_mapped_to(map, run) || __atomic_load_n(map->slots + superblock, __ATOMIC_ACQUIRE) != slot)
+    return __atomic_load_n(map->slots + run->page / map->pages_per_superblock, __ATOMIC_ACQUIRE);
+}
+
+/* Whether what was read to `to` is the LBAs' content: they are still mapped there, and each page has its checksum. */
+static int dio_is_content(const dio_map *map, const dio_run *run, int32_t slot, const uint8_t *to)
+{
+    if (!is_mapped_to(map, run) || slot_of(map, run) != slot)
         return 0;
     uint64_t at = (uint64_t)slot * map->pages_per_superblock + run->page % map->pages_per_superblock;
     const uint32_t *expected = map->columns + at;
@@ -61,4 +70,14 @@ static int dio_read_run(const dio_map *map, const dio_run *run, uint8_t *to)
             return 0;
     __atomic_store_n(map->used + slot, 1, __ATOMIC_RELAXED);
     return 1;
+}
+
+/* Read a run; whether that is the LBAs' content. */
+static int dio_read_run(const dio_map *map, const dio_run *run, uint8_t *to)
+{
+    int32_t slot = slot_of(map, run);
+    size_t size = run->num_pages * map->page_size;
+    return slot >= 0 &&
+           pread(map->fd, to, size, (off_t)(map->data_start + run->page * map->page_size)) == (ssize_t)size &&
+           dio_is_content(map, run, slot, to);
 }

@@ -49,16 +49,16 @@ int pyspdk_transfer(pyspdk_queue_pair *queue_pair, const pyspdk_entry *entries, 
 """
 
 
-def find_spdk() -> tuple[dict, str]:
+def find_spdk(packages: list[str] = PACKAGES) -> tuple[dict, str]:
     """(compiler and linker options, "") or ({}, why SPDK cannot be built against)."""
     try:
         found = subprocess.run(
-            ["pkg-config", "--cflags", "--libs", *PACKAGES], capture_output=True, text=True, check=False
+            ["pkg-config", "--cflags", "--libs", *packages], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         return {}, "pkg-config is not installed"
     if found.returncode:
-        return {}, "pkg-config finds no SPDK (packages spdk_nvme, spdk_env_dpdk, spdk_syslibs)"
+        return {}, f"pkg-config finds no SPDK (packages {', '.join(packages)})"
     flags = found.stdout.split()
     folders = [flag[2:] for flag in flags if flag.startswith("-L")]
     options = {

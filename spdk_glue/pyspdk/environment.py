@@ -52,11 +52,7 @@ def start(*, hugepages: bool | None = None, memory_mb: int | None = None, pci: b
             if pci and not _started["pci"]:
                 raise SpdkUnavailable("SPDK runs without PCIe in this process: open PCIe drives before others")
             return
-        memory_mb = memory_mb or int(os.environ.get("KVFS_SPDK_MEMORY_MB", DEFAULT_MEMORY_MB))
-        if hugepages is None and "KVFS_SPDK_HUGEPAGES" in os.environ:
-            hugepages = os.environ["KVFS_SPDK_HUGEPAGES"] not in ("", "0")
-        if hugepages is None:
-            hugepages = free_hugepages_mb() >= memory_mb
+        hugepages, memory_mb = memory_options(hugepages, memory_mb, DEFAULT_MEMORY_MB)
         name = ffi.new("char[]", f"kvfs_{os.getpid()}".encode())
         options = ffi.new(
             "pyspdk_env_options *",
@@ -66,6 +62,16 @@ def start(*, hugepages: bool | None = None, memory_mb: int | None = None, pci: b
             where = f"{memory_mb} MB in huge pages" if hugepages else f"{memory_mb} MB without huge pages"
             raise SpdkUnavailable(f"SPDK does not start with {where}: {last_error('see the system log')}")
         _started = {"pci": pci, "hugepages": hugepages}
+
+
+def memory_options(hugepages: bool | None, memory_mb: int | None, default_mb: int) -> tuple[bool, int]:
+    """(whether to use huge pages, MiB to take): as asked for, else as variables of `start` say."""
+    memory_mb = memory_mb or int(os.environ.get("KVFS_SPDK_MEMORY_MB", default_mb))
+    if hugepages is None and "KVFS_SPDK_HUGEPAGES" in os.environ:
+        hugepages = os.environ["KVFS_SPDK_HUGEPAGES"] not in ("", "0")
+    if hugepages is None:
+        hugepages = free_hugepages_mb() >= memory_mb
+    return hugepages, memory_mb
 
 
 def started_with() -> dict[str, bool] | None:

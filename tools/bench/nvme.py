@@ -218,7 +218,7 @@ def _cold_attention(target: Target, num_tokens: int, seconds: float, rounds: int
 
 def measure(quick: bool = False) -> list[Figure]:
     """All figures. Raises SpdkMissing."""
-    from kvfs_bench import nvme_target
+    from kvfs_bench import nvme_target, spdk_target
 
     why_not = why_no_spdk()
     if why_not:
@@ -239,4 +239,4 @@ def measure(quick: bool = False) -> list[Figure]:
             ]
         finally:
             target.close()
-    return [*figures, *nvme_target.measure(seconds, rounds)]
+    return [*figures, *nvme_target.measure(seconds, rounds), *spdk_target.measure(seconds, rounds)]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -28,9 +28,10 @@ DEPTH = 32
 NAMESPACE_BYTES = 512 << 20
 MEMORY_FOLDER = Path("/dev/shm")
 PATTERNS = (
-    ("read_128k", 128 << 10, "read", (128 << 10) / GB, "GB/s", 0.6),
-    ("random_read_4k", 4096, "randread", 1, "reads/s", 0.15),
+    ("read_128k", 128 << 10, "read", (128 << 10) / GB, "GB/s"),
+    ("random_read_4k", 4096, "randread", 1, "reads/s"),
 )
+GOALS = {"read_128k": 0.6, "random_read_4k": 0.15}
 NQN = "nqn.2026-11.io.kvfs:bench"
 ATTENTION_ROUNDS = 400
 ATTENTION_GOAL_US = 150
@@ -81,6 +82,16 @@ class OwnTarget:
 
 def measure(seconds: float, rounds: int) -> Iterator[Figure]:
     """Figures of each medium, and of attention."""
+    yield from beside_spdk("target", OwnTarget, GOALS, seconds, rounds)
+    yield from attention(ATTENTION_ROUNDS if rounds > 1 else ATTENTION_ROUNDS // 4)
+
+
+def beside_spdk(
+    prefix: str, serve: Callable, goals: dict[str, float], seconds: float, rounds: int
+) -> Iterator[Figure]:
+    """Figures of each medium, their names with a prefix. serve: a drive's path to what exports it, with a
+    `transport_id`, a `process` and `close`.
+    """
     for medium, parent in (("disk", None), ("memory", MEMORY_FOLDER)):
         if parent is not None and not os.access(parent, os.W_OK):
             continue
@@ -90,10 +101,12 @@ def measure(seconds: float, rounds: int) -> Iterator[Figure]:
                 bdevs["malloc"] = ("malloc", NAMESPACE_BYTES)
             theirs = stack.enter_context(closing(_rival(Path(folder), bdevs)))
             _write_drive(Path(folder) / "drive")
-            ours = stack.enter_context(closing(OwnTarget(Path(folder) / "drive")))
+            ours = stack.enter_context(closing(serve(Path(folder) / "drive")))
             for nsid, bdev in enumerate(bdevs, start=1):
-                yield from _compare(medium, bdev, nsid, ours, theirs, seconds, rounds)
-    yield from attention(ATTENTION_ROUNDS if rounds > 1 else ATTENTION_ROUNDS // 4)
+                label = f"{prefix}.{medium if bdev == 'file' else bdev}"
+                how = "aio over a file there" if bdev == "file" else "malloc"
+                wanted = goals if bdev == "file" else {}
+                yield from _compare(label, how, wanted, nsid, ours, theirs, seconds, rounds)
 
 
 def _rival(folder: Path, bdevs: dict) -> Target:
@@ -131,10 +144,10 @@ def _alone(other):
         other.process.send_signal(signal.SIGCONT)
 
 
-def _compare(medium, bdev, nsid, ours, theirs, seconds, rounds) -> Iterator[Figure]:
+def _compare(label, how, goals, nsid, ours, theirs, seconds, rounds) -> Iterator[Figure]:
     from kvfs_bench.nvme import perf
 
-    for name, io_bytes, pattern, scale, unit, goal in PATTERNS:
+    for name, io_bytes, pattern, scale, unit in PATTERNS:
         rates: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(rounds):
             with _alone(theirs):
@@ -142,10 +155,8 @@ def _compare(medium, bdev, nsid, ours, theirs, seconds, rounds) -> Iterator[Figu
             with _alone(ours):
                 rates["theirs"].append(perf(theirs, io_bytes, pattern, DEPTH, seconds, nsid))
         mine, rival = (statistics.median(side) * scale for side in rates.values())
-        label = f"target.{medium if bdev == 'file' else bdev}.{name}"
-        how = "aio over a file there" if bdev == "file" else "malloc"
         yield Figure(
-            label,
+            f"{label}.{name}",
             mine,
             unit,
             rival=f"SPDK's target, {how}, depth {DEPTH}",
@@ -153,7 +164,7 @@ def _compare(medium, bdev, nsid, ours, theirs, seconds, rounds) -> Iterator[Figu
             ratio=mine / rival,
             limit=rival,
         )
-        yield Figure(f"{label}.ratio", mine / rival, "ratio", goal=goal if bdev == "file" else None)
+        yield Figure(f"{label}.{name}.ratio", mine / rival, "ratio", goal=goals.get(name))
 
 
 def attention(num_commands: int) -> Iterator[Figure]:

@@ -1,6 +1,5 @@
 """SPDK's own NVMe over fabrics target, started for a benchmark or a test, set up over its JSON-RPC socket."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import time
 from contextlib import closing
 
 from spdk_glue import pyspdk
+from spdk_glue.spdk_target import rpc
 
 START_SECONDS = 30
 SUBSYSTEM = "nqn.2026-11.io.kvfs:test"
@@ -23,8 +23,11 @@ def why_no_spdk() -> str:
     return "" if shutil.which("nvmf_tgt") else "SPDK's nvmf_tgt is not in PATH"
 
 
-class RpcError(Exception):
-    """The target refused a request."""
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Target:
@@ -40,9 +43,7 @@ class Target:
         self.max_io_size = max_io_size
         self.cpu_mask = cpu_mask
         self.is_polling = is_polling
-        with closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process: subprocess.Popen | None = None
         try:
             self.start()
@@ -123,27 +124,8 @@ class Target:
         raise RuntimeError(f"nvmf_tgt does not start: {log[-2000:]}")
 
     def rpc(self, method: str, **params):
-        """Call a method of the target's; its result. Raises RpcError."""
-        request = {"jsonrpc": "2.0", "id": 1, "method": method}
-        if params:
-            request["params"] = params
-        with closing(socket.socket(socket.AF_UNIX)) as connection:
-            connection.settimeout(60)
-            connection.connect(self._socket)
-            connection.sendall(json.dumps(request).encode())
-            text = b""
-            while True:
-                piece = connection.recv(1 << 16)
-                text += piece
-                try:
-                    answer = json.loads(text)
-                    break
-                except json.JSONDecodeError:
-                    if not piece:
-                        raise
-        if "error" in answer:
-            raise RpcError(f"{method}: {answer['error']}")
-        return answer["result"]
+        """Call a method of the target's; its result. Raises RpcRefused."""
+        return rpc.call(self._socket, method, **params)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -3,20 +3,39 @@
 import logging
 import signal
 import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvfsctl.opening import scan_progress
-from kvfsctl.output import DriveArgument, JsonOption, print_json
+from kvfsctl.output import DriveArgument, JsonOption, fail, print_json
+
+LOOK_SECONDS = 0.5  # whether SPDK still runs
+
+
+class Stack(StrEnum):
+    OWN = "own"
+    SPDK = "spdk"
 
 
 def serve(
     drive: DriveArgument,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where hosts reach the drive; port 0 takes a free one.")
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where hosts reach the drive; port 0 takes a free one. SPDK's stack takes vfio-user:FOLDER "
+            "and rdma:HOST:PORT, too, and several with commas between.",
+        ),
     ] = "127.0.0.1:4420",
+    stack: Annotated[Stack, typer.Option(help="Whose target: kvfs's own, or SPDK's where it is installed.")] = (
+        Stack.OWN
+    ),
+    poll: Annotated[
+        bool, typer.Option("--poll", help="SPDK's stack: take a CPU whole rather than sleep when idle.")
+    ] = False,
     nqn: Annotated[str | None, typer.Option(help="The drive's name on the fabric; by default its own.")] = None,
     host_access: Annotated[
         Path | None,
@@ -44,11 +63,37 @@ def serve(
     """
     from kvfs.mount.service_manager import log_to_stderr
     from kvfs.serving import serve as serve_drive
+    from kvfs.serving_spdk import serve_by_spdk
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log_to_stderr(logging.DEBUG if debug else logging.INFO)
+    if stack == Stack.SPDK:
+        with (
+            scan_progress() as progress,
+            serve_by_spdk(
+                drive,
+                listen,
+                nqn=nqn,
+                host_access=host_access,
+                is_polling=poll,
+                cache_bytes=cache_bytes,
+                num_workers=num_workers,
+                worker=worker,
+                read_only=read_only,
+                progress=progress,
+            ) as target,
+        ):
+            if json_output:
+                print_json("serve", drive=str(drive), listen=target.addresses, nqn=target.nqn)
+            else:
+                print(f"{drive}: {target.nqn} at {', '.join(target.addresses)}")
+            print(end="", flush=True)
+            while not stop.wait(LOOK_SECONDS):
+                if target.has_ended:
+                    fail("SPDK's target has ended by itself: see the log")
+        return
     with (
         scan_progress() as progress,
         serve_drive(

@@ -21,10 +21,10 @@ import numpy as np
 
 from spdk_glue import status as nvme_status
 from spdk_glue.command import SUBMISSION_ENTRY, AdminOpcode, Direction, IoOpcode
-from spdk_glue.controller import ADMIN_QUEUE
+from spdk_glue.controller import ADMIN_QUEUE, Request
 from spdk_glue.fabrics import pdu
 from spdk_glue.fabrics.authentication import ControllerAuthenticator
-from spdk_glue.fabrics.pdu import DATA, FatalError, FatalPduError, Framing, PduFlag, PduType
+from spdk_glue.fabrics.pdu import DATA, FRAME, FatalError, FatalPduError, Framing, PduFlag, PduType
 from spdk_glue.fabrics.target.association import Association
 from spdk_glue.fabrics.target.buffers import Buffers
 from spdk_glue.fabrics.target.commands import Command, parse
@@ -44,7 +44,7 @@ BACKGROUND = {
 READ_RUN_MIN = 2  # Reads that are worth arrays of their own
 LOOK_SECONDS = 1.0  # an admin connection looks at the time, others at their controller
 
-_DATA = record_struct(DATA)
+_DATA, _unpack_frames = record_struct(DATA), record_struct(FRAME).iter_unpack
 _ENTRY_START, _ENTRY_STOP = 8, 72  # of the submission entry in a capsule's header
 
 
@@ -108,7 +108,7 @@ class Connection(ReadRuns, FabricsCommands):
         """Take FRAME [n], whose data lie in `buffer`. Yields PIECE [n], each to be sent before the next."""
         self._now = now
         kinds, position = frames["header"][:, 0].tolist(), 0
-        refused = bool(len(frames)) and int(frames["fes"][-1])
+        refused = int(frames["fes"][-1]) if kinds else 0
         stop_at = len(frames) - 1 if refused else len(frames)
         try:
             while position < stop_at and self.is_open:
@@ -214,8 +214,8 @@ class Connection(ReadRuns, FabricsCommands):
         elif kind == PduType.CAPSULE_COMMAND:
             yield from self._take_commands(frames, buffer)
         elif kind == PduType.H2C_DATA:
-            for frame in frames:
-                self._take_data(frame, buffer)
+            for header, data_at, length, _, _, is_intact, _ in _unpack_frames(frames.tobytes()):
+                self._take_data(header, buffer[data_at : data_at + length], bool(is_intact))
         elif kind == PduType.H2C_TERMINATE:
             record = frames[0]["header"][: pdu.TERMINATE.itemsize].view(pdu.TERMINATE)[0]
             self._close(f"the host ends the connection: reason {record['fes']}, at {record['fei']}")
@@ -248,35 +248,29 @@ class Connection(ReadRuns, FabricsCommands):
             raise FatalPduError(FatalError.LIMIT_EXCEEDED, detail)
         if self.association is not None:
             self.association.saw_host(self._now)
-        capsules = np.ascontiguousarray(frames["header"][:, _ENTRY_START:_ENTRY_STOP])
-        is_run = len(frames) >= READ_RUN_MIN and self.qid != ADMIN_QUEUE and self.state is State.LIVE
-        if is_run and self._is_read_run(entries := capsules.view(SUBMISSION_ENTRY)[:, 0], frames):
-            yield from self._run_reads(entries)
-            return
-        raw, size = capsules.tobytes(), SUBMISSION_ENTRY.itemsize
-        places = zip(
-            frames["data_at"].tolist(),
-            frames["data_length"].tolist(),
-            frames["is_data_intact"].tolist(),
-            strict=True,
-        )
-        for number, (data_at, length, is_intact) in enumerate(places):
-            capsule = raw[number * size : (number + 1) * size]
+        if len(frames) >= READ_RUN_MIN and self.qid != ADMIN_QUEUE and self.state is State.LIVE:
+            capsules = np.ascontiguousarray(frames["header"][:, _ENTRY_START:_ENTRY_STOP])
+            entries = capsules.view(SUBMISSION_ENTRY)[:, 0]
+            if self._is_read_run(entries, frames):
+                yield from self._run_reads(entries)
+                return
+        for header, data_at, length, _, _, is_intact, _ in _unpack_frames(frames.tobytes()):
+            capsule = header[_ENTRY_START:_ENTRY_STOP]
             self._admit(capsule, buffer[data_at : data_at + length], bool(is_intact))
 
-    def _take_data(self, frame: np.void, buffer: np.ndarray) -> None:
+    def _take_data(self, header: bytes, data: np.ndarray, is_intact: bool) -> None:
         """H2CData: the next part of what an R2T asked for."""
 
         def refuse(fes: FatalError, field: str, detail: str) -> FatalPduError:
             return FatalPduError(fes, detail, DATA.fields[field][1])
 
-        _, flags, _, _, _, cid, tag, offset, length, _ = _DATA.unpack(frame["header"][: _DATA.size].tobytes())
+        _, flags, _, _, _, cid, tag, offset, length, _ = _DATA.unpack(header[: _DATA.size])
         command = self._transfers.get(tag)
         if command is None:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "ttag", f"data for transfer tag {tag:#x}")
         if command.cid != cid:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "cid", f"data for command {cid:#x}")
-        if length != frame["data_length"]:
+        if length != len(data):
             raise refuse(FatalError.INVALID_HEADER_FIELD, "length", f"{length} bytes of data said")
         if offset != command.received or offset + length > command.length:
             detail = f"data at {offset} to {offset + length} of {command.received} to {command.length}"
@@ -284,10 +278,9 @@ class Connection(ReadRuns, FabricsCommands):
         is_last = offset + length == command.length
         if bool(flags & PduFlag.LAST) != is_last:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "flags", "the last data are not marked as such")
-        start = int(frame["data_at"])
-        command.data[offset : offset + length] = buffer[start : start + length]
+        command.data[offset : offset + length] = data
         command.received += length
-        command.is_intact &= bool(frame["is_data_intact"])
+        command.is_intact &= is_intact
         self._last_transfer = self._now
         if is_last:
             del self._transfers[tag]
@@ -397,6 +390,11 @@ class Connection(ReadRuns, FabricsCommands):
         """In the drive, at once."""
         for command in commands:
             self._make_room(command)
+        if len(commands) == 1:
+            (command,) = commands
+            status, cdw0 = self._execute_one(command)
+            self._respond(command, cdw0, status=status)
+            return
         for command, completion in zip(commands, self._execute(commands), strict=True):
             self._complete(command, completion)
 
@@ -410,9 +408,13 @@ class Connection(ReadRuns, FabricsCommands):
 
     def _execute(self, commands: list[Command]) -> list[tuple]:
         """COMPLETION_ENTRY of each, as tuples."""
-        raw = commands[0].raw if len(commands) == 1 else b"".join([command.raw for command in commands])
-        entries = np.frombuffer(raw, SUBMISSION_ENTRY)
+        entries = np.frombuffer(b"".join([command.raw for command in commands]), SUBMISSION_ENTRY)
         return self.association.execute(self.qid, entries, [command.data for command in commands]).tolist()
+
+    def _execute_one(self, command: Command) -> tuple[int, int]:
+        """Status field and CDW0."""
+        request = Request(command.opcode, command.nsid, *command.dwords, command.data)
+        return self.association.controller.execute_one(self.qid, command.cid, request)
 
     def _complete(self, command: Command, completion: tuple) -> None:
         cdw0, cdw1, _, _, _, status = completion
@@ -468,12 +470,12 @@ class Connection(ReadRuns, FabricsCommands):
 
     def _run_in_background(self, command: Command) -> None:
         """On a thread of its own."""
-        (completion,) = self._execute([command])
+        status, cdw0 = self._execute_one(command)
 
         def done() -> None:
             self._num_background -= 1
             if self.is_open:
-                self._complete(command, completion)
+                self._respond(command, cdw0, status=status)
 
         self._due.append(done)
         self._wake_owner()
@@ -491,11 +493,15 @@ class Connection(ReadRuns, FabricsCommands):
             if self._fetches.pop(command.cid, None) is command:
                 self._run([command])
 
+        is_here = True  # called at once, from within: the owner polls anyway
+
         def from_any_thread() -> None:
             self._due.append(done)
-            self._wake_owner()
+            if not is_here:
+                self._wake_owner()
 
         self._subsystems.drive.when_fetchable(ticket, from_any_thread)
+        is_here = False
 
     def _request_event(self, command: Command) -> None:
         try:

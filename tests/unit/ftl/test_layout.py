@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ftl import layout
-from ftl.direct_io.api import crc32c_records
+from ftl.direct_io.api import crc32c_pages, crc32c_records, use_software_crc32c
 from ftl.layout import BLOCK_BYTES, DEALLOCATION, DRIVE_HEADER, ERASE_BLOCK, LOG_HEADER, PAGE_OOB
+from spdk_glue import dma
 
 # field: (byte offset, bytes)
 LAYOUTS = {
@@ -136,3 +137,18 @@ def test_records_that_carry_a_checksum(record, field):
     wanted = [crc32c(one.tobytes()) for one in records]
     records[field] = wanted  # must not matter
     assert crc32c_records(records).tolist() == wanted
+
+
+@pytest.mark.parametrize("is_software", [False, True])
+@pytest.mark.parametrize("size", [512, 4096, 8192])
+def test_checksums_of_pages(size, is_software):
+    """However many pages come together, and however long: some ways of computing are for some of these."""
+    data = np.random.default_rng(size).integers(0, 256, (9, size), np.uint8)
+    wanted = [crc32c(page.tobytes()) for page in data]
+    addresses = dma.page_addresses(data, size)
+    use_software_crc32c(is_software)
+    try:
+        for count in range(1, 10):
+            assert crc32c_pages(addresses[:count], size).tolist() == wanted[:count]
+    finally:
+        use_software_crc32c(False)
