@@ -19,7 +19,7 @@ from ftl import errors as flash_errors
 from ftl.direct_io.api import io_uring_works
 from ftl.geometry import Geometry
 from ftl.media import FlashMedia
-from ftl.media_location import create_media, lock_namespace, open_media
+from ftl.media_location import LockedNamespace, create_media, lock_namespace, media_on, open_media
 from ftl.media_namespace import holds_flash
 from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
@@ -31,10 +31,12 @@ __all__ = [
     "Drive",
     "DriveConfig",
     "Geometry",
+    "LockedNamespace",
     "flash_errors",
     "holds_flash",
     "io_uring_works",
     "lock_namespace",
+    "media_on",
 ]
 
 DEFAULT_CACHE_BYTES = 256 << 20

@@ -61,7 +61,11 @@ def open_media(location: str | os.PathLike, read_only: bool = False) -> FlashMed
     """The flash at a location. Raises FlashError, NvmeError and its relatives, OSError."""
     if not is_nvme(location):
         return FileMedia.open(location, read_only)
-    namespace = LockedNamespace(location)
+    return media_on(LockedNamespace(location), read_only)
+
+
+def media_on(namespace: LockedNamespace, read_only: bool = False) -> FlashMedia:
+    """The flash on a namespace, which it closes in the end, and where it fails. Raises as open_media."""
     try:
         return NamespaceMedia.open(namespace, read_only)
     except BaseException:

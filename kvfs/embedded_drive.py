@@ -1,4 +1,5 @@
-"""Starting an embedded drive: the one module of kvfs that reaches below the NVMe seam."""
+"""Starting an embedded drive, or attaching one that is elsewhere: the one module of kvfs that reaches below the
+NVMe seam."""
 
 import os
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from accel.drive import (
     Drive,
     DriveConfig,
     Geometry,
+    LockedNamespace,
     flash_errors,
     holds_flash,
     io_uring_works,
     lock_namespace,
+    media_on,
 )
 from accel.workers.target import host_target_name
+from kvfs.attached_drive import AttachedDrive, is_kvfs_drive
 from kvfs.errors import (
     DriveBusy,
     DriveExists,
@@ -25,15 +29,18 @@ from kvfs.errors import (
     NotADrive,
 )
 from spdk_glue.namespace import BlockNamespace, Transport
+from spdk_glue.reservation import NamespaceReserved
 from spdk_glue.status import NvmeError
 from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
 
 __all__ = [
+    "AttachedDrive",
     "CollectorOptions",
     "Drive",
     "DriveConfig",
     "Geometry",
+    "attach_drive",
     "close_drive",
     "format_drive",
     "hold_alone",
@@ -77,10 +84,37 @@ def format_drive(
         raise MediaFailure(str(error)) from error
 
 
-def open_drive(path: str | os.PathLike, config: DriveConfig) -> Drive:
-    """Open the drive in a file or on a namespace; its errors become kvfs's."""
+def open_drive(path: str | os.PathLike, config: DriveConfig) -> Drive | AttachedDrive:
+    """Open the drive in a file or on a namespace, or one that is elsewhere; its errors become kvfs's.
+
+    config is for a drive that is embedded here: whoever serves one elsewhere has given it its own.
+    """
+    with _own_errors(path):
+        if not is_nvme(path):
+            return Drive.open(path, config)
+        namespace = LockedNamespace(path)
+        if is_kvfs_drive(namespace):
+            return AttachedDrive(namespace)
+        return Drive.over(media_on(namespace, config.read_only), config)
+
+
+def attach_drive(location: str | os.PathLike) -> AttachedDrive | None:
+    """The kvfs drive at an NVMe location; None where there is something else. Raises as open_drive."""
+    with _own_errors(location):
+        namespace = LockedNamespace(location)
+        if is_kvfs_drive(namespace):
+            return AttachedDrive(namespace)
+        namespace.close()
+        return None
+
+
+@contextmanager
+def _own_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a drive become kvfs's."""
     try:
-        return Drive.open(path, config)
+        yield
+    except NamespaceReserved as error:
+        raise DriveBusy(path, None, str(error.host_id)) from error
     except flash_errors.DriveBusy as error:
         raise DriveBusy(path, error.pid) from error
     except (flash_errors.NotADrive, flash_errors.TruncatedDrive, flash_errors.FormatVersionTooNew) as error:
@@ -95,11 +129,11 @@ def open_drive(path: str | os.PathLike, config: DriveConfig) -> Drive:
         raise MediaFailure(f"{path}: {error.strerror}") from error
 
 
-def close_drive(drive: Drive, path: str | os.PathLike) -> None:
+def close_drive(drive: Drive | AttachedDrive, path: str | os.PathLike) -> None:
     """Close a drive; what it could not write any more becomes MediaFailure."""
     try:
         drive.close()
-    except flash_errors.FlashError as error:
+    except (flash_errors.FlashError, NvmeError) as error:
         raise MediaFailure(f"{path}: {error}") from error
 
 

@@ -23,9 +23,11 @@ class NotADrive(KvfsError):
 
 
 class DriveBusy(KvfsError):
-    def __init__(self, path, pid: int | None):
-        self.path, self.pid = path, pid
-        holder = f"process {pid}" if pid else "another process"
+    """pid: of a process here; host: the identifier of another host, for a drive on the wire."""
+
+    def __init__(self, path, pid: int | None, host: str | None = None):
+        self.path, self.pid, self.host = path, pid, host
+        holder = f"host {host}" if host else f"process {pid}" if pid else "another process"
         super().__init__(f"{path} is open in {holder}: close it there, or use the drive through its mount")
 
 

@@ -2,8 +2,17 @@
 
 import os
 
-from kvfs.embedded_drive import Drive, DriveConfig, Geometry, format_drive, open_drive
-from kvfs.errors import InvalidArgument
+from kvfs.embedded_drive import (
+    AttachedDrive,
+    Drive,
+    DriveConfig,
+    Geometry,
+    attach_drive,
+    close_drive,
+    format_drive,
+    open_drive,
+)
+from kvfs.errors import InvalidArgument, NamespaceHoldsData
 from kvfs.metadata import Catalogue
 from kvfs.metadata_vfs import Volume
 from kvfs.sizes import parse_size
@@ -11,6 +20,7 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.transports.url import is_nvme
 
 DEFAULT_FILE_SIZE = "1GiB"
+FORMAT_CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference")
 
 
 def format(
@@ -25,7 +35,8 @@ def format(
 ) -> None:
     """Make an empty drive in a new file, or on an NVMe namespace.
 
-    path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1"
+    path: of the file, or a location: "spdk:0000:01:00.0", "/dev/ng0n1",
+        "nvme+tcp://HOST:PORT/NQN"; what is a kvfs drive there already gets an empty store
     size: bytes, or text such as "8GiB"; a file is sparse and grows as it is written. None: 1 GiB in a file, all
         of a namespace
     geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
@@ -35,6 +46,14 @@ def format(
 
     Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument.
     """
+    own_flash = {"size": size, "geometry": geometry, "page_size": page_size, "spare_percent": spare_percent}
+    own_flash["parity"] = parity
+    attached = _attach(path)
+    if attached is not None:
+        defaults = format.__kwdefaults__ | {"size": None}
+        given = [name for name, value in own_flash.items() if value != defaults[name]]
+        _format_attached(attached, path, overwrite, given)
+        return
     try:
         options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
         if size is None and not is_nvme(path):
@@ -42,7 +61,7 @@ def format(
         format_drive(path, size if size is None else parse_size(size), geometry, overwrite, **options)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
-    drive = open_drive(path, DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference"))
+    drive = open_drive(path, FORMAT_CONFIG)
     try:
         format_volume(drive, path)
     except ValueError as error:
@@ -53,7 +72,27 @@ def format(
     drive.close()
 
 
-def format_volume(drive: Drive, path, metadata_lbas: tuple[int, int] | None = None) -> None:
+def _attach(path) -> AttachedDrive | None:
+    """The kvfs drive that a location leads to, if what is there is one rather than a medium."""
+    return attach_drive(path) if is_nvme(path) else None
+
+
+def _format_attached(drive: AttachedDrive, path, overwrite: bool, given: list[str]) -> None:
+    """Make an empty store on a drive that is elsewhere: its flash is made by who serves it."""
+    try:
+        if given:
+            raise InvalidArgument(f"{path}: a drive already, {', '.join(given)} cannot be chosen any more")
+        if not overwrite and not drive.is_empty():
+            raise NamespaceHoldsData(path)
+        drive.erase()
+        format_volume(drive, path)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from error
+    finally:
+        close_drive(drive, path)
+
+
+def format_volume(drive: Drive | AttachedDrive, path, metadata_lbas: tuple[int, int] | None = None) -> None:
     """Make an empty store on an open drive. metadata_lbas: blocks for the database and its log.
 
     Raises ValueError if the drive is too small.

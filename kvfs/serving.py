@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvfs.embedded_drive import DriveConfig, close_drive, open_drive
+from kvfs.embedded_drive import AttachedDrive, DriveConfig, close_drive, open_drive
 from kvfs.errors import InvalidArgument
 from kvfs.sizes import parse_size
 from kvfs.store import DEFAULT_CACHE_BYTES
@@ -63,6 +63,8 @@ def serve(
         raise InvalidArgument(str(error)) from error
     drive = open_drive(path, config)
     try:
+        if isinstance(drive, AttachedDrive):
+            raise InvalidArgument(f"{path}: served already by its target: hosts can reach it there")
         served = ServedDrive(drive.controller, drive.attention_unit.when_done)
         try:
             subsystems = Subsystems(served, access, limits, nqn)

@@ -25,7 +25,7 @@ from kvfs.check import (
     check_payloads,
 )
 from kvfs.counters import drive_counters
-from kvfs.embedded_drive import Drive, close_drive
+from kvfs.embedded_drive import AttachedDrive, Drive, close_drive
 from kvfs.errors import (
     CatalogueDamaged,
     EmptySequence,
@@ -65,7 +65,7 @@ class Store:
 
     def __init__(
         self,
-        drive: Drive,
+        drive: Drive | AttachedDrive,
         path: str | os.PathLike,
         *,
         worker: str = "numba",
@@ -457,9 +457,10 @@ class Store:
         with self._lock:
             self._check_open()
             block_bytes = self._namespace.block_bytes
+            link = self._drive.transport.counters
             return {
                 **drive_counters(self._namespace),
-                "link": self._drive.transport.counters.as_dict(),
+                "link": {} if link is None else link.as_dict(),
                 "space": {
                     "capacity_bytes": (self._namespace.num_lbas - self._volume.first_data_lba) * block_bytes,
                     "free_bytes": self._allocator.free_lbas * block_bytes,

@@ -89,7 +89,11 @@ class IoOpcode(IntEnum):
     COMPARE = 0x05
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
+    RESERVATION_REGISTER = 0x0D
+    RESERVATION_REPORT = 0x0E
+    RESERVATION_ACQUIRE = 0x11
     IO_MANAGEMENT_RECEIVE = 0x12
+    RESERVATION_RELEASE = 0x15
     ZONE_MANAGEMENT_SEND = 0x79
     ZONE_MANAGEMENT_RECEIVE = 0x7A
     # Vendor commands; what they mean is in vendor_command.py.

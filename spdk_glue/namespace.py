@@ -47,12 +47,14 @@ MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS co
 class Transport(Protocol):
     """A connection to one namespace of a drive.
 
-    nsid: the namespace's identifier; max_transfer_bytes: of one command, where less than what the drive says
+    nsid: the namespace's identifier; max_transfer_bytes: of one command, where less than what the drive says;
+    counters: of what crossed it, as transports/inproc.py has them; None where nothing counts
     """
 
     admin: QueuePair
     nsid: int
     max_transfer_bytes: int | None
+    counters: object | None
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair: ...
 
@@ -84,7 +86,7 @@ class BlockNamespace(OptionalCommands):
     """Blocks of one drive. Safe to use from several threads: each operation takes an idle queue pair."""
 
     def __init__(self, transport: Transport):
-        self._transport = transport
+        self.transport = transport
         self._lock = threading.Lock()
         self._idle: list[QueuePair] = []
         self._admin_lock = threading.Lock()
@@ -127,7 +129,7 @@ class BlockNamespace(OptionalCommands):
     def admin(self, entry: np.ndarray, data: np.ndarray | None = None) -> int:
         """Execute one admin command; CDW0 of its completion."""
         with self._admin_lock:
-            completions = self._transport.admin.execute(entry, [data])
+            completions = self.transport.admin.execute(entry, [data])
         self._check(entry, completions, ADMIN_QUEUE)
         return int(completions["cdw0"][0])
 
@@ -137,7 +139,7 @@ class BlockNamespace(OptionalCommands):
     def _queue_pair(self):
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
-        queue_pair = queue_pair or self._transport.create_queue_pair(QUEUE_DEPTH)
+        queue_pair = queue_pair or self.transport.create_queue_pair(QUEUE_DEPTH)
         try:
             yield queue_pair
         finally:
@@ -227,7 +229,7 @@ class BlockNamespace(OptionalCommands):
 
     def read_now(self, first_lba: int, data: np.ndarray) -> bool:
         """Read whole blocks into a DMA buffer if the transport has a short way; False if not, with no error."""
-        return data.nbytes % self.block_bytes == 0 and self._transport.read_now(first_lba, data)
+        return data.nbytes % self.block_bytes == 0 and self.transport.read_now(first_lba, data)
 
     def write(self, first_lba: int, data: np.ndarray, placement_id: int | None = None) -> None:
         """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""
@@ -250,7 +252,7 @@ class BlockNamespace(OptionalCommands):
         entries["nsid"] = self.nsid
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
-        queue_pair = queue_pair or self._transport.create_queue_pair(QUEUE_DEPTH)
+        queue_pair = queue_pair or self.transport.create_queue_pair(QUEUE_DEPTH)
         try:
             return Pending(queue_pair, entries, queue_pair.submit(entries, buffers))
         except BaseException:
@@ -390,7 +392,7 @@ class BlockNamespace(OptionalCommands):
         try:
             self.close_queue_pairs()
         finally:
-            self._transport.close()
+            self.transport.close()
 
 
 class Namespace(BlockNamespace):
@@ -414,7 +416,7 @@ class Namespace(BlockNamespace):
     def attend_now(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray | None:
         """As `attend` if the transport has a short way; None if the command is to be submitted."""
         answer = np.empty(answer_bytes, np.uint8)
-        return answer if self._transport.attend_now(descriptor, answer) else None
+        return answer if self.transport.attend_now(descriptor, answer) else None
 
     def attention_submit(self, descriptor: np.ndarray) -> int:
         with self._ticket_lock:

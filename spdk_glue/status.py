@@ -23,6 +23,7 @@ class Status(IntEnum):
     SGL_LENGTH_INVALID = 0x000F
     SGL_TYPE_INVALID = 0x0011
     SGL_OFFSET_INVALID = 0x0016
+    HOST_IDENTIFIER_INCONSISTENT = 0x0018
     KEEP_ALIVE_EXPIRED = 0x0019
     KEEP_ALIVE_INVALID = 0x001A
     NAMESPACE_WRITE_PROTECTED = 0x0020
@@ -145,6 +146,14 @@ class QueueFull(NvmeError):
 
 class ConnectionLost(NvmeError):
     """The drive cannot be reached any more; says which, and what of the work is in doubt."""
+
+
+class BadLocation(NvmeError):
+    """No drive can be reached by this; says what is wrong and what would do."""
+
+
+class ConnectionRefused(NvmeError):
+    """A controller cannot be reached or does not take us; says which and why."""
 
 
 class NamespaceInUse(NvmeError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvfs.errors import CannotMount, CannotUnmount
+from spdk_glue.transports.url import is_path
 
 FILE_SYSTEM_TYPE = "fuse.kvfs"
 FUSE_DEVICE = Path("/dev/fuse")
@@ -27,7 +28,8 @@ class Mount:
 
 def source_name(drive: str | os.PathLike) -> str:
     """A drive's path as mounts show it. libfuse's options, as pyfuse3 passes them, are ASCII."""
-    return os.path.realpath(drive).encode("ascii", "backslashreplace").decode()
+    name = os.path.realpath(drive) if is_path(drive) else os.fspath(drive)
+    return name.encode("ascii", "backslashreplace").decode()
 
 
 def mounts() -> list[Mount]:

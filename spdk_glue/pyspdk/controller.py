@@ -15,15 +15,11 @@ import numpy as np
 from spdk_glue.command import COMPLETION_ENTRY
 from spdk_glue.pyspdk import environment
 from spdk_glue.pyspdk.environment import last_error, library
-from spdk_glue.status import ConnectionLost, NvmeError, QueuePairInUse
+from spdk_glue.status import ConnectionLost, ConnectionRefused, NvmeError, QueuePairInUse
 
 COMMAND_TIMEOUT_MS = 30_000
 RECONNECT_MS = 15_000
 MAX_QUEUE_DEPTH = 1024
-
-
-class ConnectionRefused(NvmeError):
-    """A controller cannot be reached or does not take us; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,10 @@ class Controller:
     def may_have_lost_writes(self) -> bool:
         """Whether the connection went at some time with writes in the drive that no Flush had made durable."""
         return bool(self._lib.pyspdk_state(self._open_handle) & 2)
+
+    @property
+    def why_lost(self) -> str:
+        return last_error("SPDK gives no reason")
 
     @property
     def _open_handle(self):

@@ -22,8 +22,7 @@ from spdk_glue.identify import FLBAS_EXTENDED, FLBAS_FORMAT, IDENTIFY_NAMESPACE,
 from spdk_glue.linux_nvme import node
 from spdk_glue.linux_nvme.api import Device, Ring, check_lengths, error_of, ioctl_transfer
 from spdk_glue.queue_pair import Buffer, QueuePair, places
-from spdk_glue.status import NvmeStatusError, decode
-from spdk_glue.transports.url import BadLocation
+from spdk_glue.status import BadLocation, NvmeStatusError, decode
 
 NVME_IOCTL_ID = 0x4E40
 ADMIN_DEPTH = 32
@@ -33,6 +32,8 @@ DEFAULT_TRANSFER_BYTES = 128 << 10  # what every kernel takes, should /sys not t
 
 class LinuxTransport:
     """A connection to one namespace. use_uring=False forces ioctl (tests compare both)."""
+
+    counters = None
 
     def __init__(self, device: Device, nsid: int, queue_depth: int, use_uring: bool = True):
         self.nsid = nsid

@@ -4,6 +4,7 @@
 |---|---|
 | `spdk:0000:01:00.0` | SPDK's driver in this process, by PCIe address |
 | `spdk:trtype:TCP traddr:127.0.0.1 trsvcid:4420 subnqn:nqn.2026-11.io:x` | the same, by transport id |
+| `nvme+tcp://127.0.0.1:4420/nqn.2026-11.io.x?nsid=1` | NVMe/TCP of our own, see fabrics/initiator/address.py |
 | `/dev/ng0n1`, `/dev/nvme0n1`, `/dev/disk/by-id/nvme-...` | Linux passthrough |
 
 `inproc:FILE`, a drive that this process embeds, is opened by who embeds it.
@@ -13,23 +14,25 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from spdk_glue.status import NvmeError
+from spdk_glue.status import BadLocation
 
 if TYPE_CHECKING:
     from spdk_glue.namespace import Transport
 
 SPDK_SCHEME = "spdk:"
+TCP_SCHEME = "nvme+tcp:"
 LINUX_DEVICE = re.compile(r"/dev/((ng|nvme)\d+n\d+|disk/by-id/nvme-[^/]+)")
-
-
-class BadLocation(NvmeError):
-    """No drive can be reached by this; says what is wrong and what would do."""
 
 
 def is_nvme(location: str | os.PathLike) -> bool:
     """Whether a location names an NVMe namespace rather than a file."""
     text = os.fspath(location)
-    return text.startswith(SPDK_SCHEME) or LINUX_DEVICE.fullmatch(text) is not None
+    return text.startswith((SPDK_SCHEME, TCP_SCHEME)) or LINUX_DEVICE.fullmatch(text) is not None
+
+
+def is_path(location: str | os.PathLike) -> bool:
+    """Whether a location is one of the file system: a file, or a device of Linux's."""
+    return not os.fspath(location).startswith((SPDK_SCHEME, TCP_SCHEME))
 
 
 def open_transport(location: str | os.PathLike, alone: bool = True) -> "Transport":
@@ -42,8 +45,12 @@ def open_transport(location: str | os.PathLike, alone: bool = True) -> "Transpor
         from spdk_glue.transports.spdk import SpdkTransport  # only now: SPDK may not be installed
 
         return SpdkTransport.connect(text.removeprefix(SPDK_SCHEME))
+    if text.startswith(TCP_SCHEME):
+        from spdk_glue.transports.tcp import TcpTransport
+
+        return TcpTransport.connect(text)
     if LINUX_DEVICE.fullmatch(text):
         from spdk_glue.transports.linux import LinuxTransport
 
         return LinuxTransport.open(text, alone)
-    raise BadLocation(f"{text}: not spdk:... or an NVMe namespace such as /dev/ng0n1")
+    raise BadLocation(f"{text}: not spdk:..., nvme+tcp://... or an NVMe namespace such as /dev/ng0n1")

@@ -2,7 +2,7 @@
 
 A transport that needs a drive takes one from the environment and overwrites it:
     KVFS_TEST_NVME=/dev/ng0n1    Linux passthrough
-SPDK's is tested over NVMe/TCP where its target is installed.
+Ours over NVMe/TCP is tested with our own target, and as SPDK's with SPDK's where that is installed.
 """
 
 import os
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvfs
+from kvfs.serving import serve
 from kvfs_bench.nvmf_target import Target, why_no_spdk
 from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
@@ -55,12 +57,44 @@ def spdk():
             target.close()
 
 
+@contextmanager
+def tcp_to_spdk(options=""):
+    if reason := why_no_spdk():
+        pytest.skip(f"needs SPDK: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Target(Path(folder), {"memory": ("malloc", 64 << 20)})
+        try:
+            yield BlockNamespace(open_transport(target.address + options))
+        finally:
+            target.close()
+
+
+@contextmanager
+def tcp(options=""):
+    with tempfile.TemporaryDirectory() as folder:
+        drive = Path(folder) / "drive.kvfs"
+        kvfs.format(drive, "48MiB")
+        with serve(drive, "127.0.0.1:0", cache_bytes="8MiB", num_workers=1) as (server, subsystems):
+            location = f"nvme+tcp://127.0.0.1:{server.address[1]}/{subsystems.nqn}{options}"
+            yield BlockNamespace(open_transport(location))
+
+
 # each yields a BlockNamespace over a namespace that may be overwritten
-TRANSPORTS = {"inproc": inproc, "linux": linux, "linux-ioctl": lambda: linux(use_uring=False), "spdk": spdk}
+TRANSPORTS = {
+    "inproc": inproc,
+    "linux": linux,
+    "linux-ioctl": lambda: linux(use_uring=False),
+    "tcp": tcp,
+    "tcp-digests": lambda: tcp("?header-digest=on&data-digest=on"),
+    "spdk": spdk,
+    "tcp-to-spdk": tcp_to_spdk,
+    "tcp-to-spdk-digests": lambda: tcp_to_spdk("?header-digest=on&data-digest=on"),
+}
+NEED_SPDK = {"spdk", "tcp-to-spdk", "tcp-to-spdk-digests"}
 
 
 @pytest.fixture(
-    params=[pytest.param(kind, marks=[pytest.mark.spdk] if kind == "spdk" else []) for kind in TRANSPORTS]
+    params=[pytest.param(kind, marks=[pytest.mark.spdk] if kind in NEED_SPDK else []) for kind in TRANSPORTS]
 )
 def namespace(request):
     with TRANSPORTS[request.param]() as namespace:
@@ -97,16 +131,16 @@ def one(namespace, entry):
 
 
 def queue_pair_of(namespace, depth):
-    return namespace._transport.create_queue_pair(depth)
+    return namespace.transport.create_queue_pair(depth)
 
 
 def test_identify(namespace):
     """Geometry wrong by one bit is data in the wrong place."""
-    assert namespace.nsid == namespace._transport.nsid >= 1
+    assert namespace.nsid == namespace.transport.nsid >= 1
     assert namespace.block_bytes in (512, 4096)
     assert namespace.num_lbas >= USED_LBAS
     assert namespace.controller["sn"].strip()
-    limit = namespace._transport.max_transfer_bytes
+    limit = namespace.transport.max_transfer_bytes
     assert limit is None or namespace.max_transfer_lbas * namespace.block_bytes <= limit
 
 

@@ -1,7 +1,8 @@
-"""pyspdk against spdk_nvme_perf, and attention over a drive whose flash SPDK reads, on one target in one run.
+"""pyspdk and our own initiator against spdk_nvme_perf, and attention over a drive whose flash SPDK reads.
 
-The target is SPDK's own, over TCP on loopback, with a namespace in its memory, on the first CPU; each side has
-the second. Where there are only two, attention's workers share them with the driver and the target.
+All on one target in one run. The target is SPDK's own, over TCP on loopback, its namespace in memory, on the
+first CPU; each side has the second. Where there are only two, attention's workers share them with the driver
+and the target.
 """
 
 import os
@@ -97,10 +98,38 @@ def pyspdk_rate(transport_id: str, io_bytes: int, is_random: bool, depth: int, s
     return rate
 
 
-def _pyspdk(target: Target, *arguments) -> float:
-    call = f"print(pyspdk_rate({target.transport_id!r}, {', '.join(map(repr, arguments))}))"
+def initiator_rate(address: str, io_bytes: int, is_random: bool, depth: int, seconds: float) -> float:
+    """As pyspdk_rate, over our own NVMe/TCP: transfers of many commands, as flash on a namespace uses them."""
+    from spdk_glue import command, dma
+    from spdk_glue.transports.tcp import TcpTransport
+
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    transport = TcpTransport.connect(address)
+    facts = transport._namespace
+    queue_pair = transport.create_queue_pair(depth)
+    num_blocks, at_once = io_bytes // facts.block_bytes, (64 << 20) // io_bytes
+    memory = dma.allocate(2 * depth * io_bytes)
+    memory[:] = 1
+    places = facts.num_lbas // num_blocks
+    many = np.random.default_rng(0).integers(0, places, at_once) if is_random else np.arange(at_once) % places
+    entries = command.read(many * num_blocks, np.full(at_once, num_blocks))
+    addresses = np.resize(dma.page_addresses(memory, io_bytes), at_once)
+    lengths = np.full(at_once, io_bytes, np.uint64)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        if queue_pair.transfer(entries, addresses, lengths)["status"].any():
+            raise RuntimeError("a read failed")
+        done += at_once
+    rate = done / (time.perf_counter() - start)
+    transport.close()
+    return rate
+
+
+def _in_a_process(function: str, location: str, *arguments) -> float:
+    """What pyspdk_rate or initiator_rate returns."""
+    call = f"print({function}({location!r}, {', '.join(map(repr, arguments))}))"
     done = subprocess.run(
-        [sys.executable, "-c", f"from kvfs_bench.nvme import pyspdk_rate; {call}"],
+        [sys.executable, "-c", f"from kvfs_bench.nvme import {function}; {call}"],
         capture_output=True,
         text=True,
     )
@@ -115,23 +144,26 @@ def _rates(target: Target, seconds: float, rounds: int) -> Iterator[Figure]:
         ("random_read_4k", 4096, "randread", 1, "reads/s", 0.8),
         ("read_128k", 128 << 10, "read", (128 << 10) / GB, "GB/s", 0.95),
     ):
-        ours: dict[int, list[float]] = {BATCH: [], 2 * BATCH: []}
-        theirs: dict[int, list[float]] = {BATCH: [], 2 * BATCH: []}
+        depths = (BATCH, 2 * BATCH)
+        sides = {side: {depth: [] for depth in depths} for side in ("pyspdk", "initiator", "perf")}
         for _ in range(rounds):
-            for depth in ours:
-                ours[depth].append(_pyspdk(target, io_bytes, pattern == "randread", depth, seconds))
-                theirs[depth].append(perf(target, io_bytes, pattern, depth, seconds))
-        mine, rival = (max(map(statistics.median, side.values())) * scale for side in (ours, theirs))
-        yield Figure(
-            f"pyspdk.{name}",
-            mine,
-            unit,
-            rival=f"spdk_nvme_perf, best of depths {BATCH} and {2 * BATCH}",
-            rival_value=rival,
-            ratio=mine / rival,
-            limit=rival,
-        )
-        yield Figure(f"pyspdk.{name}.ratio", mine / rival, "ratio", goal=goal)
+            for depth in depths:
+                how = (io_bytes, pattern == "randread", depth, seconds)
+                sides["pyspdk"][depth].append(_in_a_process("pyspdk_rate", target.transport_id, *how))
+                sides["initiator"][depth].append(_in_a_process("initiator_rate", target.address, *how))
+                sides["perf"][depth].append(perf(target, io_bytes, pattern, depth, seconds))
+        best = {side: max(map(statistics.median, rates.values())) * scale for side, rates in sides.items()}
+        for side, wanted in (("pyspdk", goal), ("initiator", None)):
+            yield Figure(
+                f"{side}.{name}",
+                best[side],
+                unit,
+                rival=f"spdk_nvme_perf, best of depths {BATCH} and {2 * BATCH}",
+                rival_value=best["perf"],
+                ratio=best[side] / best["perf"],
+                limit=best["perf"],
+            )
+            yield Figure(f"{side}.{name}.ratio", best[side] / best["perf"], "ratio", goal=wanted)
 
 
 def _cold_attention(target: Target, num_tokens: int, seconds: float, rounds: int) -> Iterator[Figure]:

@@ -55,6 +55,11 @@ class Target:
         return f"trtype:TCP adrfam:IPv4 traddr:127.0.0.1 trsvcid:{self.port} subnqn:{SUBSYSTEM}"
 
     @property
+    def address(self) -> str:
+        """For our own initiator."""
+        return f"nvme+tcp://127.0.0.1:{self.port}/{SUBSYSTEM}"
+
+    @property
     def location(self) -> str:
         return f"spdk:{self.transport_id}"
 

@@ -29,7 +29,8 @@ def format_drive(
 ):
     """Make an empty drive in a new file, or on an NVMe namespace.
 
-    A namespace is named by /dev/ng0n1 or, with SPDK, "spdk:0000:01:00.0" or "spdk:trtype:TCP traddr:...".
+    A namespace is named by /dev/ng0n1 or, with SPDK, "spdk:0000:01:00.0" or "spdk:trtype:TCP traddr:...",
+    or by nvme+tcp://HOST:PORT/NQN; a kvfs drive there (kvfsctl serve) gets an empty store.
     A file is sparse: it takes space as it is written. An existing file is never overwritten. Parity takes
     one die's worth of the flash (an eighth), and lets `kvfsctl scrub` repair what it finds damaged.
     """

@@ -53,7 +53,10 @@ def start(drive: Path, mountpoint: Path, options: str, *, foreground: bool, log_
 
     options: as of mount -o.
     """
-    drive, mountpoint, log_file = drive.absolute(), mountpoint.absolute(), log_file.absolute()
+    from spdk_glue.transports.url import is_path
+
+    drive = drive.absolute() if is_path(drive) else drive
+    mountpoint, log_file = mountpoint.absolute(), log_file.absolute()
 
     def serve(ready: Callable[[], None]) -> int:
         from kvfs.errors import ERRNO, InvalidArgument

@@ -9,7 +9,8 @@ from kvfsctl.output import JsonOption, print_json, print_table
 LocationArgument = Annotated[
     str,
     typer.Argument(
-        metavar="LOCATION", help="inproc:FILE or a drive's file, spdk:ADDRESS, /dev/ng0n1, /dev/nvme0n1."
+        metavar="LOCATION",
+        help="inproc:FILE or a drive's file, spdk:ADDRESS, nvme+tcp://..., /dev/ng0n1, /dev/nvme0n1.",
     ),
 ]
 

@@ -19,7 +19,10 @@ EXIT_DAMAGED = 3
 JSON_SCHEMA = 1
 
 DriveArgument = Annotated[
-    Path, typer.Argument(metavar="DRIVE", help="The drive: a file, /dev/ng0n1, or spdk:... (see format).")
+    Path,
+    typer.Argument(
+        metavar="DRIVE", help="The drive: a file, /dev/ng0n1, spdk:... or nvme+tcp://... (see format)."
+    ),
 ]
 StoreArgument = Annotated[
     Path,

@@ -81,13 +81,13 @@ class ControllerAuthenticator:
         self.is_authenticated = False  # stays true while the host authenticates again
         self._credentials = credentials
         self._sequence_numbers = sequence_numbers
+        self.hash: Hash | None = None  # chosen last
+        self.group: DhGroup | None = None
         self._transaction_id = 0
         self._forget()
 
     def _forget(self) -> None:
         """What one transaction knows."""
-        self.hash: Hash | None = None
-        self.group: DhGroup | None = None
         self._key_exchange: KeyExchange | None = None
         self._challenge: Challenge | None = None
         self._response: bytes | None = None
@@ -138,7 +138,6 @@ class ControllerAuthenticator:
     # What comes.
 
     def _take_negotiate(self, message: bytes) -> None:
-        self._forget()
         self._transaction_id = transaction_id_of(message)
         offer = Negotiate.parse(message)
         if offer.secure_channel != NO_SECURE_CHANNEL:
@@ -188,7 +187,8 @@ class ControllerAuthenticator:
         S.AWAIT_NEGOTIATE: {MessageId.NEGOTIATE: _take_negotiate},
         S.AWAIT_REPLY: {MessageId.REPLY: _take_reply, MessageId.FAILURE2: _take_failure2},
         S.AWAIT_SUCCESS2: {MessageId.SUCCESS2: _take_success2, MessageId.FAILURE2: _take_failure2},
-        S.AUTHENTICATED: {MessageId.NEGOTIATE: _take_negotiate},
+        # the host may authenticate again, or find only now that it does not like what it was told
+        S.AUTHENTICATED: {MessageId.NEGOTIATE: _take_negotiate, MessageId.FAILURE2: _take_failure2},
     }
 
     # What goes.
@@ -249,7 +249,7 @@ class ControllerAuthenticator:
     def _succeed(self) -> None:
         self._go(S.AUTHENTICATED)
         self.is_authenticated = True
-        self._key_exchange = self._challenge = self._response = None
+        self._forget()
 
     def _fail(self, reason: FailureReason, detail: str) -> None:
         self.failure = Failure(reason, detail)

@@ -15,10 +15,10 @@ import hmac
 import os
 import re
 import secrets
-import stat
 import zlib
 from enum import IntEnum
 
+from spdk_glue.fabrics.trusted_file import READABLE_BY_OWNER_ALONE, read_trusted_file
 from spdk_glue.status import NvmeError
 
 KEY_BYTES = (32, 48, 64)
@@ -110,6 +110,10 @@ class Key:
             return self._secret
         return hmac.digest(self._secret, nqn.encode() + _TRANSFORM_CONTEXT, self.transform.algorithm)
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self._secret)
+
     def has_secret_of(self, other: "Key") -> bool:
         return hmac.compare_digest(self._secret, other._secret)
 
@@ -122,35 +126,8 @@ class Key:
 
 
 def read_key_file(path: str | os.PathLike) -> Key:
-    """The key in a file. Raises KeyFileError.
-
-    The file must be a regular one, of this user or root, and closed to group and others. Checks and reading
-    use one open descriptor, so the file cannot be exchanged between them.
-    """
-    try:
-        # not blocking: a pipe in the file's place must not hold up who opens it
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise KeyFileError(path, "there is no such file") from None
-    except OSError as error:
-        raise KeyFileError(path, f"cannot be opened: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyFileError(path, "not a regular file")
-        if status.st_uid not in (os.geteuid(), 0):
-            raise KeyFileError(path, "belongs to another user")
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise KeyFileError(
-                path, f"open to group or others (mode {mode:04o}): chmod 600 it, and make a new key"
-            )
-        try:
-            content = file.read(_FILE_BYTES_MAX + 1)
-        except OSError as error:
-            raise KeyFileError(path, f"cannot be read: {error.strerror}") from None
-    if len(content) > _FILE_BYTES_MAX:
-        raise KeyFileError(path, "too long to hold one key")
+    """The key in a file that this user, or root, has for itself alone. Raises KeyFileError."""
+    content = read_trusted_file(path, READABLE_BY_OWNER_ALONE, _FILE_BYTES_MAX, KeyFileError)
     try:
         return Key.parse(content.decode("ascii").removesuffix("\n").removesuffix("\r"))
     except UnicodeDecodeError:

@@ -265,7 +265,7 @@ class Reply:
             int(head["transaction_id"]),
             response,
             challenge if has_challenge else None,
-            sequence_number,
+            sequence_number if has_challenge else 0,
             public_value,
         )
 

@@ -134,7 +134,10 @@ class FabricsCommands:
         if authenticator.has_failed:
             log.warning("%s: %s", self.peer, authenticator.error())
             self._close("authentication failed")
-        elif authenticator.in_progress:
+            return
+        if self.state is State.LIVE and not authenticator.is_authenticated:
+            self._go(State.AUTHENTICATE)
+        if authenticator.in_progress:
             if self._deadline is None:
                 self._deadline = self._now + self._limits.authentication_seconds
         else:

@@ -16,7 +16,6 @@ listens on loopback alone.
 
 import ipaddress
 import os
-import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from spdk_glue.fabrics.authentication import (
 )
 from spdk_glue.fabrics.authentication.dhchap import DEFAULT_GROUPS, DEFAULT_HASHES
 from spdk_glue.fabrics.records import BadNqn, check_nqn
+from spdk_glue.fabrics.trusted_file import WRITABLE_BY_OWNER_ALONE, read_trusted_file
 from spdk_glue.status import NvmeError
 
 _NEEDS_KEY = ("controller_key_file", "hashes", "dh_groups")
@@ -140,20 +140,8 @@ def is_loopback(address: str) -> bool:
 
 
 def _read_text(path: str | os.PathLike) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise HostAccessError(path, "not a regular file")
-            # who writes it decides who may connect
-            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-                raise HostAccessError(path, "another user can change it: chown it, and chmod go-w")
-            content = file.read(_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise HostAccessError(path, f"cannot be read: {error.strerror}") from None
-    if len(content) > _FILE_BYTES_MAX:
-        raise HostAccessError(path, "too long for an access file")
+    # who can write it decides who may connect
+    content = read_trusted_file(path, WRITABLE_BY_OWNER_ALONE, _FILE_BYTES_MAX, HostAccessError)
     try:
         return content.decode()
     except UnicodeDecodeError:

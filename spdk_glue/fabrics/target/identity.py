@@ -10,6 +10,7 @@ from spdk_glue.command import NSID, NSID_ALL, SUBMISSION_ENTRY
 from spdk_glue.controller import REQUEST_FIELDS, Handler, Request
 from spdk_glue.fabrics.records import UUID_PREFIX
 from spdk_glue.fabrics.target.limits import Limits
+from spdk_glue.fabrics.target.reservations import RESCAP
 from spdk_glue.identify import (
     CONTROLLER_TYPE_DISCOVERY,
     IDENTIFY_CONTROLLER,
@@ -17,6 +18,7 @@ from spdk_glue.identify import (
     NAMESPACE_DESCRIPTOR,
     Cns,
 )
+from spdk_glue.reservation import ONCS_RESERVATIONS
 from spdk_glue.status import CommandFailed, Status
 
 STRUCTURE_BYTES = 4096
@@ -119,6 +121,7 @@ class DriveIdentity:
     def controller(self, request: Request | None = None) -> np.ndarray:
         record = ask_drive(self._drive, command.identify(Cns.CONTROLLER), IDENTIFY_CONTROLLER)
         record["cmic"] |= CMIC_SEVERAL_CONTROLLERS
+        record["oncs"] |= 0 if self._is_read_only else ONCS_RESERVATIONS
         record["frmw"] = FRMW_ONE_READ_ONLY_SLOT
         attention = record["attention"]
         attention["max_tickets"] = np.minimum(attention["max_tickets"], self._limits.max_tickets)
@@ -132,6 +135,7 @@ class DriveIdentity:
             raise CommandFailed(Status.INVALID_NAMESPACE, detail=f"nsid {request.nsid}")
         record = ask_drive(self._drive, command.identify(Cns.NAMESPACE, NSID), IDENTIFY_NAMESPACE)
         record["nmic"] |= NMIC_SHARED
+        record["rescap"] = 0 if self._is_read_only else RESCAP
         record["nguid"] = np.void(self._uuid.bytes)
         if self._is_read_only:
             record["nsattr"] |= NSATTR_WRITE_PROTECTED

@@ -32,6 +32,7 @@ from spdk_glue.fabrics.target.association import (
 )
 from spdk_glue.fabrics.target.host_access import AllowedHost, HostAccess
 from spdk_glue.fabrics.target.limits import Limits
+from spdk_glue.fabrics.target.reservations import Reservations
 from spdk_glue.fabrics.target.tickets import Tickets
 from spdk_glue.identify import IDENTIFY_CONTROLLER, Cns, LogPage
 from spdk_glue.status import CommandFailed, Status
@@ -96,6 +97,14 @@ class Subsystems:
         self._associations: dict[int, Association] = {}
         self._next_cntlid = 1
         self._lock = threading.Lock()
+        self.reservations = Reservations(self._is_present)
+
+    def _is_present(self, host_id: bytes) -> bool:
+        with self._lock:
+            return any(
+                one.host_id == host_id and one.ended is None and not one.is_discovery
+                for one in self._associations.values()
+            )
 
     # Connect.
 
@@ -220,10 +229,13 @@ class Subsystems:
             (LogPage.SMART, *_VENDOR_LOG_PAGES),
         )
         io_handlers, admin_handlers = tickets.handlers(), self._common(association, identify.identify, pages)
-        if association.is_read_only:
+        if not association.is_read_only:
+            io_handlers |= self.reservations.handlers(association.host_id)
+        else:
             io_handlers |= protected_io(its_io)
             admin_handlers |= protected_admin(its_admin)
-        association.serve(self.drive.controller.with_handlers(io_handlers, admin_handlers), tickets)
+        controller = self.drive.controller.with_handlers(io_handlers, admin_handlers)
+        association.serve(controller, tickets, self.reservations)
 
     def _serve_discovery(self, association: Association, address: tuple[str, int]) -> None:
         def identify(requests: Sequence[Request]) -> None:
