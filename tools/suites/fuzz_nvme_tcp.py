@@ -50,6 +50,7 @@ LIMITS = Limits(
     stall_seconds=2.0,
 )
 CALL_SECONDS = 1.0
+LEAK_MIB = 32
 OPCODES = [*range(0x10), 0x7F, 0x81, 0x82, 0x84, 0x85, 0x86, 0xC0, 0x18]
 SGL_TYPES = [records.SGL_TRANSPORT, records.SGL_IN_CAPSULE, 0x00, 0x40, 0x20, 0xFF]
 LENGTHS = [0, 1, 4, 512, 1024, BLOCK, 2 * BLOCK, 8 * BLOCK, 9 * BLOCK, 1 << 20, 0xFFFFFFFF]
@@ -399,9 +400,15 @@ class Tables:
         host.judge(out, seen)
 
 
+def resident_mib() -> float:
+    """Memory of this process."""
+    with open("/proc/self/statm") as facts:
+        return int(facts.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
 def fuzz_tables(count: int, seed: int, seen: Counter) -> int:
     """PDUs sent. Raises Broken, with the session's seed."""
-    tables, done, number = Tables(), 0, 0
+    tables, done, number, settled_mib = Tables(), 0, 0, None
     started = last = time.monotonic()
     while done < count:
         number += 1
@@ -410,9 +417,15 @@ def fuzz_tables(count: int, seed: int, seen: Counter) -> int:
             done += tables.session(chance, chance.choice([5, 50, 200]), seen)
         except Exception as error:
             raise Broken(f"seed {seed}, session {number}: {error!r}") from error
+        if settled_mib is None and done > count // 5:
+            settled_mib = resident_mib()
         if time.monotonic() - last > 10:
             last = time.monotonic()
             print(f"  {done} PDUs, {number} sessions, {done / (last - started):.0f}/s", flush=True)
+    gc.collect()
+    grown_mib = resident_mib() - (settled_mib or 0)
+    if settled_mib is not None and grown_mib > LEAK_MIB:
+        raise Broken(f"seed {seed}: {grown_mib:.0f} MiB more memory than after a fifth of it")
     if not (tables.drive.blocks == tagged(NAMESPACE_TAG, BLOCK)).all():
         raise Broken(f"seed {seed}: the drive's blocks changed")
     return done

@@ -247,6 +247,43 @@ def test_the_short_way(drive, namespace, short_way, monkeypatch, num_groups, inl
     assert is_at_rest(drive)
 
 
+def test_a_ticket_of_cached_pages_is_answered_when_it_is_submitted(drive, namespace):
+    """The same answer, and as many rules, as of one that takes its time."""
+    groups(namespace, 3)
+    data, _ = descriptor(3)
+    unit = drive.attention_unit
+    first = namespace.attention_fetch(namespace.attention_submit(data), ANSWER)
+    before = unit.counters.as_dict()
+    ticket = namespace.attention_submit(data)
+    assert unit._tickets[ticket].answer is not None and is_at_rest(drive)
+    called = []
+    unit.when_done(ticket, lambda: called.append(ticket))
+    assert called == [ticket]
+    assert status_of(lambda: namespace.attention_fetch(ticket, 100)) == Status.SGL_LENGTH_INVALID
+    again = namespace.attention_fetch(ticket, ANSWER)
+    np.testing.assert_array_equal(again[ANSWER_HEADER.itemsize :], first[ANSWER_HEADER.itemsize :])
+    assert unit.counters.commands == before["commands"] + 1
+    assert status_of(lambda: namespace.attention_fetch(ticket, ANSWER)) == Status.UNKNOWN_TICKET
+    namespace.attention_cancel(namespace.attention_submit(data))
+    assert not unit._tickets
+
+
+def test_who_waits_for_a_ticket_is_called_once(drive, namespace, monkeypatch):
+    """Whether it is done, cancelled, or was never there."""
+    monkeypatch.setattr("accel.resident_attention.INLINE_BYTES", 0)
+    monkeypatch.setattr("accel.attention_job.INLINE_BYTES", 0)
+    groups(namespace, 3)
+    data, _ = descriptor(3)
+    unit, called = drive.attention_unit, threading.Semaphore(0)
+    for _ in range(20):
+        ticket = namespace.attention_submit(data)
+        unit.when_done(ticket, called.release)
+        assert called.acquire(timeout=10)
+        namespace.attention_fetch(ticket, ANSWER)
+    unit.when_done(99999, called.release)
+    assert called.acquire(timeout=10) and not called.acquire(timeout=0.05)
+
+
 def test_when_the_short_way_is_left(drive, namespace, short_way):
     """A page that is not in the cache, not mapped or moved; another length; a bad descriptor: right answers or
     the long way's errors, and nothing pinned."""
