@@ -54,6 +54,17 @@ class ResidentAttention:
             work = self._descriptors.read(data)
         except CommandFailed:
             return None
+        return self._attend(work, answer, started)
+
+    def attend_small(self, work: AttentionWork, answer: np.ndarray) -> tuple[int, int, int, int] | None:
+        """As `attend`, of what is computed on the caller's thread anyway; None for all else."""
+        if 2 * work.plan.num_pages * self._engine.ftl.page_size > INLINE_BYTES:
+            return None
+        return self._attend(work, answer, perf_counter_ns())
+
+    def _attend(
+        self, work: AttentionWork, answer: np.ndarray, started: int
+    ) -> tuple[int, int, int, int] | None:
         tables, plan = work.tables, work.plan
         if (
             answer.nbytes != tables.answer_bytes

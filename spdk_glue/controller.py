@@ -144,11 +144,24 @@ class Controller:
                 completions["cdw0"][position] = request.result & 0xFFFFFFFF
             if request.status != Status.SUCCESS:
                 completion = completions[position]
-                do_not_retry = request.failure is None or request.failure.do_not_retry
-                completion["status"] = nvme_status.encode(request.status, more=True, do_not_retry=do_not_retry)
-                with self._error_lock:
-                    self.error_log.add(queue_id, int(completion["cid"]), request)
+                completion["status"] = self._log_failure(queue_id, int(completion["cid"]), request)
         return completions
+
+    def execute_one(self, queue_id: int, cid: int, request: Request) -> tuple[int, int]:
+        """Run one command, without arrays: (status field, CDW0) of its completion."""
+        if self._accept(queue_id, request):
+            self._dispatch(self._handlers[queue_id != ADMIN_QUEUE].get(request.opcode), [request])
+        status = 0
+        if request.status != Status.SUCCESS:
+            status = self._log_failure(queue_id, cid, request)
+        return status, request.result & 0xFFFFFFFF
+
+    def _log_failure(self, queue_id: int, cid: int, request: Request) -> int:
+        """The status field of its completion."""
+        with self._error_lock:
+            self.error_log.add(queue_id, cid, request)
+        do_not_retry = request.failure is None or request.failure.do_not_retry
+        return nvme_status.encode(request.status, more=True, do_not_retry=do_not_retry)
 
     def note_failure(self, queue_id: int, cid: int, opcode: int, failure: CommandFailed) -> None:
         """Of a command that came to no handler."""

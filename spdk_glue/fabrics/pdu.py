@@ -344,6 +344,19 @@ def with_digests(
     return raw
 
 
+# A PDU that arrived, whole, or refused.
+FRAME = np.dtype(
+    [
+        ("header", "u1", MAX_HEADER_BYTES),  # zeros behind its hlen bytes
+        ("data_at", "<u8"),  # where its data begin in the stream's buffer
+        ("data_length", "<u4"),
+        ("fei", "<u4"),  # field error information
+        ("fes", "u1"),  # a FatalError, and nothing comes after it; or 0
+        ("is_data_intact", "u1"),  # the data digest is right, or there is none
+        ("reserved", "V6"),
+    ]
+)
+
 # A PDU to send: its header, and its data where it has some. The header says which digests follow.
 PIECE = np.dtype([("header_address", "<u8"), ("data_address", "<u8"), ("data_length", "<u8")])
 

@@ -1,6 +1,7 @@
 """Our NVMe/TCP target with initiators that were not written here: SPDK's driver and tools."""
 
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -116,13 +117,23 @@ def test_blocks(namespace):
     assert not namespace.lost(0, 1000)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A drive that may be overwritten."""
+    path = tmp_path_factory.mktemp("scratch") / "drive.kvfs"
+    kvfs.format(path, "64MiB")
+    served = ServedProcess(path)
+    yield served
+    assert served.close() == 0
+
+
 @pytest.mark.parametrize("digests", [(), ("-H",), ("-I",), ("-H", "-I")])
-def test_spdk_nvme_perf(served, digests):
+def test_spdk_nvme_perf(scratch, digests):
     for pattern, size in (("randrw", 4096), ("randrw", 131072)):
         done = subprocess.run(
             [
                 *("spdk_nvme_perf", "--no-huge", "-s", "256", "-q", "32", "-o", str(size), "-w", pattern),
-                *("-M", "70", "-t", "1", "-r", f"{served.transport_id()} ns:1", *digests),
+                *("-M", "70", "-t", "1", "-r", f"{scratch.transport_id()} ns:1", *digests),
             ],
             capture_output=True,
             text=True,
@@ -163,3 +174,60 @@ def test_hosts_side_by_side(served, recorded):
     finally:
         for host in hosts:
             host.close()
+
+
+def test_killed_under_load(tmp_path):
+    """What was flushed before the target died is there when it is back."""
+    kvfs.format(tmp_path / "d.kvfs", "64MiB")
+    served = ServedProcess(tmp_path / "d.kvfs")
+    load = subprocess.Popen(
+        [
+            *("spdk_nvme_perf", "--no-huge", "-s", "256", "-q", "32", "-o", "4096", "-w", "randrw", "-M", "50"),
+            *("-t", "20", "-r", f"{served.transport_id()} ns:1"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    namespace = Namespace(open_transport(served.location))
+    last = namespace.num_lbas - 16
+    for number in range(20):
+        data = np.full(16 * 4096, number, np.uint8)
+        namespace.write(last, data)
+    namespace.deallocate([(0, 4)])
+    namespace.flush()
+    served.kill()
+    load.kill()
+    load.wait()
+    port = served.port
+    served.start(port)  # at once, where the old one was
+    try:
+        again = Namespace(open_transport(served.location))
+        assert again.num_lbas == namespace.num_lbas
+        assert not again.lost(0, again.num_lbas)
+        again.close()
+    finally:
+        assert served.close() == 0
+
+
+def test_64_connections(tmp_path):
+    """Hosts enough to fill a rack, all with work, and nothing left behind when they go."""
+    kvfs.format(tmp_path / "d.kvfs", "64MiB")
+    served = ServedProcess(tmp_path / "d.kvfs")
+    try:
+        before = served.num_descriptors(), served.num_threads()
+        hosts = [
+            Namespace(open_transport(f"{served.location} hostnqn:nqn.2026-11.io.kvfs:h{n}")) for n in range(32)
+        ]  # each with an admin and an I/O queue
+        for number, host in enumerate(hosts):
+            host.write(number * 8, np.full(8 * 4096, number, np.uint8))
+        assert served.num_threads() >= before[1] + 64
+        for number, host in enumerate(hosts):
+            assert (host.read(number * 8, 8) == number).all()
+            host.close()
+        give_up = time.monotonic() + 10
+        while served.num_threads() > before[1] + 4 and time.monotonic() < give_up:
+            time.sleep(0.05)
+        assert served.num_threads() <= before[1] + 4  # threads for long commands stay
+        assert served.num_descriptors() <= before[0] + 2
+    finally:
+        assert served.close() == 0

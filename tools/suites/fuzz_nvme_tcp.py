@@ -29,12 +29,12 @@ from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.fabrics import pdu, records
 from spdk_glue.fabrics.pdu import Framing, PduFlag, PduType
-from spdk_glue.fabrics.target import connection as target_connection
 from spdk_glue.fabrics.target.buffers import Buffers
 from spdk_glue.fabrics.target.connection import Connection
 from spdk_glue.fabrics.target.host_access import HostAccess
 from spdk_glue.fabrics.target.limits import Limits
 from spdk_glue.fabrics.target.server import Server
+from spdk_glue.fabrics.target.states import State
 from spdk_glue.fabrics.target.subsystem import ServedDrive, Subsystems
 from spdk_glue.fabrics.tcp_glue import api
 
@@ -320,7 +320,7 @@ class Tables:
         connection._arena[:] = tagged(POISON_TAG, len(connection._arena))
         out, at = [], 0
         while at < len(buffer) and connection.is_open:
-            max_frames = 1 if connection.state is target_connection.State.AWAIT_IC else api.MAX_FRAMES
+            max_frames = 1 if connection.state is State.AWAIT_IC else api.MAX_FRAMES
             frames, taken = api.take_frames(buffer[at:], connection.framing, max_frames)
             if not len(frames):
                 break

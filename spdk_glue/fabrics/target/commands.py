@@ -25,13 +25,14 @@ FUSED, PSDT = 0x03, 0xC0  # bits of flags
 
 @dataclass(slots=True, eq=False)
 class Command:
-    """raw: its SUBMISSION_ENTRY; length: of its data, of which `received` bytes came from the host so far;
-    memory: of which `data` are the first bytes; is_intact: no data digest was wrong"""
+    """raw: its SUBMISSION_ENTRY; dwords: CDW10 to CDW13; length: of its data, of which `received` bytes came
+    from the host so far; memory: of which `data` are the first bytes; is_intact: no data digest was wrong"""
 
     raw: bytes
     cid: int
     opcode: int
-    cdw10: int
+    nsid: int
+    dwords: tuple[int, int, int, int]
     direction: Direction
     length: int = 0
     is_in_capsule: bool = False
@@ -41,15 +42,19 @@ class Command:
     is_intact: bool = True
 
     @property
+    def cdw10(self) -> int:
+        return self.dwords[0]
+
+    @property
     def is_fabrics(self) -> bool:
         return self.opcode == FABRICS_OPCODE
 
 
 def parse(raw: bytes, in_capsule_length: int, limits: Limits) -> tuple[Command, CommandFailed | None]:
     """The command in a capsule with so many bytes of data, and what is wrong with it."""
-    opcode, flags, cid, _, _, _, _, dptr, cdw10, *_ = _ENTRY.unpack(raw)
+    opcode, flags, cid, nsid, _, _, _, dptr, *dwords = _ENTRY.unpack(raw)
     way = direction(raw[_FCTYPE_OFFSET] if opcode == FABRICS_OPCODE else opcode)
-    command = Command(raw, cid, opcode, cdw10, way)
+    command = Command(raw, cid, opcode, nsid, tuple(dwords[:4]), way)
     try:
         _find_data(command, flags, dptr, in_capsule_length, limits)
     except CommandFailed as failure:

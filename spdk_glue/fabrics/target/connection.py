@@ -14,61 +14,27 @@ There is no I/O, no thread and no clock here: `wake` asks the owner to call `pol
 some other thread, and every call that needs the time is told it.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from enum import Enum, auto
 
 import numpy as np
 
-from spdk_glue import dma
 from spdk_glue import status as nvme_status
 from spdk_glue.command import SUBMISSION_ENTRY, AdminOpcode, Direction, IoOpcode
-from spdk_glue.controller import ADMIN_QUEUE
+from spdk_glue.controller import ADMIN_QUEUE, Request
 from spdk_glue.fabrics import pdu
 from spdk_glue.fabrics.authentication import ControllerAuthenticator
-from spdk_glue.fabrics.pdu import DATA, FatalError, FatalPduError, Framing, PduFlag, PduType
-from spdk_glue.fabrics.records import (
-    AUTHENTICATION_COMMAND,
-    AUTHREQ_TRANSACTION,
-    CONNECT_COMMAND,
-    CONNECT_DATA,
-    CONNECT_NO_FLOW_CONTROL,
-    FABRICS_COMMAND,
-    PROPERTY_8_BYTES,
-    PROPERTY_COMMAND,
-    PSDT_SGL,
-    SECURITY_PROTOCOL_NVME,
-    SGL_DESCRIPTOR,
-    SGL_TRANSPORT,
-    FabricsType,
-)
+from spdk_glue.fabrics.pdu import DATA, FRAME, FatalError, FatalPduError, Framing, PduFlag, PduType
 from spdk_glue.fabrics.target.association import Association
 from spdk_glue.fabrics.target.buffers import Buffers
 from spdk_glue.fabrics.target.commands import Command, parse
+from spdk_glue.fabrics.target.fabrics_commands import FabricsCommands
 from spdk_glue.fabrics.target.outbox import Outbox
-from spdk_glue.fabrics.target.subsystem import ConnectRefused, Subsystems
+from spdk_glue.fabrics.target.read_runs import ReadRuns
+from spdk_glue.fabrics.target.states import NEXT, State
+from spdk_glue.fabrics.target.subsystem import Subsystems
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import record_struct
-
-log = logging.getLogger(__name__)
-
-
-class State(Enum):
-    AWAIT_IC = auto()
-    AWAIT_CONNECT = auto()
-    AUTHENTICATE = auto()
-    LIVE = auto()
-    CLOSED = auto()
-
-
-NEXT = {  # every transition
-    State.AWAIT_IC: {State.AWAIT_CONNECT, State.CLOSED},
-    State.AWAIT_CONNECT: {State.AUTHENTICATE, State.LIVE, State.CLOSED},
-    State.AUTHENTICATE: {State.LIVE, State.CLOSED},
-    State.LIVE: {State.CLOSED},
-    State.CLOSED: set(),
-}
 
 # Commands that may take long: they run beside the others.
 BACKGROUND = {
@@ -78,11 +44,11 @@ BACKGROUND = {
 READ_RUN_MIN = 2  # Reads that are worth arrays of their own
 LOOK_SECONDS = 1.0  # an admin connection looks at the time, others at their controller
 
-_DATA = record_struct(DATA)
+_DATA, _unpack_frames = record_struct(DATA), record_struct(FRAME).iter_unpack
 _ENTRY_START, _ENTRY_STOP = 8, 72  # of the submission entry in a capsule's header
 
 
-class Connection:
+class Connection(ReadRuns, FabricsCommands):
     """address: IP and port that the host reached us at.
 
     framing: what is to be looked for in what arrives; the owner reads it before each receive.
@@ -142,7 +108,7 @@ class Connection:
         """Take FRAME [n], whose data lie in `buffer`. Yields PIECE [n], each to be sent before the next."""
         self._now = now
         kinds, position = frames["header"][:, 0].tolist(), 0
-        refused = bool(len(frames)) and int(frames["fes"][-1])
+        refused = int(frames["fes"][-1]) if kinds else 0
         stop_at = len(frames) - 1 if refused else len(frames)
         try:
             while position < stop_at and self.is_open:
@@ -248,8 +214,8 @@ class Connection:
         elif kind == PduType.CAPSULE_COMMAND:
             yield from self._take_commands(frames, buffer)
         elif kind == PduType.H2C_DATA:
-            for frame in frames:
-                self._take_data(frame, buffer)
+            for header, data_at, length, _, _, is_intact, _ in _unpack_frames(frames.tobytes()):
+                self._take_data(header, buffer[data_at : data_at + length], bool(is_intact))
         elif kind == PduType.H2C_TERMINATE:
             record = frames[0]["header"][: pdu.TERMINATE.itemsize].view(pdu.TERMINATE)[0]
             self._close(f"the host ends the connection: reason {record['fes']}, at {record['fei']}")
@@ -282,35 +248,29 @@ class Connection:
             raise FatalPduError(FatalError.LIMIT_EXCEEDED, detail)
         if self.association is not None:
             self.association.saw_host(self._now)
-        capsules = np.ascontiguousarray(frames["header"][:, _ENTRY_START:_ENTRY_STOP])
-        is_run = len(frames) >= READ_RUN_MIN and self.qid != ADMIN_QUEUE and self.state is State.LIVE
-        if is_run and self._is_read_run(entries := capsules.view(SUBMISSION_ENTRY)[:, 0], frames):
-            yield from self._run_reads(entries)
-            return
-        raw, size = capsules.tobytes(), SUBMISSION_ENTRY.itemsize
-        places = zip(
-            frames["data_at"].tolist(),
-            frames["data_length"].tolist(),
-            frames["is_data_intact"].tolist(),
-            strict=True,
-        )
-        for number, (data_at, length, is_intact) in enumerate(places):
-            capsule = raw[number * size : (number + 1) * size]
+        if len(frames) >= READ_RUN_MIN and self.qid != ADMIN_QUEUE and self.state is State.LIVE:
+            capsules = np.ascontiguousarray(frames["header"][:, _ENTRY_START:_ENTRY_STOP])
+            entries = capsules.view(SUBMISSION_ENTRY)[:, 0]
+            if self._is_read_run(entries, frames):
+                yield from self._run_reads(entries)
+                return
+        for header, data_at, length, _, _, is_intact, _ in _unpack_frames(frames.tobytes()):
+            capsule = header[_ENTRY_START:_ENTRY_STOP]
             self._admit(capsule, buffer[data_at : data_at + length], bool(is_intact))
 
-    def _take_data(self, frame: np.void, buffer: np.ndarray) -> None:
+    def _take_data(self, header: bytes, data: np.ndarray, is_intact: bool) -> None:
         """H2CData: the next part of what an R2T asked for."""
 
         def refuse(fes: FatalError, field: str, detail: str) -> FatalPduError:
             return FatalPduError(fes, detail, DATA.fields[field][1])
 
-        _, flags, _, _, _, cid, tag, offset, length, _ = _DATA.unpack(frame["header"][: _DATA.size].tobytes())
+        _, flags, _, _, _, cid, tag, offset, length, _ = _DATA.unpack(header[: _DATA.size])
         command = self._transfers.get(tag)
         if command is None:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "ttag", f"data for transfer tag {tag:#x}")
         if command.cid != cid:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "cid", f"data for command {cid:#x}")
-        if length != frame["data_length"]:
+        if length != len(data):
             raise refuse(FatalError.INVALID_HEADER_FIELD, "length", f"{length} bytes of data said")
         if offset != command.received or offset + length > command.length:
             detail = f"data at {offset} to {offset + length} of {command.received} to {command.length}"
@@ -318,63 +278,13 @@ class Connection:
         is_last = offset + length == command.length
         if bool(flags & PduFlag.LAST) != is_last:
             raise refuse(FatalError.INVALID_HEADER_FIELD, "flags", "the last data are not marked as such")
-        start = int(frame["data_at"])
-        command.data[offset : offset + length] = buffer[start : start + length]
+        command.data[offset : offset + length] = data
         command.received += length
-        command.is_intact &= bool(frame["is_data_intact"])
+        command.is_intact &= is_intact
         self._last_transfer = self._now
         if is_last:
             del self._transfers[tag]
             self._ready.append(command)
-
-    # Runs of Reads: nothing in Python for each.
-
-    def _is_read_run(self, entries: np.ndarray, frames: np.ndarray) -> bool:
-        sgls = entries["dptr"].view(SGL_DESCRIPTOR)
-        cids = set(entries["cid"].tolist())
-        return bool(
-            (entries["opcode"] == IoOpcode.READ).all()
-            and (entries["flags"] == PSDT_SGL).all()
-            and (sgls["type"] == SGL_TRANSPORT).all()
-            and not frames["data_length"].any()
-            and int(sgls["length"].min()) > 0
-            and int(sgls["length"].max()) <= self._limits.max_transfer_bytes
-            and len(cids) == len(entries)
-            and cids.isdisjoint(self._outstanding)
-        )
-
-    def _run_reads(self, entries: np.ndarray) -> Iterator[np.ndarray]:
-        if self._arena is None:
-            self._arena = dma.allocate(self._limits.buffer_bytes)
-        lengths = entries["dptr"].view(SGL_DESCRIPTOR)["length"].astype(np.int64)
-        stops = np.cumsum(-(-lengths // dma.ALIGNMENT) * dma.ALIGNMENT)  # of each one's place, page-aligned
-        first, base = 0, 0
-        while first < len(entries):
-            # how many of them the arena holds
-            stop = int(np.searchsorted(stops, base + len(self._arena), side="right"))
-            part = slice(first, stop)
-            starts = np.concatenate([[base], stops[first : stop - 1]]) - base
-            buffers = [
-                self._arena[start : start + length]
-                for start, length in zip(starts.tolist(), lengths[part].tolist(), strict=True)
-            ]
-            completions = self.association.execute(self.qid, entries[part], buffers)
-            self._answer_reads(completions, buffers, starts, lengths[part])
-            yield from self._flush()
-            first, base = stop, int(stops[stop - 1])
-
-    def _answer_reads(self, completions, buffers, starts: np.ndarray, lengths: np.ndarray) -> None:
-        num = len(completions)
-        completions["sqhd"] = (self._sqhd + 1 + np.arange(num)) % self._num_entries
-        if not completions["status"].any():
-            self._sqhd = (self._sqhd + num) % self._num_entries
-            addresses = starts + dma.address_of(self._arena)
-            self._out.read_answers(completions, addresses, lengths, self._may_omit_responses)
-            return
-        for completion, data in zip(completions.tolist(), buffers, strict=True):
-            cdw0, cdw1, _, _, cid, status = completion
-            self._sqhd = (self._sqhd + 1) % self._num_entries
-            self._send_answer(cid, status, cdw0, cdw1, data)
 
     # One command.
 
@@ -411,16 +321,6 @@ class Connection:
             return CommandFailed(Status.AUTHENTICATION_REQUIRED)
         if self.qid == ADMIN_QUEUE and not self.association.is_enabled:
             return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="not enabled")
-        return None
-
-    def _why_no_fabrics_command_now(self, command: Command) -> CommandFailed | None:
-        kind = _fabrics_type(command)
-        if command.length > self._limits.in_capsule_bytes:  # none has more; a stranger gets no memory
-            return CommandFailed(Status.SGL_LENGTH_INVALID, detail="fabrics command")
-        if (kind == FabricsType.CONNECT) != (self.state is State.AWAIT_CONNECT):
-            return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail=f"fabrics command {kind:#x}")
-        if self.state is State.AUTHENTICATE and kind not in _AUTHENTICATION:
-            return CommandFailed(Status.AUTHENTICATION_REQUIRED)
         return None
 
     def _hold(self, command: Command) -> None:
@@ -490,6 +390,11 @@ class Connection:
         """In the drive, at once."""
         for command in commands:
             self._make_room(command)
+        if len(commands) == 1:
+            (command,) = commands
+            status, cdw0 = self._execute_one(command)
+            self._respond(command, cdw0, status=status)
+            return
         for command, completion in zip(commands, self._execute(commands), strict=True):
             self._complete(command, completion)
 
@@ -503,9 +408,13 @@ class Connection:
 
     def _execute(self, commands: list[Command]) -> list[tuple]:
         """COMPLETION_ENTRY of each, as tuples."""
-        raw = commands[0].raw if len(commands) == 1 else b"".join([command.raw for command in commands])
-        entries = np.frombuffer(raw, SUBMISSION_ENTRY)
+        entries = np.frombuffer(b"".join([command.raw for command in commands]), SUBMISSION_ENTRY)
         return self.association.execute(self.qid, entries, [command.data for command in commands]).tolist()
+
+    def _execute_one(self, command: Command) -> tuple[int, int]:
+        """Status field and CDW0."""
+        request = Request(command.opcode, command.nsid, *command.dwords, command.data)
+        return self.association.controller.execute_one(self.qid, command.cid, request)
 
     def _complete(self, command: Command, completion: tuple) -> None:
         cdw0, cdw1, _, _, _, status = completion
@@ -561,12 +470,12 @@ class Connection:
 
     def _run_in_background(self, command: Command) -> None:
         """On a thread of its own."""
-        (completion,) = self._execute([command])
+        status, cdw0 = self._execute_one(command)
 
         def done() -> None:
             self._num_background -= 1
             if self.is_open:
-                self._complete(command, completion)
+                self._respond(command, cdw0, status=status)
 
         self._due.append(done)
         self._wake_owner()
@@ -610,123 +519,7 @@ class Connection:
         queue = self.association.queues.get(qid)
         self._respond(command, cdw0=0 if queue is not None and queue.abort(cid) else 1)
 
-    # Fabrics commands.
 
-    def _run_fabrics(self, command: Command) -> None:
-        handler = _FABRICS.get(_fabrics_type(command))
-        try:
-            if handler is None:
-                raise CommandFailed(Status.INVALID_OPCODE, detail=f"fabrics {_fabrics_type(command):#x}")
-            handler(self, command)
-        except ConnectRefused as refusal:
-            log.warning("%s: %s", self.peer, refusal)
-            self._fail(command, refusal, cdw0=refusal.result)
-        except CommandFailed as failure:
-            self._fail(command, failure)
-
-    def _connect(self, command: Command) -> None:
-        if command.length != CONNECT_DATA.itemsize:
-            raise CommandFailed(Status.SGL_LENGTH_INVALID, detail="Connect's data")
-        entry = np.frombuffer(command.raw, CONNECT_COMMAND)[0]
-        data = command.data.view(CONNECT_DATA)[0]
-        association, host = self._subsystems.connect(entry, data, self, self._address, self._now)
-        self.qid, self.association = int(entry["qid"]), association
-        self._num_entries = int(entry["sqsize"]) + 1
-        self._sqhd = 1 % self._num_entries
-        self._may_omit_responses = bool(entry["cattr"] & CONNECT_NO_FLOW_CONTROL)
-        if not association.is_discovery:  # which tells the drive's name, and no more
-            self._authenticator = host.authenticator(association.subnqn)
-        if self._authenticator is None:
-            self._go(State.LIVE)
-            self._deadline = None
-        else:
-            self._go(State.AUTHENTICATE)
-            self._deadline = self._now + self._limits.authentication_seconds
-        authreq = AUTHREQ_TRANSACTION if self._authenticator is not None else 0
-        self._respond(command, cdw0=association.cntlid | authreq << 16)
-
-    def _get_property(self, command: Command) -> None:
-        value = self._controller_here().get_property(*self._property(command)[:2])
-        self._respond(command, cdw0=value & 0xFFFFFFFF, cdw1=value >> 32)
-
-    def _set_property(self, command: Command) -> None:
-        association = self._controller_here()
-        association.set_property(*self._property(command))
-        if not association.is_enabled:  # event requests end with the reset, without a completion
-            for other in list(self._outstanding.values()):
-                if other.opcode == AdminOpcode.ASYNC_EVENT_REQUEST:
-                    del self._outstanding[other.cid]
-        self._respond(command)
-
-    @staticmethod
-    def _property(command: Command) -> tuple[int, bool, int]:
-        entry = np.frombuffer(command.raw, PROPERTY_COMMAND)[0]
-        size = int(entry["attrib"]) & 7
-        if size > PROPERTY_8_BYTES:
-            raise CommandFailed(Status.INVALID_FIELD, detail="property size")
-        return int(entry["ofst"]), size == PROPERTY_8_BYTES, int(entry["value"])
-
-    def _controller_here(self) -> Association:
-        if self.qid != ADMIN_QUEUE:
-            raise CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="on an I/O queue")
-        return self.association
-
-    def _disconnect(self, command: Command) -> None:
-        if self.qid == ADMIN_QUEUE:
-            raise CommandFailed(Status.INVALID_QUEUE, detail="admin queue")
-        self._respond(command)
-        self._close("the host disconnected the queue")
-
-    def _check_authentication(self, command: Command) -> ControllerAuthenticator:
-        entry = np.frombuffer(command.raw, AUTHENTICATION_COMMAND)[0]
-        if self._authenticator is None:
-            raise CommandFailed(Status.INVALID_FIELD, detail="host has no key here")
-        if (entry["secp"], entry["spsp0"], entry["spsp1"]) != (SECURITY_PROTOCOL_NVME, 1, 1):
-            raise CommandFailed(Status.INVALID_FIELD, detail="security protocol")
-        if not command.length or entry["length"] != command.length:
-            raise CommandFailed(Status.INVALID_FIELD, detail="length of the message")
-        return self._authenticator
-
-    def _authentication_send(self, command: Command) -> None:
-        self._check_authentication(command).receive(command.data.tobytes())
-        self._respond(command)
-        self._see_authentication()
-
-    def _authentication_receive(self, command: Command) -> None:
-        authenticator = self._check_authentication(command)
-        self._make_room(command)
-        message = authenticator.next_message(command.length)
-        command.data[: len(message)] = np.frombuffer(message, np.uint8)
-        self._respond(command)
-        self._see_authentication()
-
-    def _see_authentication(self) -> None:
-        authenticator = self._authenticator
-        if authenticator.has_failed:
-            log.warning("%s: %s", self.peer, authenticator.error())
-            self._close("authentication failed")
-        elif authenticator.in_progress:
-            if self._deadline is None:
-                self._deadline = self._now + self._limits.authentication_seconds
-        else:
-            self._deadline = None
-            if self.state is State.AUTHENTICATE:
-                self._go(State.LIVE)
-
-
-def _fabrics_type(command: Command) -> int:
-    return command.raw[FABRICS_COMMAND.fields["fctype"][1]]
-
-
-_AUTHENTICATION = (FabricsType.AUTHENTICATION_SEND, FabricsType.AUTHENTICATION_RECEIVE)
-_FABRICS = {
-    FabricsType.CONNECT: Connection._connect,
-    FabricsType.PROPERTY_GET: Connection._get_property,
-    FabricsType.PROPERTY_SET: Connection._set_property,
-    FabricsType.AUTHENTICATION_SEND: Connection._authentication_send,
-    FabricsType.AUTHENTICATION_RECEIVE: Connection._authentication_receive,
-    FabricsType.DISCONNECT: Connection._disconnect,
-}
 _ADMIN = {
     AdminOpcode.ASYNC_EVENT_REQUEST: Connection._request_event,
     AdminOpcode.KEEP_ALIVE: Connection._keep_alive,

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from spdk_glue.fabrics.pdu import PDU_OVERHEAD_BYTES
-from spdk_glue.fabrics.target.connection import Connection, State
+from spdk_glue.fabrics.target.connection import Connection
+from spdk_glue.fabrics.target.states import State
 from spdk_glue.fabrics.target.subsystem import Subsystems
 from spdk_glue.fabrics.tcp_glue.api import MAX_FRAMES, PeerClosed, Stream
 from spdk_glue.status import NvmeError
@@ -97,7 +98,9 @@ class Server:
                 del self._peers[threading.current_thread()]
 
     def close(self) -> None:
-        """Ends all connections; commands that are running finish first."""
+        """Ends all connections; commands that are running finish first. Once more does nothing."""
+        if self._is_closing.is_set():
+            return
         self._is_closing.set()
         self._wake_writing.send(b"x")
         self._acceptor.join()

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 
 from spdk_glue.fabrics.pdu import (
-    MAX_HEADER_BYTES,
+    FRAME,
     PDU_OVERHEAD_BYTES,
     PIECE,
     RULE,
@@ -20,17 +20,6 @@ from spdk_glue.fabrics.pdu import (
 )
 from spdk_glue.fabrics.tcp_glue._tcp_glue import ffi, lib
 
-FRAME = np.dtype(
-    [
-        ("header", "u1", MAX_HEADER_BYTES),  # zeros behind its hlen bytes
-        ("data_at", "<u8"),  # where its data begin in the stream's buffer
-        ("data_length", "<u4"),
-        ("fei", "<u4"),  # field error information
-        ("fes", "u1"),  # a FatalError, and nothing comes after it; or 0
-        ("is_data_intact", "u1"),  # the data digest is right, or there is none
-        ("reserved", "V6"),
-    ]
-)
 assert FRAME.itemsize == ffi.sizeof("tcp_frame") and PIECE.itemsize == ffi.sizeof("tcp_piece")
 assert RULE.itemsize == ffi.sizeof("tcp_rule") and {e.value for e in FatalError} >= {1, 3, 5}
 

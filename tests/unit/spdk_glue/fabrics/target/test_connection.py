@@ -8,8 +8,8 @@ from spdk_glue.command import IoOpcode
 from spdk_glue.fabrics import pdu, records
 from spdk_glue.fabrics.pdu import FatalError, PduType
 from spdk_glue.fabrics.records import SGL_IN_CAPSULE, SGL_TRANSPORT, FabricsType, Property
-from spdk_glue.fabrics.target.connection import State
 from spdk_glue.fabrics.target.limits import Limits
+from spdk_glue.fabrics.target.states import State
 from spdk_glue.status import Status
 from tests.unit.spdk_glue.fabrics.target.hosts import BLOCK, Rig, entry
 
