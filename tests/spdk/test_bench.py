@@ -19,3 +19,6 @@ def test_bench_nvme():
         assert figures[f"{name}.ratio"]["goal"] is not None
     for name in ("initiator.random_read_4k", "initiator.read_128k"):
         assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
+    for name in ("target.disk.read_128k", "target.disk.random_read_4k"):
+        assert figures[name]["value"] > 0 and figures[f"{name}.ratio"]["goal"] is not None
+    assert figures["target.attention.over_kernel"]["value"] > 0

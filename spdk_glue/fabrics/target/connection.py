@@ -493,11 +493,15 @@ class Connection(ReadRuns, FabricsCommands):
             if self._fetches.pop(command.cid, None) is command:
                 self._run([command])
 
+        is_here = True  # called at once, from within: the owner polls anyway
+
         def from_any_thread() -> None:
             self._due.append(done)
-            self._wake_owner()
+            if not is_here:
+                self._wake_owner()
 
         self._subsystems.drive.when_fetchable(ticket, from_any_thread)
+        is_here = False
 
     def _request_event(self, command: Command) -> None:
         try:
