@@ -284,6 +284,23 @@ def test_more_queues_than_the_target_grants(connect, target):
         pair.close()
 
 
+def test_a_queue_that_is_refused_leaves_the_others_alone(connect, target):
+    """A target without room for one more connection must not cost those that work."""
+    namespace = connect()
+    namespace.read(0, 1)
+    before = namespace.transport._controller.generation
+
+    def on_command(queue_id, entry, connection):
+        is_connect = entry["opcode"] == records.FABRICS_OPCODE and int(entry["nsid"]) & 0xFF == 1
+        return answer(entry, Status.CONNECT_CONTROLLER_BUSY) if is_connect else None
+
+    target.on_command = on_command
+    with pytest.raises(ConnectionLost, match=r"no queue: .* in use"):
+        namespace.transport.create_queue_pair(4)
+    assert namespace.transport._controller.generation == before
+    namespace.read(0, 1)
+
+
 def test_queues_are_as_deep_as_the_target_takes(connect, target):
     pair = connect().transport.create_queue_pair(1024)
     assert pair.depth == 127
