@@ -94,6 +94,7 @@ class Controller:
         self._queue_pairs: set[QueuePair] = set()
         self._free_queue_ids: list[int] = []
         self.account = new_account()
+        self.identity: np.void | None = None  # IDENTIFY_CONTROLLER
         self._connect()
         self._free_queue_ids = list(range(self._num_queues, 0, -1))
         self._keeper = threading.Thread(target=self._keep, name="kvfs-nvme-keeper", daemon=True)
@@ -111,6 +112,8 @@ class Controller:
         try:
             enabled = EnableController(WANTED_QUEUES)
             self._run(enabled, admin)
+            if self.identity is not None and enabled.identity["sn"] != self.identity["sn"]:
+                raise ConnectionRefused(f"{self.transport_id}: another drive answers there now")
         except BaseException:
             admin.close()
             raise

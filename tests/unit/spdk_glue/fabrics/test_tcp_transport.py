@@ -189,6 +189,16 @@ def test_target_stays_away(connect, target):
     target.start()
 
 
+def test_another_drive_comes_back(connect, target):
+    """Its blocks are not those that were written: nothing is read from it, nor repeated on it."""
+    namespace = connect(reconnect_ms=500)
+    namespace.write(0, content(1))
+    target.serial_number = b"OTHER"
+    target.drop_connections()
+    with pytest.raises(ConnectionLost, match="another drive answers there now"):
+        namespace.read(0, 1)
+
+
 def test_a_silent_target_is_given_up(connect, target, monkeypatch):
     monkeypatch.setattr(Queue.transfer, "__defaults__", (None, 300))
     namespace = connect(reconnect_ms=1000)
