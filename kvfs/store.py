@@ -13,7 +13,7 @@ from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array
-from kvfs.attention import Attention, common_model, visible, windows
+from kvfs.attention import Attention, Call, common_model, finish, visible, windows
 from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
@@ -28,9 +28,9 @@ from kvfs.counters import drive_counters
 from kvfs.embedded_drive import Drive, close_drive
 from kvfs.errors import (
     CatalogueDamaged,
+    DriveOfSet,
     EmptySequence,
     InvalidArgument,
-    ModelMismatch,
     NoSuchModel,
     NoSuchSequence,
     NotADrive,
@@ -42,7 +42,7 @@ from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout, KvGeometry, default_group_tokens
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
 from kvfs.metadata_vfs import Volume
-from kvfs.model import Model, check_name
+from kvfs.model import Model, check_name, check_same_geometry
 from kvfs.placement import PlacementPolicy
 from kvfs.sequence import PLACEMENT_KV, Sequence
 from kvfs.sequence_attributes import IMPORTING, check_attribute
@@ -71,8 +71,10 @@ class Store:
         worker: str = "numba",
         writeback_tokens: int | None = None,
         tail_bytes: int = DEFAULT_TAIL_BYTES,
+        in_set: bool = False,
     ):
-        """path: for messages. Raises NotADrive, InvalidArgument."""
+        """path: for messages; in_set: also a drive that is one of a set. Raises NotADrive, DriveOfSet,
+        InvalidArgument."""
         self.path = os.fspath(path)
         self._lock = threading.RLock()
         self._closed = False
@@ -94,6 +96,8 @@ class Store:
             self._models: dict[str, Model] = {}
             self._files = None  # the file system, where one serves files from this store
             try:
+                if self._catalogue.membership() is not None and not in_set:
+                    raise DriveOfSet(self.path)
                 self._load_catalogue()
             except BaseException as error:
                 self._catalogue.abandon()
@@ -166,16 +170,15 @@ class Store:
             if group_tokens is None:
                 group_tokens = default_group_tokens(dtype, head_dim, self._namespace.block_bytes)
             geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
+            return self._add_model(name, geometry)
+
+    def _add_model(self, name: str, geometry: KvGeometry) -> Model:
+        """Under any name: those of parts of a model, in a set of drives, have a slash."""
+        with self._lock:
             known = self._models.get(name)
             if known is None:
                 return self._remember_model(self._catalogue.add_model(name, geometry))
-            differences = {
-                field: (getattr(known.geometry, field), getattr(geometry, field))
-                for field in KvGeometry.__dataclass_fields__
-                if getattr(known.geometry, field) != getattr(geometry, field)
-            }
-            if differences:
-                raise ModelMismatch(name, differences)
+            check_same_geometry(name, known.geometry, geometry)
             return known
 
     def model(self, name: str) -> Model:
@@ -421,6 +424,13 @@ class Store:
 
         Raises EmptySequence, InvalidArgument; NvmeStatusError naming the block if one is corrupt.
         """
+        scores = (scale, softcap, alibi_slopes, query_positions)
+        visibility = (causal, token_ranges, window, sink_tokens)
+        return finish(self._attend(layer, queries, sequences, visibility, scores, sinks))
+
+    def _attend(self, layer: int, queries, sequences, visibility, scores, sinks) -> Call:
+        """See attend. visibility, scores: its arguments of these kinds, in its order."""
+        causal, token_ranges, window, sink_tokens = visibility
         with self._lock:
             self._check_open()
             sequences = [sequences] if isinstance(sequences, Sequence) else list(sequences)
@@ -440,14 +450,14 @@ class Store:
                 sequence._end_finished_spills(layer)
             num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
             ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
-            scoring = scoring_of(geometry, scale, softcap, alibi_slopes, query_positions, ranges[1])
+            scoring = scoring_of(geometry, *scores, ranges[1])
             sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
             work = (model, layer, queries, sequences)
-            answers = [
-                self._attention.run(*work, starts, stops, scoring)
-                for starts, stops in windows(*ranges, window, sink_tokens)
-            ]
-            out, lse = answers[0] if len(answers) == 1 else merge_states(*answers[0], *answers[1])
+            recent, *first = windows(*ranges, window, sink_tokens)
+            out, lse = yield from self._attention.call(*work, *recent, scoring)
+            for starts, stops in first:
+                sink_state = finish(self._attention.call(*work, starts, stops, scoring))
+                out, lse = merge_states(out, lse, *sink_state)
             return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     # what can be seen

@@ -141,8 +141,8 @@ _SEQUENCE = _of(
     ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",
-        "            self._history.cut(num_tokens)\n            self._changed()",
-        "            self._history.cut(num_tokens)",
+        "        self._history.cut(num_tokens)\n        self._changed()",
+        "        self._history.cut(num_tokens)",
     ),
     ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
     (
@@ -180,7 +180,11 @@ _SEQUENCE = _of(
         "            if False:\n                self._store_state()  # gives",
     ),
     ("fork without token ids", "self._tokens = parent._tokens.copy()", "self._tokens = parent._tokens[:0]"),
-    ("fork in two transactions", "with self._store._catalogue.transaction():", "with self._store._lock:"),
+    (
+        "fork in two transactions",
+        "with self._store._catalogue.transaction():  # the name",
+        "with self._store._lock:  # the name",
+    ),
     (
         "fork counts no groups",
         "        self._groups_changed_from = 0\n        self._layers",
