@@ -1,12 +1,15 @@
 """Making an empty drive with an empty store on it."""
 
 import os
+from collections.abc import Callable
 
+from kvfs.drive_set.opening import check_formattable, is_set, join_new, locations_of
 from kvfs.embedded_drive import Drive, DriveConfig, Geometry, format_drive, open_drive
 from kvfs.errors import InvalidArgument
 from kvfs.metadata import Catalogue
 from kvfs.metadata_vfs import Volume
 from kvfs.sizes import parse_size
+from kvfs.store import Store
 from spdk_glue.namespace import Namespace
 from spdk_glue.transports.url import is_nvme
 
@@ -23,9 +26,10 @@ def format(
     parity: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Make an empty drive in a new file, or on an NVMe namespace.
+    """Make an empty drive in a new file, or on an NVMe namespace; or several, that are one store.
 
-    path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1"
+    path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1"; a list of
+        them for a set of drives, each of this size
     size: bytes, or text such as "8GiB"; a file is sparse and grows as it is written. None: 1 GiB in a file, all
         of a namespace
     geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
@@ -33,8 +37,12 @@ def format(
     parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
     overwrite: also a namespace that holds data; a file is never overwritten
 
-    Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument.
+    Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument; for a list also NotInSet.
     """
+    if is_set(path):
+        one = {"geometry": geometry, "page_size": page_size, "spare_percent": spare_percent, "parity": parity}
+        _format_set(locations_of(path), lambda location: format(location, size, overwrite=overwrite, **one))
+        return
     try:
         options = {"page_size": page_size, "spare_percent": spare_percent, "parity": int(parity)}
         if size is None and not is_nvme(path):
@@ -51,6 +59,27 @@ def format(
             os.unlink(path)
         raise InvalidArgument(str(error)) from error
     drive.close()
+
+
+def _format_set(locations: list[str], format_one: Callable[[str], None]) -> None:
+    """All of them or, of files, none."""
+    check_formattable(locations)
+    made = []
+    try:
+        for location in locations:
+            format_one(location)
+            made.append(location)
+        join_new(locations, _open_new)
+    except BaseException:
+        for location in made:
+            if not is_nvme(location):
+                os.unlink(location)
+        raise
+
+
+def _open_new(location: str) -> Store:
+    config = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference")
+    return Store(open_drive(location, config), location, worker="reference", in_set=True)
 
 
 def format_volume(drive: Drive, path, metadata_lbas: tuple[int, int] | None = None) -> None:

@@ -6,6 +6,8 @@ import stat
 from collections.abc import Callable
 
 from accel.workers import load_worker
+from kvfs.drive_set.drive_set import DriveSet
+from kvfs.drive_set.opening import is_set, locations_of, open_set
 from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
 from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.remote.remote_store import RemoteStore
@@ -23,8 +25,11 @@ def open(
     tail_bytes: int | str = DEFAULT_TAIL_BYTES,
     collection: str = "greedy",
     progress: Callable[[int, int], None] | None = None,
-) -> Store | RemoteStore:
-    """Open the drive in a file, or the one that is mounted at a folder.
+    degraded: bool = False,
+) -> Store | RemoteStore | DriveSet:
+    """Open the drive in a file, the one that is mounted at a folder, or several drives as one store.
+
+    path: of several drives a list of what names each, or a set's file, NAME.kvfs-set
 
     cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
     "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
@@ -33,43 +38,49 @@ def open(
     such tokens of all sequences, beyond which those not used longest are stored and leave memory (what one
     call works on stays, however large); collection: how the drive chooses what to collect, "greedy",
     "cost-benefit" or "d-choices"; progress: called with (done, all) while a drive without a checkpoint is
-    scanned.
+    scanned; degraded: also a set of drives of which some cannot be opened: what they hold is an error when it is
+    used. Of a set cache_bytes and tail_bytes are for all drives together, num_workers (by default so many that all
+    together are one per CPU) for each.
 
     A mounted drive is used through the process that mounted it, by the same interface; its options are those of
     the mount, and given here they are an InvalidArgument.
 
     Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument; for a folder also NotPermitted,
-    TooManyClients, ServerGone.
+    TooManyClients, ServerGone; for a set DriveMissing, NotInSet; for one drive of a set alone DriveOfSet.
     """
     options = locals()
-    if _is_folder(path):
+    if not is_set(path) and _is_folder(path):
         given = [name for name, default in open.__kwdefaults__.items() if options[name] != default]
         if given:
             raise InvalidArgument(
                 f"{', '.join(given)}: options of the mount at {os.fspath(path)}, not of its users"
             )
         return RemoteStore(path)
+    num_drives = len(locations_of(path)) if is_set(path) else 1
     try:
         config = DriveConfig(
-            cache_bytes=parse_size(cache_bytes),
-            num_workers=num_workers,
+            cache_bytes=parse_size(cache_bytes) // num_drives,
+            num_workers=num_workers or (max(1, len(os.sched_getaffinity(0)) // num_drives) if num_drives > 1 else None),
             worker=worker,
             collector=CollectorOptions(policy=collection),
             progress=progress,
         )
-        tail_limit = parse_size(tail_bytes)
+        tail_limit = parse_size(tail_bytes) // num_drives
         load_worker(worker)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
     except KeyError as error:
         raise InvalidArgument(str(error.args[0])) from error
-    return Store(
-        open_drive(path, config),
-        path,
-        worker=worker,
-        writeback_tokens=writeback_tokens,
-        tail_bytes=tail_limit,
-    )
+    of_store = {"worker": worker, "writeback_tokens": writeback_tokens, "tail_bytes": tail_limit}
+    if is_set(path):
+        return open_set(path, lambda location: _open_of_set(location, config, of_store), degraded)
+    if degraded:
+        raise InvalidArgument("degraded is for sets of drives")
+    return Store(open_drive(path, config), path, **of_store)
+
+
+def _open_of_set(location: str, config: DriveConfig, options: dict) -> Store:
+    return Store(open_drive(location, config), location, in_set=True, **options)
 
 
 def _is_folder(path) -> bool:

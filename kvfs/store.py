@@ -382,6 +382,18 @@ class Store:
                 self._closed = True
                 self._stack.close()
 
+    def _abandon(self) -> None:
+        """Let go of a drive that has failed, without writing: what was not flushed is gone."""
+        with self._lock:
+            self._closed = True
+            self._catalogue.abandon()
+            self._stack.close()
+
+    @property
+    def file_store(self) -> "Store":
+        """The store with the ordinary files: of a set of drives one drive's, of one drive this."""
+        return self
+
     # attention
 
     def attend(
