@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accel.drive import (
+    MIN_CACHE_BYTES,
     CollectorOptions,
     Drive,
     DriveConfig,
@@ -30,6 +31,7 @@ from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
 
 __all__ = [
+    "MIN_CACHE_BYTES",
     "CollectorOptions",
     "Drive",
     "DriveConfig",

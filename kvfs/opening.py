@@ -8,7 +8,7 @@ from collections.abc import Callable
 from accel.workers import load_worker
 from kvfs.drive_set.drive_set import DriveSet
 from kvfs.drive_set.opening import is_set, locations_of, open_set
-from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
+from kvfs.embedded_drive import MIN_CACHE_BYTES, CollectorOptions, DriveConfig, open_drive
 from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.remote.remote_store import RemoteStore
 from kvfs.sizes import parse_size
@@ -39,8 +39,8 @@ def open(
     call works on stays, however large); collection: how the drive chooses what to collect, "greedy",
     "cost-benefit" or "d-choices"; progress: called with (done, all) while a drive without a checkpoint is
     scanned; degraded: also a set of drives of which some cannot be opened: what they hold is an error when it is
-    used. Of a set cache_bytes and tail_bytes are for all drives together, num_workers (by default so many that all
-    together are one per CPU) for each.
+    used. Of a set cache_bytes and tail_bytes are for all drives together (but no cache is smaller than a drive can
+    have), num_workers for each (by default so many that all together are one per CPU).
 
     A mounted drive is used through the process that mounted it, by the same interface; its options are those of
     the mount, and given here they are an InvalidArgument.
@@ -57,10 +57,12 @@ def open(
             )
         return RemoteStore(path)
     num_drives = len(locations_of(path)) if is_set(path) else 1
+    if num_workers is None and num_drives > 1:
+        num_workers = max(1, len(os.sched_getaffinity(0)) // num_drives)
     try:
         config = DriveConfig(
-            cache_bytes=parse_size(cache_bytes) // num_drives,
-            num_workers=num_workers or (max(1, len(os.sched_getaffinity(0)) // num_drives) if num_drives > 1 else None),
+            cache_bytes=_share(parse_size(cache_bytes), num_drives, MIN_CACHE_BYTES),
+            num_workers=num_workers,
             worker=worker,
             collector=CollectorOptions(policy=collection),
             progress=progress,
@@ -77,6 +79,11 @@ def open(
     if degraded:
         raise InvalidArgument("degraded is for sets of drives")
     return Store(open_drive(path, config), path, **of_store)
+
+
+def _share(total: int, num_drives: int, least: int) -> int:
+    """Of one drive; what is too little for one is too little for each."""
+    return min(total, max(total // num_drives, least))
 
 
 def _open_of_set(location: str, config: DriveConfig, options: dict) -> Store:
