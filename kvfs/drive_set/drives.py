@@ -1,6 +1,7 @@
 """What administrators do with the drives of a set that is in use: add, drain, bring back, forget what is lost."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,7 +41,8 @@ class Drives:
 
     def _find(self, drive: str) -> Member:
         for member in self._set._members.values():
-            if drive in (member.location, member.drive_id):
+            same_file = os.path.realpath(drive) == os.path.realpath(member.location)
+            if drive in (member.location, member.drive_id) or same_file:
                 return member
         known = ", ".join(member.location for member in self._set._members.values())
         raise InvalidArgument(f"{drive} is no drive of this set; there are {known}")
@@ -77,7 +79,8 @@ class Drives:
         """
         with self._set._lock:
             self._set._check_open()
-            if any(location == member.location for member in self._set._members.values()):
+            places = [os.path.realpath(member.location) for member in self._set._members.values()]
+            if os.path.realpath(location) in places:
                 raise NotInSet(location, "is in this set already")
             store = self._set._open_drive(location)
             try:

@@ -11,7 +11,7 @@ from kvfs.drive_set import set_file
 from kvfs.drive_set.drive_set import DriveSet
 from kvfs.drive_set.member import Member
 from kvfs.drive_set.membership import Membership, agree, new_set
-from kvfs.errors import DriveExists, DriveMissing, InvalidArgument, KvfsError, NotInSet
+from kvfs.errors import DriveBusy, DriveExists, DriveMissing, InvalidArgument, KvfsError, NotInSet
 from kvfs.store import Store
 from spdk_glue.status import NvmeError
 from spdk_glue.transports.url import is_nvme
@@ -66,6 +66,8 @@ def open_set(path, open_drive: Callable[[str], Store], degraded: bool = False, *
         for location in locations:
             try:
                 stores[location] = open_drive(location)
+            except (InvalidArgument, DriveBusy):
+                raise  # what is wrong with the call, or in use elsewhere, is not missing
             except UNAVAILABLE as error:
                 failed[location] = " ".join(str(error).split())
                 continue

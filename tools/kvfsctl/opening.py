@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -36,6 +37,13 @@ def open_store(drive):
         return kvfs.open(drive)
     with scan_progress() as progress:
         return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress)
+
+
+def drives_of(place) -> list[Path]:
+    """The drives of a set's file; of a single drive itself."""
+    from kvfs.drive_set.opening import is_set, locations_of
+
+    return [Path(location) for location in locations_of(place)] if is_set(place) else [place]
 
 
 def open_inspection(drive, **options):
