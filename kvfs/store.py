@@ -80,7 +80,7 @@ class Store:
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
         self._spills = SpillQueue()
-        self._attended: list[Sequence] = []  # sequences of the attend call under way: their tails must stay
+        self._attended: list[Sequence] = []  # sequences of attend calls under way: their tails must stay
         self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = writeback_tokens
         self._tail_bytes = tail_bytes
@@ -454,23 +454,27 @@ class Store:
             if queries.shape[1] < 1:
                 raise InvalidArgument("queries hold no query")
             layer = geometry.check_layer(layer)
-            self._attended = sequences
-            for sequence in sequences:
-                sequence._use()
-                if sequence._layers[layer].num_tokens == 0:
-                    raise EmptySequence(sequence.name, layer)
-                sequence._end_finished_spills(layer)
-            num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
-            ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
-            scoring = scoring_of(geometry, *scores, ranges[1])
-            sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
-            work = (model, layer, queries, sequences)
-            recent, *first = windows(*ranges, window, sink_tokens)
-            out, lse = yield from self._attention.call(*work, *recent, scoring)
-            for starts, stops in first:
-                sink_state = finish(self._attention.call(*work, starts, stops, scoring))
-                out, lse = merge_states(out, lse, *sink_state)
-            return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+            self._attended += sequences
+            try:
+                for sequence in sequences:
+                    sequence._use()
+                    if sequence._layers[layer].num_tokens == 0:
+                        raise EmptySequence(sequence.name, layer)
+                    sequence._end_finished_spills(layer)
+                num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
+                ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
+                scoring = scoring_of(geometry, *scores, ranges[1])
+                sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
+                work = (model, layer, queries, sequences)
+                recent, *first = windows(*ranges, window, sink_tokens)
+                out, lse = yield from self._attention.call(*work, *recent, scoring)
+                for starts, stops in first:
+                    sink_state = finish(self._attention.call(*work, starts, stops, scoring))
+                    out, lse = merge_states(out, lse, *sink_state)
+                return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+            finally:
+                for sequence in sequences:
+                    self._attended.remove(sequence)
 
     # what can be seen
 

@@ -11,6 +11,7 @@ from kvfs.drive_set.member import Member
 from kvfs.drive_set.membership import Membership, new_id
 from kvfs.drive_set.moving import PartMove
 from kvfs.drive_set.part_record import PartRecord
+from kvfs.drive_set.recovery import found_parts
 from kvfs.drive_set.set_sequence import SetSequence
 from kvfs.errors import DriveMissing, InvalidArgument, KvfsError, NotInSet, OutOfSpace
 from spdk_glue.status import NvmeError
@@ -102,20 +103,23 @@ class Drives:
                 raise
 
     def _new_member(self, location: str, store) -> Member:
-        known = store._catalogue.membership()
-        if known is not None:
-            known = Membership.decode(known, location)
-            ours = self._set.membership
-            # a crash while it was added has left it the only one to know
-            if known.set_id != ours.set_id or known.generation <= ours.generation:
+        record, ours = store._catalogue.membership(), self._set.membership
+        drive_id = new_id()
+        if record is not None:
+            known = Membership.decode(record, location)
+            if known.set_id != ours.set_id or known.drive_id in ours.drives:
                 raise NotInSet(location, "is one of a set already: format it to use it in this one")
+            if known.generation > ours.generation:
+                drive_id = known.drive_id  # a crash while it was added has left it the only one to know
+            for part in found_parts(drive_id, store._catalogue):
+                store.delete_sequence(part.row.name)  # it has left: what a crash has kept on it is elsewhere
         if store.catalogue_rows() or store._catalogue.files.num_inodes() > 1:
             raise NotInSet(location, "is not empty: move what is on it away, or format it")
         block_bytes = store._namespace.block_bytes
         if block_bytes != self._set._block_bytes:
             why = f"has blocks of {block_bytes} bytes, this set's drives have {self._set._block_bytes}"
             raise NotInSet(location, why)
-        return Member(known.drive_id if known is not None else new_id(), location, store)
+        return Member(drive_id, location, store)
 
     # draining
 
