@@ -13,7 +13,7 @@ from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array
-from kvfs.attention import Attention, Call, common_model, finish, visible, windows
+from kvfs.attention import Attention, Call, Start, at_once, common_model, finish, visible, windows
 from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
@@ -440,7 +440,9 @@ class Store:
         visibility = (causal, token_ranges, window, sink_tokens)
         return finish(self._attend(layer, queries, sequences, visibility, scores, sinks))
 
-    def _attend(self, layer: int, queries, sequences, visibility, scores, sinks) -> Call:
+    def _attend(
+        self, layer: int, queries, sequences, visibility, scores, sinks, start: Start = at_once
+    ) -> Call:
         """See attend. visibility, scores: its arguments of these kinds, in its order."""
         causal, token_ranges, window, sink_tokens = visibility
         with self._lock:
@@ -467,7 +469,7 @@ class Store:
                 sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
                 work = (model, layer, queries, sequences)
                 recent, *first = windows(*ranges, window, sink_tokens)
-                out, lse = yield from self._attention.call(*work, *recent, scoring)
+                out, lse = yield from self._attention.call(*work, *recent, scoring, start)
                 for starts, stops in first:
                     sink_state = finish(self._attention.call(*work, starts, stops, scoring))
                     out, lse = merge_states(out, lse, *sink_state)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvfs.arrays import float_array
-from kvfs.attention import common_model, finish, range_array, visible, windows
+from kvfs.attention import at_once, common_model, finish, range_array, visible, windows
 from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.drive_set import recovery
 from kvfs.drive_set.counters import set_counters
@@ -49,6 +49,7 @@ from spdk_glue.status import NvmeError
 log = logging.getLogger(__name__)
 
 OpenDrive = Callable[[str], Store]
+MAX_THREADS = 64
 
 
 class DriveSet:
@@ -136,9 +137,7 @@ class DriveSet:
         """What the jobs give; each drive has its own thread. All have ended when the first error is raised."""
         if len(jobs) <= 1 or not self._in_threads:
             return [job() for job in jobs]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(thread_name_prefix="kvfs-drive-set", max_workers=64)
-        futures = [self._threads.submit(job) for job in jobs[1:]]
+        futures = [self._pool().submit(job) for job in jobs[1:]]
         results: list = []
         error: BaseException | None = None
         for run in [jobs[0], *(future.result for future in futures)]:
@@ -149,6 +148,12 @@ class DriveSet:
         if error is not None:
             raise error
         return results
+
+    def _pool(self) -> ThreadPoolExecutor:
+        """As many threads as have been busy at once, at most one for each of many drives."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="kvfs-drive-set")
+        return self._threads
 
     @property
     def file_store(self) -> Store:
@@ -220,7 +225,9 @@ class DriveSet:
                 sequence._deleted = True
                 continue
             now = self._opened(record)
-            sequence._record, sequence._parts, sequence._is_uneven = record, now._parts, False
+            # what the other drives took while it was away, a layer ahead of the others too, it does not have
+            sequence._is_uneven = sequence._is_uneven or sequence._parts != now._parts
+            sequence._record, sequence._parts = record, now._parts
             newest = max(sequence._part_history, now._part_history, key=lambda history: history.epoch)
             sequence._part_history = newest
             self._sequences[record.name] = sequence
@@ -613,7 +620,7 @@ class DriveSet:
             if alibi_slopes is not None:
                 alibi_slopes = head_array(alibi_slopes, "alibi_slopes", geometry)
 
-            def work(share):
+            def work(share, start):
                 of_items = [
                     None if array is None else np.asarray(array)[share.items]
                     for array in (token_ranges, query_positions)
@@ -622,20 +629,26 @@ class DriveSet:
                 visibility = (causal, of_items[0], window, sink_tokens)
                 scores = (scale, softcap, slopes, of_items[1])
                 part_queries = queries[share.items][:, :, share.query_heads]
-                return share.member.store._attend(layer, part_queries, share.parts, visibility, scores, None)
+                return share.member.store._attend(
+                    layer, part_queries, share.parts, visibility, scores, None, start
+                )
 
             out, lse = self._gather(shares_of(self, sequences, layer), work, queries.shape)
             return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
     def _gather(self, shares, work: Callable, shape) -> tuple[np.ndarray, np.ndarray]:
-        """(out, lse) of all shares; `work` makes a share's call."""
+        """(out, lse) of all shares; `work` makes a share's call.
+
+        Each drive is given its work by a thread of its own: what is small it computes there and then.
+        """
+        start = self._start if len(shares) > 1 and self._in_threads else at_once
         out, lse = np.empty(shape, np.float32), np.empty(shape[:-1], np.float32)
         calls, begun = [], []
         try:
             for share in shares:
                 begun.append(time.perf_counter())
                 with share.member.in_use(share.holding):
-                    call = work(share)
+                    call = work(share, start)
                     next(call)
                 calls.append(call)
             self._turn += 1
@@ -653,6 +666,9 @@ class DriveSet:
                     call.close()
             raise
         return out, lse
+
+    def _start(self, work: Callable[[], int]) -> Callable[[], int]:
+        return self._pool().submit(work).result
 
     def _note_latency(self, share, seconds: float) -> None:
         if not share.num_bytes:

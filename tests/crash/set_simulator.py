@@ -111,6 +111,7 @@ class SetSimulation:
         self.store: DriveSet | None = None
         self._named: list[str] = list(LOCATIONS)  # what the set's file says
         self._what_if_failure: Exception | None = None
+        self._opened: list[Store] = []  # whatever the set makes of them: a cut can leave one in nobody's hands
 
     def run(self, num_crash_points: int) -> Report:
         """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
@@ -135,8 +136,7 @@ class SetSimulation:
             raise SimulationFailed(self.report.seed, list(self.workload.done), cause) from cause
         finally:
             logging.disable(logging.NOTSET)
-            if self.store is not None:
-                self._power_off(self.store)
+            self._power_off()
         self.report.steps, self.report.refusals = self.workload.steps, self.workload.refusals
         for media in self.media.values():
             self.report.digest = hash((self.report.digest, media.digest))
@@ -155,7 +155,7 @@ class SetSimulation:
 
     def _open_drive(self, location: str) -> Store:
         self.media[location].restart()
-        return Store(
+        store = Store(
             Drive.over(self.media[location], self._config),
             location,
             worker=CONFIG.worker,
@@ -163,6 +163,8 @@ class SetSimulation:
             tail_bytes=self.schedule.tail_bytes,
             in_set=True,
         )
+        self._opened.append(store)
+        return store
 
     def _open(self) -> DriveSet:
         """As an administrator does: by the set's file; where a crash has left that behind, as the error says."""
@@ -183,18 +185,18 @@ class SetSimulation:
         self.store = store
         self.workload.use(store)
 
-    def _power_off(self, store: DriveSet) -> None:
+    def _power_off(self, first_store: int = 0) -> None:
+        """The end of the process: memory is gone, of all stores opened since the one of this number."""
         for media in self.media.values():
             media.on_operation, media.cut_after = None, -1
-        for member in store._members.values():
-            self._let_go(member._store)
-
-    @staticmethod
-    def _let_go(store: Store) -> None:
-        with suppress(PowerCut, NvmeError):
-            store._catalogue.abandon()
-        with suppress(PowerCut, KvfsError):
-            store._stack.close()
+        for store in self._opened[first_store:]:
+            if not store._closed:
+                with suppress(PowerCut, NvmeError):
+                    store._catalogue.abandon()
+                with suppress(PowerCut, KvfsError):
+                    store._stack.close()
+                store._closed = True
+        del self._opened[first_store:]
 
     @property
     def _operations(self) -> int:
@@ -209,7 +211,7 @@ class SetSimulation:
     def _any_media(self) -> PoweredMedia:
         return self.media[LOCATIONS[self.random.integers(len(LOCATIONS))]]
 
-    def _open_with_power_cuts(self) -> DriveSet:
+    def _open_with_power_cuts(self, first_store: int = 0) -> DriveSet:
         depth = 1
         for cut in self.schedule.opening_cuts(self.random):
             self._any_media().cut_in(cut)
@@ -219,6 +221,7 @@ class SetSimulation:
                     media.cut_after = None
                 return store
             depth += 1
+            self._power_off(first_store)
             self._crashed(depth)
         return self._open()
 
@@ -262,7 +265,7 @@ class SetSimulation:
         with self._power_cut():
             while True:
                 self.workload.step()
-        self._power_off(self.store)
+        self._power_off()
         self._crashed(depth=1)
         self._use(self._open_with_power_cuts())
 
@@ -286,7 +289,7 @@ class SetSimulation:
         """Would all be well if the power failed in this operation? The set in use goes on."""
         if self.random.random() >= self.schedule.what_if_chance / 2:
             return
-        named = list(self._named)
+        named, first_store = list(self._named), len(self._opened)
         try:
             with ExitStack() as stack:
                 for each in self.media.values():
@@ -296,12 +299,12 @@ class SetSimulation:
                 with suppress(PowerCut):
                     operation()
                 self._crashed(depth=1)
-                store = self._open_with_power_cuts()
                 try:
+                    store = self._open_with_power_cuts(first_store)
                     self.oracle.check(*_read_all(store))
                     check_space(store)
                 finally:
-                    self._power_off(store)
+                    self._power_off(first_store)
         except Exception as error:
             self._what_if_failure = error
             raise PowerCut from error
@@ -322,7 +325,6 @@ class SetSimulation:
                 raise Lost(f"{member.location}: {space} with nothing stored")
         check_space(self.store)
         self.store.close()
-        self.store = None
 
 
 def _read_all(store: DriveSet) -> tuple[dict[str, FoundSequence], frozenset[str]]:
