@@ -271,7 +271,9 @@ class Catalogue:
             if record is None:
                 if is_member:
                     self._db.execute("DROP TABLE set_membership")
-                    self._db.execute("DELETE FROM model WHERE instr(name, '/')")  # of parts, of which none is left
+                    self._db.execute(
+                        "DELETE FROM model WHERE instr(name, '/')"
+                    )  # of parts, of which none is left
             else:
                 if not is_member:
                     self._db.execute(SET_SCHEMA)

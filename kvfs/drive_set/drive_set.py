@@ -130,7 +130,9 @@ class DriveSet:
             found = member.store._namespace.block_bytes
             if found != self._block_bytes:
                 first = self._live[0].location
-                why = f"has blocks of {found} bytes, {first} of {self._block_bytes}: they go into different sets"
+                why = (
+                    f"has blocks of {found} bytes, {first} of {self._block_bytes}: they go into different sets"
+                )
                 raise NotInSet(member.location, why)
 
     def _at_once(self, jobs: Sequence[Callable[[], object]]) -> list:
@@ -295,9 +297,7 @@ class DriveSet:
         """The model with a part's heads, on its drive."""
         num_heads = place.stop_head - place.first_head
         whole = model.geometry
-        geometry = replace(
-            whole, num_kv_heads=num_heads, num_query_heads=num_heads * whole.gqa_group_size
-        )
+        geometry = replace(whole, num_kv_heads=num_heads, num_query_heads=num_heads * whole.gqa_group_size)
         with member.in_use(f"model {model.name!r}") as store:
             return store._add_model(f"{model.name}/{num_heads}", geometry)
 

@@ -159,7 +159,9 @@ class Drives:
     def _begin_to_leave(self, member: Member) -> None:
         if member.lost is not None:
             raise InvalidArgument(f"{member.location} is lost: bring it back, or forget what is on it")
-        if not [m for m in self._set._live if m is not member and m.drive_id not in self._set.membership.leaving]:
+        if not [
+            m for m in self._set._live if m is not member and m.drive_id not in self._set.membership.leaving
+        ]:
             raise InvalidArgument(f"{member.location} is the last drive of the set: there is nowhere to go")
         if member.drive_id == self._set.membership.files and self._has_files(member):
             raise InvalidArgument(
@@ -224,7 +226,9 @@ class Drives:
     def _leave(self, member: Member) -> None:
         """Nothing is on the drive any more: the others forget it, then it forgets them."""
         membership = self._set.membership
-        drives = {drive_id: known for drive_id, known in membership.drives.items() if drive_id != member.drive_id}
+        drives = {
+            drive_id: known for drive_id, known in membership.drives.items() if drive_id != member.drive_id
+        }
         files = membership.files if membership.files != member.drive_id else next(iter(drives))
         leaving = tuple(drive_id for drive_id in membership.leaving if drive_id != member.drive_id)
         for other in self._set._live:

@@ -60,7 +60,9 @@ def agree(found: dict[str, Membership | None]) -> Membership:
     newest: Membership | None = None
     for location, membership in found.items():
         if membership is None:
-            raise NotInSet(location, "not one of a set of drives: add it with kvfsctl drive add, or open it alone")
+            raise NotInSet(
+                location, "not one of a set of drives: add it with kvfsctl drive add, or open it alone"
+            )
         if newest is not None and membership.set_id != newest.set_id:
             raise NotInSet(location, f"of another set than {next(iter(found))}")
         twin = by_drive.setdefault(membership.drive_id, location)

@@ -92,9 +92,7 @@ def _made(path, name, members, membership, open_drive, lock, options) -> DriveSe
         set_file.write(path, list(changed.drives.values()))
         lock.replaced()
 
-    return DriveSet(
-        name, members, membership, open_drive, on_change=on_change, on_close=lock.close, **options
-    )
+    return DriveSet(name, members, membership, open_drive, on_change=on_change, on_close=lock.close, **options)
 
 
 def _membership(store: Store, location: str) -> Membership | None:

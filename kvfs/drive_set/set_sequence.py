@@ -228,7 +228,9 @@ class SetSequence:
     def _read_heads(self, pieces, parts: list[Sequence], places: tuple[PartPlace, ...]) -> memoryview:
         of_part: dict[int, list[int]] = {}  # positions of pieces by the part that has them
         for position, piece in enumerate(pieces):
-            index = next(i for i, place in enumerate(places) if place.first_head <= piece.head < place.stop_head)
+            index = next(
+                i for i, place in enumerate(places) if place.first_head <= piece.head < place.stop_head
+            )
             of_part.setdefault(index, []).append(position)
 
         def read(index: int) -> memoryview:

@@ -257,7 +257,9 @@ class SetSimulation:
 
     def _watch(self, is_on: bool) -> None:
         for media in self.media.values():
-            media.on_operation = (lambda operation, media=media: self._what_if(media, operation)) if is_on else None
+            media.on_operation = (
+                (lambda operation, media=media: self._what_if(media, operation)) if is_on else None
+            )
 
     def _work_until_power_cut(self) -> None:
         self._any_media().cut_in(self.schedule.cut_distance(self.random))

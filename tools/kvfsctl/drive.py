@@ -13,7 +13,9 @@ app = typer.Typer(no_args_is_help=True, help="The drives of a set: which there a
 
 SetArgument = Annotated[
     Path,
-    typer.Argument(metavar="SET|MOUNT", help="The set's file, NAME.kvfs-set, or the folder where it is mounted."),
+    typer.Argument(
+        metavar="SET|MOUNT", help="The set's file, NAME.kvfs-set, or the folder where it is mounted."
+    ),
 ]
 OneArgument = Annotated[str, typer.Argument(metavar="DRIVE", help="By location or id, as list shows them.")]
 
@@ -25,7 +27,7 @@ def _drives(place: Path):
     from kvfs.mount.mountpoints import mount_of
 
     mount = mount_of(place) if place.is_file() else None
-    with open_store(Path(mount.mountpoint) if mount else place) as store:
+    with open_store(Path(mount.mountpoint) if mount else place, degraded=True) as store:
         yield drives_of(store)
 
 

@@ -80,7 +80,12 @@ def _info_of_set(drive, counters: dict, models: list[dict], num_sequences: int, 
 
     space = counters["space"]
     if json_output:
-        fields = {"num_sequences": num_sequences, "models": models, "space": space, "drives": counters["drives"]}
+        fields = {
+            "num_sequences": num_sequences,
+            "models": models,
+            "space": space,
+            "drives": counters["drives"],
+        }
         print_json("info", drive=str(drive), **fields)
         return
     used = space["capacity_bytes"] - space["free_bytes"]

@@ -29,14 +29,18 @@ def scan_progress():
         yield progress
 
 
-def open_store(drive):
-    """The store of a drive or a mount, for verbs that look or change little. Raises what kvfs.open raises."""
+def open_store(drive, degraded: bool = False):
+    """The store of a drive, a set or a mount, for verbs that look or change little. Raises what kvfs.open raises.
+
+    degraded: a set also without drives that are missing
+    """
     import kvfs
 
     if drive.is_dir():
         return kvfs.open(drive)
+    degraded = degraded and len(drives_of(drive)) > 1
     with scan_progress() as progress:
-        return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress)
+        return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress, degraded=degraded)
 
 
 def drives_of(place) -> list[Path]:

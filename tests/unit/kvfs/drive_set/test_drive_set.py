@@ -247,7 +247,9 @@ def test_drain_in_use(tmp_path, drive):
         drive_set.sequence("y").set_attribute("user.note", b"mine")
         moved = []
         thread = threading.Thread(
-            target=lambda: drive_set.drives.drain(locations[drive], lambda done, total: moved.append((done, total)))
+            target=lambda: drive_set.drives.drain(
+                locations[drive], lambda done, total: moved.append((done, total))
+            )
         )
         thread.start()
         grown = drive_set.create_sequence(model, "grown")
@@ -354,7 +356,9 @@ def test_a_lost_drive(lost):
     """What it held is an error that says so; all else goes on."""
     drive_set, member, both, _, one, one_kv = lost
     queries = random_queries(num_heads=8)
-    with pytest.raises(errors.DriveLost, match=r"b\.kvfs is lost \(no route to the drive\).*KV heads 2 to 3.*'both'"):
+    with pytest.raises(
+        errors.DriveLost, match=r"b\.kvfs is lost \(no route to the drive\).*KV heads 2 to 3.*'both'"
+    ):
         drive_set.attend(0, queries, both)
     assert drive_set.drives.states()[1]["state"] == "lost"
     for use in (both.flush, lambda: both.read(0), lambda: both.truncate(3), lambda: both.fork("f")):
