@@ -1,7 +1,7 @@
 """Attention over stored tokens: the drive's over those on flash, the host's over the tails, merged by lse.
 
-A call is a generator that yields once, when the drive has its work: whoever has several drives gives work to all
-of them before it waits for one. `finish` ends it.
+A call is a generator that yields once, when the drive has its work: whoever has several drives gives work to
+all of them before it waits for one. `finish` ends it.
 """
 
 from collections.abc import Callable, Generator
@@ -18,10 +18,9 @@ from kvfs.model import Model
 from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import answer_bytes
 
-
 State = tuple[np.ndarray, np.ndarray]  # (out, lse)
-# How a drive is given its work: calls a function at once or on another thread; what it returns gives the result. A
-# drive computes what is small on the thread that asks.
+# How a drive is given its work: calls a function at once or on another thread; what it returns gives the
+# result. A drive computes what is small on the thread that asks.
 Start = Callable[[Callable[[], int]], Callable[[], int]]
 Call = Generator[None, None, State]
 

@@ -31,16 +31,16 @@ def open(
 
     path: of several drives a list of what names each, or a set's file, NAME.kvfs-set
 
-    cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
-    "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
-    memory before they are written, None for a whole token group (few cost flash: what was written in pieces
-    of less than 256 KiB a layer is written once more when the group is full); tail_bytes: host memory for
-    such tokens of all sequences, beyond which those not used longest are stored and leave memory (what one
-    call works on stays, however large); collection: how the drive chooses what to collect, "greedy",
-    "cost-benefit" or "d-choices"; progress: called with (done, all) while a drive without a checkpoint is
-    scanned; degraded: also a set of drives of which some cannot be opened: what they hold is an error when it is
-    used. Of a set cache_bytes and tail_bytes are for all drives together (but no cache is smaller than a drive can
-    have), num_workers for each (by default so many that all together are one per CPU).
+    cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker: "numba"
+    or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host memory before
+    they are written, None for a whole token group (few cost flash: what was written in pieces of less than 256
+    KiB a layer is written once more when the group is full); tail_bytes: host memory for such tokens of all
+    sequences, beyond which those not used longest are stored and leave memory (what one call works on stays,
+    however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or "d-choices";
+    progress: called with (done, all) while a drive without a checkpoint is scanned; degraded: also a set of
+    drives of which some cannot be opened: what they hold is an error when it is used. Of a set cache_bytes and
+    tail_bytes are for all drives together (but no cache is smaller than a drive can have), num_workers for each
+    (by default so many that all together are one per CPU).
 
     A mounted drive is used through the process that mounted it, by the same interface; its options are those of
     the mount, and given here they are an InvalidArgument.

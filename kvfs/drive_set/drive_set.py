@@ -1,7 +1,7 @@
 """A store over several drives, each a complete store of its own.
 
-The set deals out the KV heads of a sequence, gives all drives their part of each call before it waits for any, and
-puts their answers together. What it knows is on the drives: membership.py, part_record.py, recovery.py.
+The set deals out the KV heads of a sequence, gives all drives their part of each call before it waits for any,
+and puts their answers together. What it knows is on the drives: membership.py, part_record.py, recovery.py.
 """
 
 import logging
@@ -23,8 +23,8 @@ from kvfs.drive_set.counters import set_counters
 from kvfs.drive_set.drives import Drives
 from kvfs.drive_set.member import Member
 from kvfs.drive_set.membership import Membership
-from kvfs.drive_set.part_record import PartPlace, PartRecord, are_even, in_common, new_uid
 from kvfs.drive_set.part_record import History as PartHistory
+from kvfs.drive_set.part_record import PartPlace, PartRecord, are_even, in_common, new_uid
 from kvfs.drive_set.set_sequence import SetSequence
 from kvfs.drive_set.shares import shares_of
 from kvfs.drive_set.spreading import Candidate, spread
@@ -235,7 +235,7 @@ class DriveSet:
             self._sequences[record.name] = sequence
 
     def _rejoin(self, member: Member) -> None:
-        """A drive has come back: it learns what it has missed, and its parts belong to their sequences again."""
+        """A drive has come back: it learns what it has missed, its parts belong to their sequences again."""
         self._check_formats()
         self._flush_members([other for other in self._live if other is not member])
         self._learn_models()
@@ -486,7 +486,7 @@ class DriveSet:
         self._note_record(sequence, record)
 
     def _note_record(self, sequence: SetSequence, record: PartRecord) -> None:
-        """A sequence's new record: on its first part, where it counts, then where it is of use if that is lost."""
+        """A sequence's new record: on its first part, where it counts; on others for when that is lost."""
         for index, place in enumerate(record.parts):
             member = self._member(place)
             if member.lost is not None:

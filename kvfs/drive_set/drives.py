@@ -1,4 +1,4 @@
-"""What administrators do with the drives of a set that is in use: add, drain, bring back, forget what is lost."""
+"""What administrators do with the drives of a set that is in use: add, drain, bring back, do without."""
 
 import logging
 import os
@@ -124,7 +124,7 @@ class Drives:
     # draining
 
     def drain(self, drive: str, progress: Callable[[int, int], None] | None = None) -> None:
-        """Move everything from a drive to the others, then take it out of the set. What is used meanwhile goes on.
+        """Move everything from a drive to the others, then take it out of the set, which is in use meanwhile.
 
         progress: called with (bytes moved, of how many). It can be ended at any time, and begun again.
 

@@ -1,8 +1,8 @@
 """How long drives take to answer, and which of them the others wait for.
 
-Answers are fetched one drive after another, so only the first one fetched is timed exactly; the order turns with
-each call, and every drive gets its turn. What is compared is time per byte of keys and values, for drives need not
-have the same share.
+Answers are fetched one drive after another, so only the first one fetched is timed exactly; the order turns
+with each call, and every drive gets its turn. What is compared is time per byte of keys and values, for drives
+need not have the same share.
 """
 
 import statistics

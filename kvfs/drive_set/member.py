@@ -51,7 +51,7 @@ class Member:
 
     @contextmanager
     def in_use(self, what: str) -> Iterator[Store]:
-        """The store, for something with `what` on this drive. An error says on which drive, or that it is lost."""
+        """The store, to do something with `what` it holds. Errors say on which drive, or that it is lost."""
         if self.lost is not None:
             raise DriveLost(self.location, what, self.lost)
         try:

@@ -1,7 +1,8 @@
 """What each drive of a set says of the set, and which of what they say is true.
 
-The record lies in the drive's own catalogue. Changes of the set are generations: a change is written to the drives
-one after another, so a crash leaves some a generation behind; the newest is the truth, and the others catch up.
+The record lies in the drive's own catalogue. Changes of the set are generations: a change is written to the
+drives one after another, so a crash leaves some a generation behind; the newest is the truth, and the others
+catch up.
 """
 
 import json
@@ -55,7 +56,7 @@ def new_set(locations: Sequence[str]) -> Membership:
 
 
 def agree(found: dict[str, Membership | None]) -> Membership:
-    """The truth about the set of these drives, by location. Raises NotInSet naming the drive that does not fit."""
+    """The truth about the set of these drives, by location. Raises NotInSet for the one that does not fit."""
     by_drive: dict[str, str] = {}
     newest: Membership | None = None
     for location, membership in found.items():

@@ -1,9 +1,9 @@
 """Moving one part of a sequence to another drive, in steps, while the sequence is in use.
 
-The copy carries the mark of a half import until it is whole and durable, so a crash leaves nothing of it. Then one
-transaction makes it the part: for the first part its own record, with a higher copy number than the one before; for
-others the first part's record, which names the copy. Until that is durable the old copy is the part, from then on
-the new one; the other is dropped, now or when the set is opened.
+The copy carries the mark of a half import until it is whole and durable, so a crash leaves nothing of it. Then
+one transaction makes it the part: for the first part its own record, with a higher copy number than the one
+before; for others the first part's record, which names the copy. Until that is durable the old copy is the
+part, from then on the new one; the other is dropped, now or when the set is opened.
 """
 
 from contextlib import suppress

@@ -1,12 +1,13 @@
 """What the parts of a sequence say of themselves, and which tokens they have in common.
 
 A part is an ordinary sequence of one drive, with some of the KV heads. Two attributes tell what it is part of:
-`set.part` which, and `set.state` where its stored tokens stand in the sequence's history. The part with head 0 is
-the first: its record is the truth about the sequence's name and where the other parts are.
+`set.part` which, and `set.state` where its stored tokens stand in the sequence's history. The part with head 0
+is the first: its record is the truth about the sequence's name and where the other parts are.
 
-Every part is stored by itself, so after a crash they may stand at different points of the history. Appending never
-changes a token: two parts differ beyond the shorter one only, or beyond the deepest truncation that one of them has
-not seen. An epoch begins with each truncation; a part notes those it has seen since all parts agreed.
+Every part is stored by itself, so after a crash they may stand at different points of the history. Appending
+never changes a token: two parts differ beyond the shorter one only, or beyond the deepest truncation that one
+of them has not seen. An epoch begins with each truncation; a part notes those it has seen since all parts
+agreed.
 """
 
 import json
@@ -135,8 +136,8 @@ class Common(NamedTuple):
 
 
 def in_common(states: Sequence[PartState]) -> Common:
-    """The newest point of the history that every part has the tokens of; never older than the oldest part's, but
-    for a truncation that came after it."""
+    """The newest point of the history that every part has the tokens of; never older than the oldest part's,
+    but for a truncation that came after it."""
     oldest = min(range(len(states)), key=lambda index: states[index].order)
     newest = max(range(len(states)), key=lambda index: states[index].order)
     start = states[oldest]

@@ -1,9 +1,9 @@
-"""What is on the drives of a set when it is opened, sorted out: which parts are a sequence, and which are left over.
+"""What is on the drives of a set when it is opened, sorted out: what makes a sequence, what is left over.
 
 Each drive changes its own catalogue, so a crash leaves a creation, a deletion or a move half done:
 
-- A sequence whose first part is there, and another is not though its drive is, was being made or deleted: it never
-  was promised, or it was to go. Its parts are dropped.
+- A sequence whose first part is there, and another is not though its drive is, was being made or deleted: it
+  never was promised, or it was to go. Its parts are dropped.
 - Parts whose first part is not there, though all drives are, are dropped for the same reason.
 - Of several copies of a part that was being moved, the one that the first part's record names is it; of several
   first parts the one with the highest copy number.
@@ -38,7 +38,7 @@ class FoundPart:
 
 @dataclass
 class Sorted:
-    """whole: parts of each sequence by index, of which those on missing drives are None; with the true record."""
+    """whole: the true record of each sequence, and its parts by index: None for those on missing drives."""
 
     whole: dict[int, tuple[PartRecord, list[FoundPart | None]]] = field(default_factory=dict)
     dropped: list[FoundPart] = field(default_factory=list)

@@ -7,8 +7,8 @@ from kvfs.drive_set.member import Member
 
 @dataclass
 class Share:
-    """parts: of the sequences at `items` (an index of the batch), with these query heads; num_bytes: of keys and
-    values that the drive reads for it."""
+    """parts: of the sequences at `items` (an index of the batch), with these query heads; num_bytes: of keys
+    and values that the drive reads for it."""
 
     member: Member
     items: list[int] | slice

@@ -1,8 +1,8 @@
 """Which drives get which KV heads of a new sequence.
 
-All drives that there are, as long as each gets a head. Where heads are fewer than drives, or not the same for all,
-the drives with the most room for what they have take part, or take one more: so the sequences of a batch end up
-on all of them.
+All drives that there are, as long as each gets a head. Where heads are fewer than drives, or not the same for
+all, the drives with the most room for what they have take part, or take one more: so the sequences of a batch
+end up on all of them.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """What a set of drives must hold. Each sequence has a history of its own, for each is on drives of its own.
 
-Between two flushes the names of different sequences are in no order: what is found must be, for every sequence by
-itself, one of its moments since the last flush. A flush promises all names, and the tokens of what was flushed.
+Between two flushes the names of different sequences are in no order: what is found must be, for every sequence
+by itself, one of its moments since the last flush. A flush promises all names, and the tokens of what was
+flushed.
 """
 
 from .oracle import FoundSequence, Lost, Moment, Oracle, SequenceState

@@ -1,8 +1,8 @@
-"""A set of three drives under simulation: random use, drains and additions, power cuts at any media operation of
-any drive, an oracle that knows what must be there.
+"""A set of three drives under simulation: random use, drains and additions, power cuts at any media operation
+of any drive, an oracle that knows what must be there.
 
-The power goes for all drives at once. Everything happens in one thread and with one source of randomness, so a seed
-replays; see simulator.py.
+The power goes for all drives at once. Everything happens in one thread and with one source of randomness, so a
+seed replays; see simulator.py.
 """
 
 import logging
@@ -167,7 +167,7 @@ class SetSimulation:
         return store
 
     def _open(self) -> DriveSet:
-        """As an administrator does: by the set's file; where a crash has left that behind, as the error says."""
+        """By the set's file; where a crash has left that behind, as the error tells an administrator."""
 
         def note(membership) -> None:
             self._named = list(membership.drives.values())

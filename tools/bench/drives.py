@@ -1,8 +1,9 @@
 """Decoding on a set of 1, 2 and 8 drives whose flash is the limit.
 
-The flash is in memory, behind a medium that gives so many bytes a second and no more: a read sleeps, without the
-GIL, until the drive would have delivered it. So the figures tell what the set makes of its drives, whatever this
-machine's disk and cores can do; the rate is low enough for the cores to wait. Attention is computed for real.
+The flash is in memory, behind a medium that gives so many bytes a second and no more: a read sleeps, without
+the GIL, until the drive would have delivered it. So the figures tell what the set makes of its drives, whatever
+this machine's disk and cores can do; the rate is low enough for the cores to wait. Attention is computed for
+real.
 
 One token: for each layer its keys and values are appended, then attended over with all that came before. The
 drives' caches are emptied before each token, so every byte comes from flash once a token.

@@ -62,7 +62,8 @@ def add(place: SetArgument, drive: OneArgument, json_output: JsonOption = False)
 def drain(place: SetArgument, drive: OneArgument, json_output: JsonOption = False):
     """Move everything from a drive to the others, then take it out of the set. Whoever uses the set goes on.
 
-    It can be ended at any time and run again: what has moved stays where it is. `kvfsctl drive stay` calls it off.
+    It can be ended at any time and run again: what has moved stays where it is. `kvfsctl drive stay` calls it
+    off.
     """
     moved = 0
     with _drives(place) as drives, progress_bar(f"draining {drive}") as bar:

@@ -30,7 +30,8 @@ def scan_progress():
 
 
 def open_store(drive, degraded: bool = False):
-    """The store of a drive, a set or a mount, for verbs that look or change little. Raises what kvfs.open raises.
+    """The store of a drive, a set or a mount, for verbs that look or change little. Raises what kvfs.open
+    raises.
 
     degraded: a set also without drives that are missing
     """

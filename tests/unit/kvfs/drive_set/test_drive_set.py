@@ -1,4 +1,4 @@
-"""Several drives as one store: where heads go, drives that are added, drained, lost, slow, or not the right ones."""
+"""Several drives as one store: where heads go, drives that are added, drained, lost, slow, or not its own."""
 
 import logging
 import os
@@ -281,18 +281,20 @@ def test_drain_in_use(tmp_path, drive):
         assert store.sequences() == [] and not [m for m in store.models() if "/" in m.name]
 
 
-def test_a_drain_that_ends_early(tmp_path):
+def test_a_drain_that_ends_early(tmp_path, monkeypatch):
     """Called off, deleted from, or without room: each part is somewhere, once."""
+    monkeypatch.setattr("kvfs.drive_set.drives.STEP_SECONDS", -1)  # one copy a step
+    monkeypatch.setattr("kvfs.drive_set.moving.STEP_BYTES", 1)
     locations = format_set(tmp_path, "ab")
     with kvfs.open(locations, **OPTIONS) as drive_set:
         model = model_of(drive_set)
         kv = fill(drive_set.create_sequence(model, "s"), 900)
         fill(drive_set.create_sequence(model, "gone"), 900)
-        drives_module = drive_set.drives
-        drives_module.drain_step(locations[0])
+        drives = drive_set.drives
+        assert not drives.drain_step(locations[0]).is_done
         drive_set.delete_sequence("gone")
         assert_holds(drive_set.sequence("s"), *kv)
-        drives_module.stay(locations[0])
+        drives.stay(locations[0])
         assert_holds(drive_set.sequence("s"), *kv)
         assert drive_set.check() == []
         sequence = drive_set.create_sequence(model, "large")
@@ -301,22 +303,12 @@ def test_a_drain_that_ends_early(tmp_path):
                 fill(sequence, 4096)
         before = sequence.num_tokens
         with pytest.raises(errors.OutOfSpace):
-            drives_module.drain(locations[0])
+            drives.drain(locations[0])
         assert sequence.num_tokens == before
         assert_holds(drive_set.sequence("s"), *kv)
 
 
 # lost and slow drives
-
-
-class Unplugged:
-    """In place of a transport: a drive that cannot be reached."""
-
-    def __init__(self, transport):
-        self._transport = transport
-
-    def __getattr__(self, name):
-        raise ConnectionLost("no route to the drive")
 
 
 def unplug(drive_set, location):
@@ -354,7 +346,7 @@ def lost(tmp_path, caplog):
 
 def test_a_lost_drive(lost):
     """What it held is an error that says so; all else goes on."""
-    drive_set, member, both, _, one, one_kv = lost
+    drive_set, _, both, _, one, one_kv = lost
     queries = random_queries(num_heads=8)
     with pytest.raises(
         errors.DriveLost, match=r"b\.kvfs is lost \(no route to the drive\).*KV heads 2 to 3.*'both'"

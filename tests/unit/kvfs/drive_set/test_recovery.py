@@ -97,7 +97,7 @@ def test_copies_of_a_move():
     before = [part(0), part(1), part(1, 1, "c", MOVED)]
     result = sort_out(before, set())
     assert result.whole[7][1] == before[:2] and result.dropped == before[2:]
-    after = [part(0, places=MOVED), part(1, places=MOVED[:1] + (PartPlace(2, 4, "b"),)), part(1, 1, "c", MOVED)]
+    after = [part(0, places=MOVED), part(1, places=(MOVED[0], PartPlace(2, 4, "b"))), part(1, 1, "c", MOVED)]
     result = sort_out(after, set())
     assert result.whole[7][1] == [after[0], after[2]] and result.dropped == [after[1]]
     firsts = [part(0), part(1), part(0, 1, "c", FIRST_MOVED)]
@@ -117,7 +117,8 @@ def test_damaged_records(value):
 
 
 def test_generations():
-    """A drive that a crash has left a generation behind catches up; one that was taken out does not come back."""
+    """A drive that a crash has left a generation behind catches up; one that was taken out does not come
+    back."""
     first = new_set(["x", "y"])
     a, b = first.drives
     newer = type(first)(first.set_id, a, 2, {a: "x"}, a)
