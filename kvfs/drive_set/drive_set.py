@@ -29,12 +29,14 @@ from kvfs.drive_set.set_sequence import SetSequence
 from kvfs.drive_set.shares import shares_of
 from kvfs.drive_set.spreading import Candidate, spread
 from kvfs.errors import (
+    CatalogueDamaged,
     DriveLost,
     EmptySequence,
     InvalidArgument,
     KvfsError,
     NoSuchModel,
     NoSuchSequence,
+    NotADrive,
     NotInSet,
     SequenceExists,
     StoreClosed,
@@ -188,11 +190,12 @@ class DriveSet:
 
     def _recover(self) -> None:
         """Find all sequences, drop what is left over, bring parts to one length."""
-        parts = [
-            part
-            for member in self._live
-            for part in recovery.found_parts(member.drive_id, member.store._catalogue)
-        ]
+        parts = []
+        for member in self._live:
+            try:
+                parts += recovery.found_parts(member.drive_id, member.store._catalogue)
+            except CatalogueDamaged as error:
+                raise NotADrive(member.location, str(error)) from error
         missing = {member.drive_id for member in self._members.values() if member.lost is not None}
         found = recovery.sort_out(parts, missing)
         for uid in self._forgotten & found.whole.keys():
@@ -311,10 +314,11 @@ class DriveSet:
     def _claim_name(self, name: str, member: Member) -> None:
         """Before a name is used on another drive than it was freed on, that is durable: a crash must not bring
         two of one name."""
-        freed_on = self._freed_names.pop(name, None)
+        freed_on = self._freed_names.get(name)
         if freed_on not in (None, member) and freed_on.lost is None:
             with freed_on.in_use(f"a sequence that was called {name!r}") as store, store._lock:
                 store._sync_if_needed()
+            del self._freed_names[name]
 
     def create_sequence(
         self, model: Model, name: str, attributes: Mapping[str, bytes] | None = None

@@ -60,7 +60,7 @@ class Member:
             if _is_gone(error):
                 self.lose(error)
                 raise DriveLost(self.location, what, self.lost) from error
-            if isinstance(error, OutOfSpace):
+            if isinstance(error, OutOfSpace) and not str(error).startswith(self.location):
                 error.args = (f"{self.location}: {error}",)
             elif isinstance(error, NvmeStatusError) and self.location not in error.detail:
                 error.detail = "; ".join(filter(None, [error.detail, f"drive {self.location}"]))

@@ -87,7 +87,7 @@ def test_killed_and_degraded(pool, pool_mount, servers, kvfsctl, tmp_path):
     assert result.returncode == 1 and "b.kvfs" in result.stderr
     again = tmp_path / "again"
     servers([*KVFSCTL, "mount", "--foreground", "--degraded", pool, again], again)
-    assert os.listdir(again / "kv" / "m") == ["chat"]
+    assert "chat" in os.listdir(again / "kv" / "m")
     with kvfs.open(again) as store:
         with pytest.raises(errors.DriveLost, match="b.kvfs"):
             store.sequence("chat").read(0)

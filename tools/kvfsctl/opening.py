@@ -53,7 +53,11 @@ def drives_of(place) -> list[Path]:
 
 def open_inspection(drive, **options):
     """See kvfs.inspection.Inspection."""
+    from kvfs.drive_set.opening import is_set
+    from kvfs.errors import InvalidArgument
     from kvfs.inspection import Inspection
 
+    if is_set(drive):
+        raise InvalidArgument(f"{drive} is a set of drives: name one of them, kvfsctl drive list shows which")
     with scan_progress() as progress:
         return Inspection(drive, progress=progress, **options)
