@@ -68,7 +68,7 @@ def test_drives_change_under_a_mount(pool, pool_mount, kvfsctl, tmp_path):
 
 
 def test_killed_and_degraded(pool, pool_mount, servers, kvfsctl, tmp_path):
-    """What was flushed is there after a kill; without a drive, what it held is an error, and files are there."""
+    """What was flushed is there after a kill; without a drive, what it held is an error, the rest is there."""
     mount = pool_mount.mountpoint
     keys, values = random_kv(600)
     (mount / "file").write_text("an ordinary one")
@@ -89,7 +89,7 @@ def test_killed_and_degraded(pool, pool_mount, servers, kvfsctl, tmp_path):
     servers([*KVFSCTL, "mount", "--foreground", "--degraded", pool, again], again)
     assert "chat" in os.listdir(again / "kv" / "m")
     with kvfs.open(again) as store:
-        with pytest.raises(errors.DriveLost, match="b.kvfs"):
+        with pytest.raises(errors.DriveLost, match=r"b\.kvfs"):
             store.sequence("chat").read(0)
         os.rename(tmp_path / "away", tmp_path / "b.kvfs")
         kvfsctl("drive", "return", pool, tmp_path / "b.kvfs", check=True)
