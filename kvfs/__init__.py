@@ -1,6 +1,7 @@
 """kvfs: the KV cache of language models on flash, with attention computed where the data lies."""
 
 from kvfs import errors
+from kvfs.drive_set.drive_set import DriveSet
 from kvfs.embedded_drive import Geometry
 from kvfs.errors import KvfsError, NvmeStatusError
 from kvfs.formatting import format
@@ -11,6 +12,7 @@ from kvfs.store import Store
 
 __version__ = "0.1.0"
 __all__ = [
+    "DriveSet",
     "Geometry",
     "KvfsError",
     "Model",

@@ -1,4 +1,10 @@
-"""Attention over stored tokens: the drive's over those on flash, the host's over the tails, merged by lse."""
+"""Attention over stored tokens: the drive's over those on flash, the host's over the tails, merged by lse.
+
+A call is a generator that yields once, when the drive has its work: whoever has several drives gives work to
+all of them before it waits for one. `finish` ends it.
+"""
+
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -12,6 +18,27 @@ from kvfs.model import Model
 from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import answer_bytes
 
+State = tuple[np.ndarray, np.ndarray]  # (out, lse)
+# How a drive is given its work: calls a function at once or on another thread; what it returns gives the
+# result. A drive computes what is small on the thread that asks.
+Start = Callable[[Callable[[], int]], Callable[[], int]]
+Call = Generator[None, None, State]
+
+
+def finish(call: Call) -> State:
+    """The answer of an attention call, begun or not."""
+    try:
+        while True:
+            next(call)
+    except StopIteration as end:
+        return end.value
+
+
+def at_once(work: Callable[[], int]) -> Callable[[], int]:
+    """The Start of one drive alone."""
+    result = work()
+    return lambda: result
+
 
 class Attention:
     """worker: the host's kernels, from accel.workers."""
@@ -23,33 +50,32 @@ class Attention:
         self._max_items, self._max_queries = int(limits["max_items"]), int(limits["max_queries"])
         self._max_transfer_bytes = int(limits["max_transfer_bytes"])
 
-    def run(self, model: Model, layer, queries, sequences, starts, stops, scoring: Scoring):
+    def call(
+        self, model: Model, layer, queries, sequences, starts, stops, scoring: Scoring, start: Start = at_once
+    ) -> Call:
         """(out, lse) of checked arguments, in as many commands as the drive needs; see Store.attend."""
         limit = self._items_per_command(model, queries)
-        if len(sequences) > limit:
-            parts = [
-                self.run(
-                    model,
-                    layer,
-                    queries[part],
-                    sequences[part],
-                    starts[part],
-                    stops[part],
-                    scoring.of_items(part),
-                )
-                for part in (slice(i, i + limit) for i in range(0, len(sequences), limit))
-            ]
-            return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+        if len(sequences) <= limit:
+            return (yield from self._command(model, layer, queries, sequences, starts, stops, scoring, start))
+        answers = []
+        for part in (slice(i, i + limit) for i in range(0, len(sequences), limit)):
+            ranges = starts[part], stops[part], scoring.of_items(part)
+            command = self._command(model, layer, queries[part], sequences[part], *ranges, start)
+            answers.append(finish(command) if answers else (yield from command))
+        return tuple(np.concatenate(column) for column in zip(*answers, strict=True))
+
+    def _command(self, model, layer, queries, sequences, starts, stops, scoring: Scoring, start: Start) -> Call:
         wire_queries, query_dtype = to_query(queries)
         tails = [sequence._layers[layer] for sequence in sequences]
         seen = [
             (min(own_starts), max(own_stops), tail.num_spilled)
             for own_starts, own_stops, tail in zip(starts.tolist(), stops.tolist(), tails, strict=True)
         ]
-        sees_flash = any(start < min(stop, spilled) for start, stop, spilled in seen)
-        sees_tail = any(max(start, spilled) < stop for start, stop, spilled in seen)
+        sees_flash = any(first < min(stop, spilled) for first, stop, spilled in seen)
+        sees_tail = any(max(first, spilled) < stop for first, stop, spilled in seen)
         size = answer_bytes(*queries.shape)
-        answer = ticket = None
+        answer: np.ndarray | None = None
+        ticket: Callable[[], int] | None = None
         if sees_flash or not sees_tail:
             parts = [
                 DrivePart(sequence._groups, tail.num_spilled)
@@ -60,12 +86,18 @@ class Attention:
             )
             answer = self._namespace.attend_now(descriptor, size)
             if answer is None:
-                ticket = self._namespace.attention_submit(descriptor)
+                ticket = start(lambda: self._namespace.attention_submit(descriptor))
+        try:
+            yield
+        except GeneratorExit:  # another drive has failed: nobody wants the answer any more
+            if ticket is not None:
+                self._namespace.attention_cancel(ticket())
+            raise
         if sees_tail:  # while the drive works
             host_queries = np.ascontiguousarray(queries, np.float32)
             out, lse = attend_tails(self._worker, model.layout, tails, host_queries, starts, stops, scoring)
         if ticket is not None:
-            answer = self._namespace.attention_fetch(ticket, size)
+            answer = self._namespace.attention_fetch(ticket(), size)
         if answer is None:
             return out, lse
         state = parse_answer(answer, queries.shape)

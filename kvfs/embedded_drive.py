@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accel.drive import (
+    MIN_CACHE_BYTES,
     CollectorOptions,
     Drive,
     DriveConfig,
@@ -35,6 +36,7 @@ from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
 
 __all__ = [
+    "MIN_CACHE_BYTES",
     "AttachedDrive",
     "CollectorOptions",
     "Drive",

@@ -35,6 +35,42 @@ class MediaFailure(KvfsError):
     """The file behind the drive could not be read or written."""
 
 
+class DriveOfSet(KvfsError):
+    """A drive that is one of a set, opened alone."""
+
+    def __init__(self, path):
+        self.path = path
+        super().__init__(f"{path} is one drive of a set: open the set, by its file or by naming all its drives")
+
+
+class NotInSet(KvfsError):
+    """A drive that does not belong to the others: of no set, of another one, named twice, taken out."""
+
+    def __init__(self, path, why: str):
+        self.path, self.why = path, why
+        super().__init__(f"{path}: {why}")
+
+
+class DriveMissing(KvfsError):
+    """A set without all its drives. missing: their last known locations."""
+
+    def __init__(self, path, missing: list[str], why: str):
+        self.path, self.missing, self.why = path, missing, why
+        names = ", ".join(missing)
+        super().__init__(
+            f"{path}: of its drives {names} cannot be used ({why}): bring it back, or open the set degraded,"
+            " without what is there"
+        )
+
+
+class DriveLost(KvfsError):
+    """A drive of an open set that cannot be used any more, and what was wanted of it."""
+
+    def __init__(self, location: str, what: str, why: str):
+        self.location, self.what, self.why = location, what, why
+        super().__init__(f"drive {location} is lost ({why}): it holds {what}; the set's other sequences go on")
+
+
 class DriveExists(KvfsError):
     def __init__(self, path):
         self.path = path
@@ -190,6 +226,10 @@ ERRNO = {
     NotADrive: errno.EMEDIUMTYPE,
     DriveBusy: errno.EBUSY,
     MediaFailure: errno.EIO,
+    DriveOfSet: errno.EBUSY,
+    NotInSet: errno.EINVAL,
+    DriveMissing: errno.ENODEV,
+    DriveLost: errno.EIO,
     DriveExists: errno.EEXIST,
     NamespaceHoldsData: errno.EEXIST,
     OutOfSpace: errno.ENOSPC,

@@ -1,7 +1,9 @@
 """Making an empty drive with an empty store on it."""
 
 import os
+from collections.abc import Callable
 
+from kvfs.drive_set.opening import check_formattable, is_set, join_new, locations_of
 from kvfs.embedded_drive import (
     AttachedDrive,
     Drive,
@@ -16,6 +18,7 @@ from kvfs.errors import InvalidArgument, NamespaceHoldsData
 from kvfs.metadata import Catalogue
 from kvfs.metadata_vfs import Volume
 from kvfs.sizes import parse_size
+from kvfs.store import Store
 from spdk_glue.namespace import Namespace
 from spdk_glue.transports.url import is_nvme
 
@@ -33,10 +36,11 @@ def format(
     parity: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Make an empty drive in a new file, or on an NVMe namespace.
+    """Make an empty drive in a new file, or on an NVMe namespace; or several, that are one store.
 
-    path: of the file, or a location: "spdk:0000:01:00.0", "/dev/ng0n1",
-        "nvme+tcp://HOST:PORT/NQN"; what is a kvfs drive there already gets an empty store
+    path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1",
+        "nvme+tcp://HOST:PORT/NQN" (what is a kvfs drive there already gets an empty store); a list of them for a
+        set of drives, each of this size
     size: bytes, or text such as "8GiB"; a file is sparse and grows as it is written. None: 1 GiB in a file, all
         of a namespace
     geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
@@ -44,10 +48,13 @@ def format(
     parity: a die's worth of each row is parity, so that a lost page, or die, can be given back
     overwrite: also a namespace that holds data; a file is never overwritten
 
-    Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument.
+    Raises DriveExists, NamespaceHoldsData, DriveBusy, MediaFailure, InvalidArgument; for a list also NotInSet.
     """
     own_flash = {"size": size, "geometry": geometry, "page_size": page_size, "spare_percent": spare_percent}
     own_flash["parity"] = parity
+    if is_set(path):
+        _format_set(locations_of(path), lambda location: format(location, overwrite=overwrite, **own_flash))
+        return
     attached = _attach(path)
     if attached is not None:
         defaults = format.__kwdefaults__ | {"size": None}
@@ -90,6 +97,26 @@ def _format_attached(drive: AttachedDrive, path, overwrite: bool, given: list[st
         raise InvalidArgument(str(error)) from error
     finally:
         close_drive(drive, path)
+
+
+def _format_set(locations: list[str], format_one: Callable[[str], None]) -> None:
+    """All of them or, of files, none."""
+    check_formattable(locations)
+    made = []
+    try:
+        for location in locations:
+            format_one(location)
+            made.append(location)
+        join_new(locations, _open_new)
+    except BaseException:
+        for location in made:
+            if not is_nvme(location):
+                os.unlink(location)
+        raise
+
+
+def _open_new(location: str) -> Store:
+    return Store(open_drive(location, FORMAT_CONFIG), location, worker="reference", in_set=True)
 
 
 def format_volume(drive: Drive | AttachedDrive, path, metadata_lbas: tuple[int, int] | None = None) -> None:

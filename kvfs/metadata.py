@@ -29,6 +29,13 @@ from spdk_glue.status import NvmeError
 
 SCHEMA_VERSION = 2
 OLDEST_VERSION = 1  # that is brought up to date when it is opened
+SET_VERSION = 3  # version 2 of a drive that is one of a set, and of no use alone
+SET_SCHEMA = """
+CREATE TABLE set_membership (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    record BLOB NOT NULL           -- drive_set/membership.py
+) STRICT;
+"""
 LONGEST_LOG_BYTES = 4 << 20  # of what opening after a crash has to read
 SCHEMA = """
 CREATE TABLE model (
@@ -139,9 +146,9 @@ class Catalogue:
             if isinstance(error, CatalogueDamaged):
                 raise NotADrive(path, f"the catalogue is damaged: {error.why}") from error
             raise
-        if not OLDEST_VERSION <= version <= SCHEMA_VERSION:
+        if not OLDEST_VERSION <= version <= SET_VERSION:
             self.abandon()
-            known = f"{OLDEST_VERSION} to {SCHEMA_VERSION}"
+            known = f"{OLDEST_VERSION} to {SET_VERSION}"
             raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {known}")
         try:
             if version < SCHEMA_VERSION:
@@ -248,6 +255,31 @@ class Catalogue:
                 self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 self._db.close()
         self._vfs.unregister()
+
+    # the set of drives that this is one of
+
+    def membership(self) -> bytes | None:
+        """What a drive of a set says of it."""
+        if self._db.execute("PRAGMA user_version").get < SET_VERSION:
+            return None
+        return self._db.execute("SELECT record FROM set_membership").get
+
+    def set_membership(self, record: bytes | None) -> None:
+        """None: it is one of a set no longer."""
+        with self.transaction():
+            is_member = self.membership() is not None
+            if record is None:
+                if is_member:
+                    self._db.execute("DROP TABLE set_membership")
+                    self._db.execute(
+                        "DELETE FROM model WHERE instr(name, '/')"
+                    )  # of parts, of which none is left
+            else:
+                if not is_member:
+                    self._db.execute(SET_SCHEMA)
+                self._db.execute("INSERT OR REPLACE INTO set_membership VALUES (1, ?)", (record,))
+            version = SCHEMA_VERSION if record is None else SET_VERSION
+            self._db.execute(f"PRAGMA user_version = {version}")
 
     # models
 
@@ -379,6 +411,11 @@ class Catalogue:
         )
         return np.frombuffer(b"".join(row[0] for row in rows), "<u4").copy()
 
+    def num_token_ids(self) -> dict[int, int]:
+        """How many token ids are kept, by the ids of the sequences that have any."""
+        lengths = "SELECT sequence_id, sum(length(token_ids)) / 4 FROM token_chunk GROUP BY sequence_id"
+        return dict(self._db.execute(lengths))
+
     def _store_tokens(self, sequence_id: int, tokens: np.ndarray, first_new: int) -> None:
         first_chunk = first_new - first_new % TOKEN_CHUNK
         self._db.execute(
@@ -412,6 +449,12 @@ class Catalogue:
             self._db.execute(
                 "DELETE FROM sequence_attribute WHERE sequence_id = ? AND name = ?", (sequence_id, name)
             )
+
+    def values_of(self, name: str) -> dict[int, bytes]:
+        """An attribute of all sequences that have it, by their ids."""
+        return dict(
+            self._db.execute("SELECT sequence_id, value FROM sequence_attribute WHERE name = ?", (name,))
+        )
 
     def inherit_attributes(self, child_id: int, parent_id: int) -> None:
         """What a fork takes over from its parent."""

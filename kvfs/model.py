@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvfs.errors import InvalidArgument
+from kvfs.errors import InvalidArgument, ModelMismatch
 from kvfs.layout import GroupLayout, KvGeometry
 
 MAX_NAME_BYTES = 255  # a model and a sequence are folders of the mount
@@ -29,3 +29,14 @@ def check_name(name: str, kind: str) -> None:
     good = isinstance(name, str) and name and name not in (".", "..") and "/" not in name and "\0" not in name
     if not good or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         raise InvalidArgument(f"a {kind} name is 1 to {MAX_NAME_BYTES} bytes without '/' or NUL, not {name!r}")
+
+
+def check_same_geometry(name: str, known: KvGeometry, wanted: KvGeometry) -> None:
+    """Raises ModelMismatch with what differs."""
+    differences = {
+        field: (getattr(known, field), getattr(wanted, field))
+        for field in KvGeometry.__dataclass_fields__
+        if getattr(known, field) != getattr(wanted, field)
+    }
+    if differences:
+        raise ModelMismatch(name, differences)

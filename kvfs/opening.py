@@ -6,7 +6,9 @@ import stat
 from collections.abc import Callable
 
 from accel.workers import load_worker
-from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
+from kvfs.drive_set.drive_set import DriveSet
+from kvfs.drive_set.opening import is_set, locations_of, open_set
+from kvfs.embedded_drive import MIN_CACHE_BYTES, CollectorOptions, DriveConfig, open_drive
 from kvfs.errors import InvalidArgument, NotPermitted
 from kvfs.remote.remote_store import RemoteStore
 from kvfs.sizes import parse_size
@@ -23,53 +25,69 @@ def open(
     tail_bytes: int | str = DEFAULT_TAIL_BYTES,
     collection: str = "greedy",
     progress: Callable[[int, int], None] | None = None,
-) -> Store | RemoteStore:
-    """Open the drive in a file, or the one that is mounted at a folder.
+    degraded: bool = False,
+) -> Store | RemoteStore | DriveSet:
+    """Open the drive in a file, the one that is mounted at a folder, or several drives as one store.
 
-    cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker:
-    "numba" or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host
-    memory before they are written, None for a whole token group (few cost flash: what was written in pieces
-    of less than 256 KiB a layer is written once more when the group is full); tail_bytes: host memory for
-    such tokens of all sequences, beyond which those not used longest are stored and leave memory (what one
-    call works on stays, however large); collection: how the drive chooses what to collect, "greedy",
-    "cost-benefit" or "d-choices"; progress: called with (done, all) while a drive without a checkpoint is
-    scanned.
+    path: of several drives a list of what names each, or a set's file, NAME.kvfs-set
+
+    cache_bytes: the drive's DRAM cache; num_workers: its compute threads, None for one per CPU; worker: "numba"
+    or "reference"; writeback_tokens: how many tokens per sequence, layer and head wait in host memory before
+    they are written, None for a whole token group (few cost flash: what was written in pieces of less than 256
+    KiB a layer is written once more when the group is full); tail_bytes: host memory for such tokens of all
+    sequences, beyond which those not used longest are stored and leave memory (what one call works on stays,
+    however large); collection: how the drive chooses what to collect, "greedy", "cost-benefit" or "d-choices";
+    progress: called with (done, all) while a drive without a checkpoint is scanned; degraded: also a set of
+    drives of which some cannot be opened: what they hold is an error when it is used. Of a set cache_bytes and
+    tail_bytes are for all drives together (but no cache is smaller than a drive can have), num_workers for each
+    (by default so many that all together are one per CPU).
 
     A mounted drive is used through the process that mounted it, by the same interface; its options are those of
     the mount, and given here they are an InvalidArgument.
 
     Raises NotADrive, DriveBusy (with the pid), MediaFailure, InvalidArgument; for a folder also NotPermitted,
-    TooManyClients, ServerGone.
+    TooManyClients, ServerGone; for a set DriveMissing, NotInSet; for one drive of a set alone DriveOfSet.
     """
     options = locals()
-    if _is_folder(path):
+    if not is_set(path) and _is_folder(path):
         given = [name for name, default in open.__kwdefaults__.items() if options[name] != default]
         if given:
             raise InvalidArgument(
                 f"{', '.join(given)}: options of the mount at {os.fspath(path)}, not of its users"
             )
         return RemoteStore(path)
+    num_drives = len(locations_of(path)) if is_set(path) else 1
+    if num_workers is None and num_drives > 1:
+        num_workers = max(1, len(os.sched_getaffinity(0)) // num_drives)
     try:
         config = DriveConfig(
-            cache_bytes=parse_size(cache_bytes),
+            cache_bytes=_share(parse_size(cache_bytes), num_drives, MIN_CACHE_BYTES),
             num_workers=num_workers,
             worker=worker,
             collector=CollectorOptions(policy=collection),
             progress=progress,
         )
-        tail_limit = parse_size(tail_bytes)
+        tail_limit = parse_size(tail_bytes) // num_drives
         load_worker(worker)
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
     except KeyError as error:
         raise InvalidArgument(str(error.args[0])) from error
-    return Store(
-        open_drive(path, config),
-        path,
-        worker=worker,
-        writeback_tokens=writeback_tokens,
-        tail_bytes=tail_limit,
-    )
+    of_store = {"worker": worker, "writeback_tokens": writeback_tokens, "tail_bytes": tail_limit}
+    if is_set(path):
+        return open_set(path, lambda location: _open_of_set(location, config, of_store), degraded)
+    if degraded:
+        raise InvalidArgument("degraded is for sets of drives")
+    return Store(open_drive(path, config), path, **of_store)
+
+
+def _share(total: int, num_drives: int, least: int) -> int:
+    """Of one drive; what is too little for one is too little for each."""
+    return min(total, max(total // num_drives, least))
+
+
+def _open_of_set(location: str, config: DriveConfig, options: dict) -> Store:
+    return Store(open_drive(location, config), location, in_set=True, **options)
 
 
 def _is_folder(path) -> bool:

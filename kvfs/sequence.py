@@ -42,6 +42,7 @@ class Sequence:
         self._layers: list[LayerTail] | None = None  # None: not in memory, all of it is on flash
         self._bytes_spilled = 0  # since this object was made
         self._dirty = False
+        self._state_notes: dict[str, bytes] = {}  # attributes that hold of the tokens as they are stored next
         self._deleted = False
         self._history = History()
 
@@ -391,9 +392,12 @@ class Sequence:
         named = -(-spilled // group_tokens)
         changed = min(self._groups_changed_from, named)
         try:
-            stored, freed = self._store._catalogue.store_sequence(
-                row, self._groups[:named], changed, self._tokens, self._tokens_changed_from
-            )
+            with self._store._catalogue.transaction():
+                stored, freed = self._store._catalogue.store_sequence(
+                    row, self._groups[:named], changed, self._tokens, self._tokens_changed_from
+                )
+                for name, value in self._state_notes.items():
+                    self._store._catalogue.set_attribute(row.id, name, value)
         except BaseException:
             if tail_lbas:
                 self._store._allocator.hold(tail_lba, tail_lbas)
@@ -404,6 +408,7 @@ class Sequence:
         self._groups[:named] = stored
         self._groups_changed_from = named
         self._tokens_changed_from = len(self._tokens)
+        self._state_notes.clear()
         for extent in freed:
             self._store._allocator.hold(*extent)
         self._drop_groups(max(self._groups_of(tail.num_tokens) for tail in self._layers))
@@ -436,15 +441,22 @@ class Sequence:
             self._use()
             if not isinstance(num_tokens, (int, np.integer)) or not 0 <= num_tokens <= self.num_tokens:
                 raise InvalidArgument(f"a sequence of {self.num_tokens} tokens cannot keep {num_tokens!r}")
-            self._wait_for_spills()
-            layers = [self._cut_layer(layer, num_tokens) for layer in range(self._geometry.num_layers)]
-            self._clear_tails()
-            self._layers = layers
-            self._drop_groups(num_tokens // self._geometry.group_tokens)
-            self._tokens = self._tokens[:num_tokens]
-            self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)
-            self._history.cut(num_tokens)
-            self._changed()
+            self._keep(num_tokens, self._cut_layers(num_tokens))
+
+    def _cut_layers(self, num_tokens: int) -> list[LayerTail]:
+        """The first half of a truncation, which may fail: tails that end at `num_tokens`."""
+        self._wait_for_spills()
+        return [self._cut_layer(layer, num_tokens) for layer in range(self._geometry.num_layers)]
+
+    def _keep(self, num_tokens: int, layers: list[LayerTail]) -> None:
+        """The other half, which does not."""
+        self._clear_tails()
+        self._layers = layers
+        self._drop_groups(num_tokens // self._geometry.group_tokens)
+        self._tokens = self._tokens[:num_tokens]
+        self._tokens_changed_from = min(self._tokens_changed_from, num_tokens)
+        self._history.cut(num_tokens)
+        self._changed()
 
     def _cut_layer(self, layer: int, num_tokens: int) -> LayerTail:
         """A tail that ends at `num_tokens`: whole groups stay on flash, the rest is in memory."""
@@ -468,6 +480,10 @@ class Sequence:
 
         It has this one's attributes too, except those that say how long to keep it.
         """
+        return self._fork(name, {})
+
+    def _fork(self, name: str, attributes: dict[str, bytes]) -> "Sequence":
+        """attributes: of the child, besides those it inherits."""
         with self._store._lock:
             self._use()
             self._store._check_new_name(name)
@@ -478,6 +494,8 @@ class Sequence:
                 with self._store._catalogue.transaction():  # the name and what it holds, or neither
                     row = self._store._catalogue.create_sequence(self.model.id, name)
                     self._store._catalogue.inherit_attributes(row.id, self._row.id)
+                    for attribute, value in attributes.items():
+                        self._store._catalogue.set_attribute(row.id, attribute, value)
                     child = Sequence(self._store, self.model, row)
                     child._take_tokens(self)
                     child._store_state()

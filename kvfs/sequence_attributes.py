@@ -12,7 +12,9 @@ KVFS = "user.kvfs."
 PINNED, TTL, TENANT = KVFS + "pinned", KVFS + "ttl", KVFS + "tenant"
 MODE, UID, GID = "mode", "uid", "gid"  # of the sequence's folder in a mount
 IMPORTING = "importing"  # not yet complete: gone if the drive is opened again with it
-NOT_INHERITED = (PINNED, TTL, IMPORTING)  # how long a sequence is to be kept says nothing of its forks
+SET_PART, SET_STATE = "set.part", "set.state"  # of a sequence that is part of one: drive_set/part_record.py
+# how long a sequence is to be kept says nothing of its forks; which part it is they say themselves
+NOT_INHERITED = (PINNED, TTL, IMPORTING, SET_PART, SET_STATE)
 MAX_NAME_BYTES = 255
 MAX_VALUE_BYTES = 65536
 MAX_NAMES_BYTES = 65536  # of all names of a sequence with a NUL each: what listxattr(2) can return
@@ -45,6 +47,8 @@ _KNOWN: dict[str, tuple[Callable[[bytes], bool], str]] = {
     UID: (_check_number, "a number"),
     GID: (_check_number, "a number"),
     IMPORTING: (lambda value: value == b"", "empty"),
+    SET_PART: (lambda value: value.startswith(b"{"), "of a set of drives"),
+    SET_STATE: (lambda value: value.startswith(b"{"), "of a set of drives"),
 }
 
 

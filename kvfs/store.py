@@ -13,7 +13,7 @@ from accel.merge import merge_states
 from accel.workers import load_worker
 from kvfs.allocator import Allocator, Extent
 from kvfs.arrays import float_array
-from kvfs.attention import Attention, common_model, visible, windows
+from kvfs.attention import Attention, Call, Start, at_once, common_model, finish, visible, windows
 from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.block_owners import BlockOwners
 from kvfs.check import (
@@ -28,9 +28,9 @@ from kvfs.counters import drive_counters
 from kvfs.embedded_drive import AttachedDrive, Drive, close_drive
 from kvfs.errors import (
     CatalogueDamaged,
+    DriveOfSet,
     EmptySequence,
     InvalidArgument,
-    ModelMismatch,
     NoSuchModel,
     NoSuchSequence,
     NotADrive,
@@ -42,7 +42,7 @@ from kvfs.group_image import ImagePool
 from kvfs.layout import GroupLayout, KvGeometry, default_group_tokens
 from kvfs.metadata import Catalogue, GroupRow, ModelRow
 from kvfs.metadata_vfs import Volume
-from kvfs.model import Model, check_name
+from kvfs.model import Model, check_name, check_same_geometry
 from kvfs.placement import PlacementPolicy
 from kvfs.sequence import PLACEMENT_KV, Sequence
 from kvfs.sequence_attributes import IMPORTING, check_attribute
@@ -71,14 +71,16 @@ class Store:
         worker: str = "numba",
         writeback_tokens: int | None = None,
         tail_bytes: int = DEFAULT_TAIL_BYTES,
+        in_set: bool = False,
     ):
-        """path: for messages. Raises NotADrive, InvalidArgument."""
+        """path: for messages; in_set: also a drive that is one of a set. Raises NotADrive, DriveOfSet,
+        InvalidArgument."""
         self.path = os.fspath(path)
         self._lock = threading.RLock()
         self._closed = False
         self._sequences: dict[str, Sequence] = {}
         self._spills = SpillQueue()
-        self._attended: list[Sequence] = []  # sequences of the attend call under way: their tails must stay
+        self._attended: list[Sequence] = []  # sequences of attend calls under way: their tails must stay
         self._image_pool = ImagePool(SPILLING_BYTES)
         self._writeback_tokens = writeback_tokens
         self._tail_bytes = tail_bytes
@@ -94,6 +96,8 @@ class Store:
             self._models: dict[str, Model] = {}
             self._files = None  # the file system, where one serves files from this store
             try:
+                if self._catalogue.membership() is not None and not in_set:
+                    raise DriveOfSet(self.path)
                 self._load_catalogue()
             except BaseException as error:
                 self._catalogue.abandon()
@@ -166,16 +170,15 @@ class Store:
             if group_tokens is None:
                 group_tokens = default_group_tokens(dtype, head_dim, self._namespace.block_bytes)
             geometry = KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, group_tokens)
+            return self._add_model(name, geometry)
+
+    def _add_model(self, name: str, geometry: KvGeometry) -> Model:
+        """Under any name: those of parts of a model, in a set of drives, have a slash."""
+        with self._lock:
             known = self._models.get(name)
             if known is None:
                 return self._remember_model(self._catalogue.add_model(name, geometry))
-            differences = {
-                field: (getattr(known.geometry, field), getattr(geometry, field))
-                for field in KvGeometry.__dataclass_fields__
-                if getattr(known.geometry, field) != getattr(geometry, field)
-            }
-            if differences:
-                raise ModelMismatch(name, differences)
+            check_same_geometry(name, known.geometry, geometry)
             return known
 
     def model(self, name: str) -> Model:
@@ -379,6 +382,18 @@ class Store:
                 self._closed = True
                 self._stack.close()
 
+    def _abandon(self) -> None:
+        """Let go of a drive that has failed, without writing: what was not flushed is gone."""
+        with self._lock:
+            self._closed = True
+            self._catalogue.abandon()
+            self._stack.close()
+
+    @property
+    def file_store(self) -> "Store":
+        """The store with the ordinary files: of a set of drives one drive's, of one drive this."""
+        return self
+
     # attention
 
     def attend(
@@ -421,6 +436,15 @@ class Store:
 
         Raises EmptySequence, InvalidArgument; NvmeStatusError naming the block if one is corrupt.
         """
+        scores = (scale, softcap, alibi_slopes, query_positions)
+        visibility = (causal, token_ranges, window, sink_tokens)
+        return finish(self._attend(layer, queries, sequences, visibility, scores, sinks))
+
+    def _attend(
+        self, layer: int, queries, sequences, visibility, scores, sinks, start: Start = at_once
+    ) -> Call:
+        """See attend. visibility, scores: its arguments of these kinds, in its order."""
+        causal, token_ranges, window, sink_tokens = visibility
         with self._lock:
             self._check_open()
             sequences = [sequences] if isinstance(sequences, Sequence) else list(sequences)
@@ -432,23 +456,27 @@ class Store:
             if queries.shape[1] < 1:
                 raise InvalidArgument("queries hold no query")
             layer = geometry.check_layer(layer)
-            self._attended = sequences
-            for sequence in sequences:
-                sequence._use()
-                if sequence._layers[layer].num_tokens == 0:
-                    raise EmptySequence(sequence.name, layer)
-                sequence._end_finished_spills(layer)
-            num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
-            ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
-            scoring = scoring_of(geometry, scale, softcap, alibi_slopes, query_positions, ranges[1])
-            sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
-            work = (model, layer, queries, sequences)
-            answers = [
-                self._attention.run(*work, starts, stops, scoring)
-                for starts, stops in windows(*ranges, window, sink_tokens)
-            ]
-            out, lse = answers[0] if len(answers) == 1 else merge_states(*answers[0], *answers[1])
-            return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+            self._attended += sequences
+            try:
+                for sequence in sequences:
+                    sequence._use()
+                    if sequence._layers[layer].num_tokens == 0:
+                        raise EmptySequence(sequence.name, layer)
+                    sequence._end_finished_spills(layer)
+                num_tokens = [sequence._layers[layer].num_tokens for sequence in sequences]
+                ranges = visible(num_tokens, queries.shape[1], causal, token_ranges)
+                scoring = scoring_of(geometry, *scores, ranges[1])
+                sinks = None if sinks is None else head_array(sinks, "sinks", geometry)
+                work = (model, layer, queries, sequences)
+                recent, *first = windows(*ranges, window, sink_tokens)
+                out, lse = yield from self._attention.call(*work, *recent, scoring, start)
+                for starts, stops in first:
+                    sink_state = finish(self._attention.call(*work, starts, stops, scoring))
+                    out, lse = merge_states(out, lse, *sink_state)
+                return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+            finally:
+                for sequence in sequences:
+                    self._attended.remove(sequence)
 
     # what can be seen
 

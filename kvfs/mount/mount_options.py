@@ -31,13 +31,13 @@ def parse_options(text: str) -> dict:
                 raise InvalidArgument(f"option {name}: {value!r} is not a number") from error
         elif option == "ro":
             arguments["read_only"] = True
-        elif option == "allow_other":
-            arguments["allow_other"] = True
+        elif option in ("allow_other", "degraded"):
+            arguments[option] = True
         elif option in FOR_THE_KERNEL:
             flags.add(option)
         elif not (option in IGNORED or name.startswith(("x-", "X-")) or (name == "comment" and has_value)):
             known = ", ".join(
-                ["ro", "allow_other", *(f"{name}=" for name in OF_OPENING), *sorted(FOR_THE_KERNEL)]
+                ["ro", "allow_other", "degraded", *(f"{name}=" for name in OF_OPENING), *sorted(FOR_THE_KERNEL)]
             )
             raise InvalidArgument(f"unknown mount option {option!r}; known are {known}")
     return {**arguments, "flags": frozenset(flags)} if flags else arguments

@@ -101,6 +101,13 @@ def check(session) -> list[str]:
     return session.store.check()
 
 
+def drives(session, verb, arguments: dict):
+    """Of a set of drives: see drive_set/remote_drives.py."""
+    from kvfs.drive_set import remote_drives  # which asks by way of a RemoteStore, and that by these calls
+
+    return remote_drives.answer(session, verb, arguments)
+
+
 # of one sequence
 
 
@@ -182,6 +189,7 @@ CALLS = {
         flush_store,
         counters,
         check,
+        drives,
         facts,
         version,
         holds,

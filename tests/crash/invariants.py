@@ -4,17 +4,22 @@ from collections import Counter
 
 import numpy as np
 
+from kvfs.drive_set.drive_set import DriveSet
 from kvfs.store import Store
 
 from .oracle import Lost
 
 
-def check_space(store: Store) -> None:
+def check_space(store: Store | DriveSet) -> None:
     """Raises Lost unless every data block is in one place, and the flash maps no block that nobody owns.
 
     Owners: the catalogue, groups reserved for what has not been stored yet, blocks held until the catalogue
-    that forgets them is durable. All else must be free.
+    that forgets them is durable. All else must be free. Of a set of drives this holds for each.
     """
+    if isinstance(store, DriveSet):
+        for member in store._live:
+            check_space(member.store)
+        return
     store._catalogue._end_batch()  # what files have changed is in rows then
     _check_sharing(store)
     allocator, first = store._allocator, store._volume.first_data_lba

@@ -141,8 +141,8 @@ _SEQUENCE = _of(
     ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",
-        "            self._history.cut(num_tokens)\n            self._changed()",
-        "            self._history.cut(num_tokens)",
+        "        self._history.cut(num_tokens)\n        self._changed()",
+        "        self._history.cut(num_tokens)",
     ),
     ("flush does not sync", "self._store._sync_if_needed()  # a fork", "pass  # a fork"),
     (
@@ -180,7 +180,11 @@ _SEQUENCE = _of(
         "            if False:\n                self._store_state()  # gives",
     ),
     ("fork without token ids", "self._tokens = parent._tokens.copy()", "self._tokens = parent._tokens[:0]"),
-    ("fork in two transactions", "with self._store._catalogue.transaction():", "with self._store._lock:"),
+    (
+        "fork in two transactions",
+        "with self._store._catalogue.transaction():  # the name",
+        "with self._store._lock:  # the name",
+    ),
     (
         "fork counts no groups",
         "        self._groups_changed_from = 0\n        self._layers",
@@ -1423,6 +1427,58 @@ _ZONES = [
     ),
 ]
 
+_DRIVE_SET = [
+    *_of(
+        "kvfs/drive_set/part_record.py",
+        ("two pasts mixed", "if unseen and unseen[0].num_tokens < start.num_tokens:", "if False:"),
+        (
+            "oldest cut instead of deepest",
+            "self.cuts[-1].num_tokens >= num_tokens",
+            "self.cuts[-1].num_tokens < 0",
+        ),
+    ),
+    *_of(
+        "kvfs/drive_set/set_sequence.py",
+        ("truncation is no epoch", "        self._part_history.cut(num_tokens, len(token_ids))\n", ""),
+        ("epoch not stored with the tokens", "part._state_notes[SET_STATE] = note", "pass"),
+        ("token ids differ after a cut", "if len(part._tokens) != len(token_ids):", "if False:"),
+        ("copy not truncated", "            self._move.cut(num_tokens)", "            pass"),
+    ),
+    *_of(
+        "kvfs/drive_set/drive_set.py",
+        ("parts left at different lengths", "if None not in kept and not are_even(states):", "if False:"),
+        (
+            "names of other drives not flushed",
+            "if parts[member.drive_id] or member.store._catalogue.has_changes",
+            "if parts[member.drive_id]",
+        ),
+        (
+            "half a creation stays",
+            "            self._members[part.drive_id].store.delete_sequence(part.row.name)",
+            "            pass",
+        ),
+    ),
+    *_of(
+        "kvfs/drive_set/recovery.py",
+        ("first copy instead of last", "max(firsts, key=lambda part", "min(firsts, key=lambda part"),
+        ("half deleted served", "            if firsts:\n                return None\n", ""),
+    ),
+    *_of(
+        "kvfs/drive_set/moving.py",
+        (
+            "copy named before it is durable",
+            "            self._copy.flush()\n            with",
+            "            with",
+        ),
+        (
+            "old copy deleted before the new one counts",
+            "                self._is_switched(record)\n                store._sync_if_needed()\n        with",
+            "                self._is_switched(record)\n        with",
+        ),
+        ("copy without the truncations", "self._copy._state_notes[SET_STATE] =", "_ ="),
+    ),
+]
+
 MUTATIONS = [
     *_METADATA_VFS,
     *_METADATA,
@@ -1444,5 +1500,6 @@ MUTATIONS = [
     *_REPAIR,
     *_ZONES,
     *_FILES,
+    *_DRIVE_SET,
 ]
 assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)

@@ -63,6 +63,8 @@ FLASH_RUNS = (
     ("ftl", 400, 10, 60, ("parity", "weak-blocks")),
     ("store", 0, 4, 40, ()),
 )
+SET_RUNS = (("set", 0, 4, 40, ()), ("set", 100, 20, 40, ()))
+FOUND_IN_SETS = ("tests/unit/kvfs/drive_set/test_recovery.py", "tests/unit/kvfs/drive_set/test_drive_set.py")
 # A run that does not end counts as killed: one that waits for ever, or takes so much processor time. Without a
 # mutation the longest takes some 200 s.
 LONGEST_CPU_S = 600
@@ -112,6 +114,8 @@ def try_mutation(mutation: Mutation) -> Outcome:
         runs, tests = STORE_RUNS, FOUND_IN_STORE
         if mutation.file in ZONED_FILES:
             runs, tests = ZONED_RUNS, FOUND_IN_ZONES
+        elif mutation.file.startswith("kvfs/drive_set/"):
+            runs, tests = SET_RUNS, FOUND_IN_SETS
         elif mutation.file.startswith("ftl/"):
             runs, tests = FLASH_RUNS, FOUND_IN_FLASH
         short, *long = [_simulation(*run) for run in runs]

@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .fault_schedule import FAULTS
 from .ftl_simulator import FtlSimulation
 from .report import Report, SimulationFailed
+from .set_simulator import SetSimulation
 from .simulator import Simulation
 from .zoned_simulator import ZonedSimulation
 
-SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation, "zoned": ZonedSimulation}
+SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation, "zoned": ZonedSimulation, "set": SetSimulation}
 
 
 def parse_seeds(text: str) -> range:

@@ -9,6 +9,8 @@ import pytest
 from .fault_schedule import FAULTS
 from .ftl_simulator import FtlSimulation
 from .oracle import FoundSequence, Lost, Oracle, SequenceState
+from .set_oracle import SetOracle
+from .set_simulator import SetSimulation
 from .simulator import Simulation
 from .token_content import MODEL_SHAPES, attention
 
@@ -31,6 +33,14 @@ def test_ftl(seed):
     print(f"seed {seed}")
     report = FtlSimulation(seed).run(FTL_CRASH_POINTS)
     assert len(report.crash_points) >= FTL_CRASH_POINTS
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_set_of_drives(seed):
+    """Several drives and one power cut: parts at different lengths, half moved, half deleted."""
+    print(f"seed {seed}")
+    report = SetSimulation(seed).run(40)
+    assert len(report.crash_points) >= 40
 
 
 def test_enough_crash_points():
@@ -70,7 +80,7 @@ def test_found_seeds_of_the_store(seed):
     Simulation(seed).run(60)
 
 
-@pytest.mark.parametrize("simulation", [Simulation, FtlSimulation])
+@pytest.mark.parametrize("simulation", [Simulation, FtlSimulation, SetSimulation])
 def test_a_seed_replays(simulation):
     """A failure that its seed does not bring back cannot be mended."""
     first, second = (simulation(5).run(40) for _ in range(2))
@@ -144,6 +154,28 @@ def test_names_are_one_history(oracle):
     oracle.check({"t": found(state, 10), "u": empty}, models, {})
     with pytest.raises(Lost):
         oracle.check({"s": found(state, 10), "u": empty}, models, {})
+
+
+def test_set_oracle():
+    """Sequences of a set have histories of their own; each is still one of its moments."""
+    oracle, shape = SetOracle(), MODEL_SHAPES[0]
+    models = frozenset({shape.name})
+    first, second = SequenceState.empty(shape), SequenceState.empty(shape)
+    with oracle.attempt({"a": first}, models):
+        pass
+    for layer in range(shape.num_layers):
+        first.append(layer, oracle.new_stamps(5))
+    oracle.promise("a")
+    with oracle.attempt({"b": first}):
+        pass
+    with oracle.attempt({"b": first, "a": second}):
+        pass
+    old, empty = found(first, 5), found(second, 0)
+    oracle.check({"a": old}, models)  # neither the rename nor the new sequence has survived
+    oracle.check({"b": old, "a": empty}, models)
+    for wrong in ({"a": empty}, {"c": old}, {"a": old, "b": old}, {}, {"b": found(first, 4)}):
+        with pytest.raises(Lost):
+            oracle.check(wrong, models)
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES, ids=lambda shape: shape.name)

@@ -97,6 +97,19 @@ def nvme(
 
 
 @app.command()
+def drives(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check that it runs, not a result.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print figures for machines.")] = False,
+):
+    """Decoding on sets of 1, 2 and 8 simulated drives whose flash is the limit. Takes half a minute."""
+    from kvfs_bench import drives as bench
+
+    _print("drives", bench.measure(quick), json_output, bench.settings(quick))
+
+
+@app.command()
 def mount(
     directory: Annotated[
         Path, typer.Option(help="Where drive and folder are made: the disk to measure.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvfsctl.opening import open_inspection
+from kvfsctl.opening import drives_of, open_inspection, open_store
 from kvfsctl.output import EXIT_DAMAGED, DriveArgument, JsonOption, print_json, progress_bar
 
 
@@ -26,7 +26,11 @@ def check(
 
     Exit code 3 when something is damaged (and stays so); each problem is one line.
     """
-    found, done, report, num_sequences = check_and_mend(drive, repair)
+    drives = drives_of(drive)
+    if len(drives) > 1:
+        _check_set(drive, drives, repair, json_output)
+        return
+    found, done, report, num_sequences = check_and_mend(drives[0], repair)
     if json_output:
         print_json(
             "check",
@@ -39,6 +43,33 @@ def check(
     else:
         print_report(drive, found, done, report, num_sequences)
     if report.is_damaged:
+        sys.exit(EXIT_DAMAGED)
+
+
+def _check_set(place: Path, drives: list[Path], repair: bool, json_output: bool) -> None:
+    """Each drive by itself; then that they belong together, which opening them tells."""
+    damaged, results = False, []
+    for drive in drives:
+        found, done, report, num_parts = check_and_mend(drive, repair)
+        damaged = damaged or report.is_damaged
+        results.append(
+            {
+                "drive": str(drive),
+                "num_parts": num_parts,
+                "problems": [vars(problem) for problem in found.problems],
+                "repaired": done,
+                "remaining": [problem.text for problem in report.problems] if done else None,
+            }
+        )
+        if not json_output:
+            print_report(drive, found, done, report, num_parts)
+    with open_store(place) as store:  # parts that a repair has made shorter are brought to one length here
+        num_sequences = len(store.catalogue_rows())
+    if json_output:
+        print_json("check", drive=str(place), num_sequences=num_sequences, drives=results)
+    elif not damaged:
+        print(f"{place}: {len(drives)} drives belong together; {num_sequences} sequences")
+    if damaged:
         sys.exit(EXIT_DAMAGED)
 
 

@@ -19,7 +19,7 @@ def df(
     """Show size, use and room of a drive, mounted or not."""
     from kvfs.sizes import format_size
 
-    rows = [_of_mount(mount) for mount in _mounts_at(place)] or [_of_drive(place)]
+    rows = [row for mount in _mounts_at(place) for row in _of_mount(mount)] or _of_drive(place)
     if json_output:
         print_json("df", drives=rows)
         return
@@ -55,19 +55,28 @@ def _mounts_at(place: Path | None) -> list:
     return [mount]
 
 
-def _of_mount(mount) -> dict:
+def _of_mount(mount) -> list[dict]:
+    from kvfs.drive_set.opening import is_set
+
+    if is_set(mount.source):
+        return _of_drive(Path(mount.mountpoint), mount.mountpoint)
     try:
         usage = os.statvfs(mount.mountpoint)
     except OSError as error:
         fail(f"{mount.mountpoint}: {error.strerror}; if its server is gone: kvfsctl umount {mount.mountpoint}")
     size, free = usage.f_blocks * usage.f_frsize, usage.f_bfree * usage.f_frsize
-    return _row(mount.source, mount.mountpoint, size, free)
+    return [_row(mount.source, mount.mountpoint, size, free)]
 
 
-def _of_drive(drive: Path) -> dict:
+def _of_drive(drive: Path, mountpoint: str | None = None) -> list[dict]:
+    """Of a set a row for each of its drives that is there."""
     with open_store(drive) as store:
-        space = store.counters()["space"]
-    return _row(str(drive), None, space["capacity_bytes"], space["free_bytes"])
+        counters = store.counters()
+    if "drives" in counters:
+        there = [each for each in counters["drives"] if each["capacity_bytes"] is not None]
+        return [_row(e["drive"], mountpoint, e["capacity_bytes"], e["free_bytes"]) for e in there]
+    space = counters["space"]
+    return [_row(str(drive), mountpoint, space["capacity_bytes"], space["free_bytes"])]
 
 
 def _row(drive: str, mountpoint: str | None, size_bytes: int, free_bytes: int) -> dict:

@@ -1,10 +1,14 @@
 """`kvfsctl format`: make an empty drive."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvfsctl.output import DriveArgument, JsonOption, print_json
+
+SET_SUFFIX = ".kvfs-set"
 
 
 def format_drive(
@@ -25,9 +29,13 @@ def format_drive(
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite what an NVMe namespace holds. It cannot be undone.")
     ] = False,
+    drives: Annotated[
+        list[Path] | None,
+        typer.Option("--drive", help="One drive of a set, each of this size; DRIVE is then NAME.kvfs-set."),
+    ] = None,
     json_output: JsonOption = False,
 ):
-    """Make an empty drive in a new file, or on an NVMe namespace.
+    """Make an empty drive in a new file, or on an NVMe namespace; or a set of drives that are one store.
 
     A namespace is named by /dev/ng0n1 or, with SPDK, "spdk:0000:01:00.0" or "spdk:trtype:TCP traddr:...",
     or by nvme+tcp://HOST:PORT/NQN; a kvfs drive there (kvfsctl serve) gets an empty store.
@@ -41,10 +49,31 @@ def format_drive(
         page_bytes = parse_size(page_size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--page-size") from error
-    kvfs.format(drive, size, page_size=page_bytes, spare_percent=spare_percent, parity=parity, overwrite=force)
+    options = {"page_size": page_bytes, "spare_percent": spare_percent, "parity": parity, "overwrite": force}
+    if drives or drive.name.endswith(SET_SUFFIX):
+        _format_set(drive, drives or [], size, options)
+    else:
+        kvfs.format(drive, size, **options)
     with kvfs.open(drive, cache_bytes="8MiB") as store:
         space = store.counters()["space"]
     if json_output:
         print_json("format", drive=str(drive), **space)
     else:
-        print(f"{drive}: an empty drive with room for {format_size(space['capacity_bytes'])}")
+        what = f"an empty set of {len(drives)} drives" if drives else "an empty drive"
+        print(f"{drive}: {what} with room for {format_size(space['capacity_bytes'])}")
+
+
+def _format_set(file: Path, drives: list[Path], size: str | None, options: dict) -> None:
+    import kvfs
+    from kvfs.drive_set import set_file
+    from kvfs.errors import DriveExists
+
+    if not drives or not set_file.is_set_file(file):
+        raise typer.BadParameter(
+            f"a set is made as NAME{SET_SUFFIX} with --drive for each of its drives", param_hint="DRIVE"
+        )
+    if file.exists():
+        raise DriveExists(file)
+    locations = [os.fspath(drive) for drive in drives]
+    kvfs.format(locations, size, **options)
+    set_file.write(file, locations)

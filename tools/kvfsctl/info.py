@@ -1,5 +1,6 @@
 """`kvfsctl info`: what a drive is and how full."""
 
+from kvfsctl.drive import print_drives
 from kvfsctl.opening import open_store
 from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
 
@@ -17,6 +18,9 @@ def info(drive: StoreArgument, json_output: JsonOption = False):
             for model in store.models()
         ]
         num_sequences = len(store.catalogue_rows())
+    if "drives" in counters:
+        _info_of_set(drive, counters, models, num_sequences, json_output)
+        return
     space, flash = counters["space"], counters["flash"]
     if json_output:
         fields = (
@@ -67,23 +71,58 @@ def info(drive: StoreArgument, json_output: JsonOption = False):
             *_waf_rows(counters["waf"]),
         ],
     )
-    if models:
-        print_table(
-            "models",
-            ["model", "layers", "query heads", "KV heads", "head_dim", "dtype", "KV per token"],
+    _print_models(models)
+
+
+def _info_of_set(drive, counters: dict, models: list[dict], num_sequences: int, json_output: bool) -> None:
+    """Of several drives: what they are together, then each."""
+    from kvfs.sizes import format_size
+
+    space = counters["space"]
+    if json_output:
+        fields = {
+            "num_sequences": num_sequences,
+            "models": models,
+            "space": space,
+            "drives": counters["drives"],
+        }
+        print_json("info", drive=str(drive), **fields)
+        return
+    used = space["capacity_bytes"] - space["free_bytes"]
+    print_table(
+        f"set of {len(counters['drives'])} drives {drive}",
+        ["", "value"],
+        [
+            ["room for data", format_size(space["capacity_bytes"])],
+            ["used", f"{format_size(used)} ({used / space['capacity_bytes']:.1%})"],
+            ["sequences", str(num_sequences)],
+        ],
+    )
+    print_drives(drive, counters["drives"])
+    _print_models(models)
+
+
+def _print_models(models: list[dict]) -> None:
+    from kvfs.sizes import format_size
+
+    if not models:
+        return
+    print_table(
+        "models",
+        ["model", "layers", "query heads", "KV heads", "head_dim", "dtype", "KV per token"],
+        [
             [
-                [
-                    model["name"],
-                    str(model["num_layers"]),
-                    str(model["num_query_heads"]),
-                    str(model["num_kv_heads"]),
-                    str(model["head_dim"]),
-                    model["dtype"],
-                    format_size(model["token_bytes"]),
-                ]
-                for model in models
-            ],
-        )
+                model["name"],
+                str(model["num_layers"]),
+                str(model["num_query_heads"]),
+                str(model["num_kv_heads"]),
+                str(model["head_dim"]),
+                model["dtype"],
+                format_size(model["token_bytes"]),
+            ]
+            for model in models
+        ],
+    )
 
 
 def _wear_rows(flash: dict) -> list[list[str]]:

@@ -10,6 +10,7 @@ from kvfsctl import (
     demo,
     df,
     doctor,
+    drive,
     export,
     fork,
     format,
@@ -57,6 +58,7 @@ app.command("mount")(mount.mount)
 app.command("umount")(umount.umount)
 app.command("serve")(serve.serve)
 app.command("df")(df.df)
+app.add_typer(drive.app, name="drive")
 app.add_typer(nvme.app, name="nvme")
 app.add_typer(bench.app, name="bench")
 app.command("demo")(demo.demo)

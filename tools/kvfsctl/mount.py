@@ -28,6 +28,9 @@ def mount(
     cache_bytes: Annotated[
         str | None, typer.Option(help="The drive's cache in memory, such as 1GiB; 256MiB by default.")
     ] = None,
+    degraded: Annotated[
+        bool, typer.Option("--degraded", help="Mount a set of drives also without those that are missing.")
+    ] = False,
     options: Annotated[
         str, typer.Option("-o", metavar="OPTIONS", help="As for mount(8), such as ro,noexec,tail_bytes=2GiB.")
     ] = "",
@@ -42,6 +45,7 @@ def mount(
     until `kvfsctl umount`; SIGTERM ends it as well, with everything written.
     """
     given = [options, *(["allow_other"] if allow_other else []), *(["ro"] if read_only else [])]
+    given += ["degraded"] if degraded else []
     given += [f"cache_bytes={cache_bytes}"] if cache_bytes is not None else []
     code = start(drive, mountpoint, ",".join(given), foreground=foreground, log_file=log_file, debug=debug)
     if code:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -28,19 +29,35 @@ def scan_progress():
         yield progress
 
 
-def open_store(drive):
-    """The store of a drive or a mount, for verbs that look or change little. Raises what kvfs.open raises."""
+def open_store(drive, degraded: bool = False):
+    """The store of a drive, a set or a mount, for verbs that look or change little. Raises what kvfs.open
+    raises.
+
+    degraded: a set also without drives that are missing
+    """
     import kvfs
 
     if drive.is_dir():
         return kvfs.open(drive)
+    degraded = degraded and len(drives_of(drive)) > 1
     with scan_progress() as progress:
-        return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress)
+        return kvfs.open(drive, cache_bytes=CACHE_BYTES, progress=progress, degraded=degraded)
+
+
+def drives_of(place) -> list[Path]:
+    """The drives of a set's file; of a single drive itself."""
+    from kvfs.drive_set.opening import is_set, locations_of
+
+    return [Path(location) for location in locations_of(place)] if is_set(place) else [place]
 
 
 def open_inspection(drive, **options):
     """See kvfs.inspection.Inspection."""
+    from kvfs.drive_set.opening import is_set
+    from kvfs.errors import InvalidArgument
     from kvfs.inspection import Inspection
 
+    if is_set(drive):
+        raise InvalidArgument(f"{drive} is a set of drives: name one of them, kvfsctl drive list shows which")
     with scan_progress() as progress:
         return Inspection(drive, progress=progress, **options)

@@ -16,14 +16,19 @@ def rm(
         bool, typer.Option("--dry-run", help="Say what would be deleted, delete nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="Of a set: also sequences with parts on drives that are missing.")
+    ] = False,
     json_output: JsonOption = False,
 ):
     """Delete sequences and free their space. All names are checked before anything is deleted.
 
     Asks first on a terminal; elsewhere --yes is needed.
     """
+    from kvfs.drive_set.remote_drives import drives_of
 
-    with open_store(drive) as store:
+    with open_store(drive, degraded=lost) as store:
+        delete = drives_of(store).forget if lost else store.delete_sequence
         num_tokens = {name: store.sequence(name).num_tokens for name in dict.fromkeys(sequences)}
         if not dry_run:
             if not yes and not sys.stdin.isatty():
@@ -31,7 +36,7 @@ def rm(
             if not yes:
                 typer.confirm(f"Delete {', '.join(num_tokens)}?", abort=True)
             for name in num_tokens:
-                store.delete_sequence(name)
+                delete(name)
     if json_output:
         print_json("rm", drive=str(drive), dry_run=dry_run, deleted=list(num_tokens))
         return

@@ -2,7 +2,7 @@
 
 import sys
 
-from kvfsctl.opening import open_inspection
+from kvfsctl.opening import drives_of, open_inspection
 from kvfsctl.output import EXIT_DAMAGED, DriveArgument, JsonOption, print_json, progress_bar
 
 
@@ -13,8 +13,19 @@ def scrub(drive: DriveArgument, json_output: JsonOption = False):
     block that is lost is one line: whose it is, and which tokens it held. `kvfsctl check --repair` cuts
     sequences to what is whole of them. Run it every few weeks: flash forgets what is never read.
 
-    Exit code 3 when something is lost.
+    Of a set each drive is scrubbed. Exit code 3 when something is lost.
     """
+    found = [_scrub(one, json_output) for one in drives_of(drive)]
+    if json_output and len(found) == 1:
+        print_json("scrub", **found[0])
+    elif json_output:
+        print_json("scrub", set=str(drive), drives=found)
+    if any(one["lost"] for one in found):
+        sys.exit(EXIT_DAMAGED)
+
+
+def _scrub(drive, json_output: bool) -> dict:
+    """One drive; what JSON says of it."""
     from kvfs.scrub import verify_all
 
     with open_inspection(drive, read_only=False) as inspection:
@@ -27,20 +38,16 @@ def scrub(drive: DriveArgument, json_output: JsonOption = False):
             num_repaired = int(inspection.flash.health()["repaired_pages"])
             num_renewed = inspection.flash.renew() if num_repaired else 0
         num_bytes = num_blocks * inspection.namespace.block_bytes
-    if json_output:
-        print_json(
-            "scrub",
-            drive=str(drive),
-            blocks_read=num_blocks,
-            bytes_read=num_bytes,
-            blocks_repaired=num_repaired,
-            superblocks_renewed=num_renewed,
-            lost=[{"lba": lba, **owner.as_dict()} for lba, owner in lost],
-        )
-    else:
+    if not json_output:
         _print(drive, num_bytes, num_repaired, num_renewed, lost)
-    if lost:
-        sys.exit(EXIT_DAMAGED)
+    return {
+        "drive": str(drive),
+        "blocks_read": num_blocks,
+        "bytes_read": num_bytes,
+        "blocks_repaired": num_repaired,
+        "superblocks_renewed": num_renewed,
+        "lost": [{"lba": lba, **owner.as_dict()} for lba, owner in lost],
+    }
 
 
 def _print(drive, num_bytes: int, num_repaired: int, num_renewed: int, lost: list) -> None:

@@ -1,5 +1,6 @@
 """`kvfsctl stats`: counters of all layers."""
 
+from kvfsctl.drive import print_drives
 from kvfsctl.opening import open_store
 from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
 
@@ -24,6 +25,9 @@ def stats(drive: StoreArgument, json_output: JsonOption = False):
     if json_output:
         print_json("stats", drive=str(drive), counters=counters)
         return
+    drives = counters.pop("drives", None)
+    if drives is not None:
+        print_drives(drive, drives)
     for layer, values in counters.items():
         rows = []
         for name, value in values.items():

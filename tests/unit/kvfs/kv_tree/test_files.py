@@ -198,6 +198,7 @@ def ask(client, queries, path="kv/m/a/layer_00/attend"):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, ">f4"])
 def test_attend(client, sequence, store, dtype):
     """The file gives what the API gives."""
+    sequence.flush()  # what is on its way to flash would be the host's now and the drive's then
     queries = random_queries(num_queries=3)[0].astype(dtype)
     out, lse = ask(client, queries)
     expected_out, expected_lse = store.attend(0, queries[None], sequence)

@@ -1,0 +1,1 @@
+"""A store over several drives: KV heads, then sequences, spread over them."""

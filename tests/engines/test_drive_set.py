@@ -1,0 +1,46 @@
+"""The Transformers plug-in on a set of drives: the same tokens, by the same code."""
+
+import pytest
+
+pytest.importorskip("torch", reason="engine tests need torch: pip install torch transformers")
+pytest.importorskip("transformers", reason="engine tests need transformers: pip install torch transformers")
+
+import torch
+
+import kvfs
+from kvfs.engines.transformers import KvfsCache
+
+
+@pytest.fixture
+def drive_set(tmp_path):
+    locations = [tmp_path / f"{name}.kvfs" for name in "ab"]
+    kvfs.format(locations, "128MiB")
+    with kvfs.open(locations, cache_bytes="32MiB", writeback_tokens=1) as drive_set:
+        yield drive_set
+
+
+def generate(model, ids, cache, **options):
+    return model.generate(
+        ids, past_key_values=cache, attention_mask=torch.ones_like(ids), do_sample=False, **options
+    )
+
+
+def test_the_same_tokens(tiny_model, store, drive_set, name, prompt):
+    """Decoding, a second turn and prefill in chunks over two drives: other text than over one."""
+    model = tiny_model("Llama")
+    ids = prompt(100)
+    one, several = KvfsCache(store, name), KvfsCache(drive_set, name)
+    for options in ({"max_new_tokens": 20}, {"max_new_tokens": 10, "prefill_chunk_size": 16}):
+        expected = generate(model, ids, one, **options)
+        assert torch.equal(generate(model, ids, several, **options), expected)
+        ids = torch.cat([expected, prompt(40, seed=1)], dim=1)
+    several.flush()
+    assert drive_set.check() == []
+
+
+def test_beams(tiny_model, store, drive_set, name, prompt):
+    """Forks, renames and deletions of a batch's sequences on two drives."""
+    model, ids = tiny_model("Llama"), prompt(30)
+    options = {"max_new_tokens": 12, "num_beams": 3}
+    expected = generate(model, ids, KvfsCache(store, name), **options)
+    assert torch.equal(generate(model, ids, KvfsCache(drive_set, name), **options), expected)
