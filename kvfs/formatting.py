@@ -39,8 +39,8 @@ def format(
     """Make an empty drive in a new file, or on an NVMe namespace; or several, that are one store.
 
     path: of the file, or a location: "spdk:0000:01:00.0", "spdk:trtype:TCP traddr:...", "/dev/ng0n1",
-        "nvme+tcp://HOST:PORT/NQN" (what is a kvfs drive there already gets an empty store); a list of them for a
-        set of drives, each of this size
+        "nvme+tcp://HOST:PORT/NQN" (what is a kvfs drive there already gets an empty store); a list of them for
+        a set of drives, each of this size
     size: bytes, or text such as "8GiB"; a file is sparse and grows as it is written. None: 1 GiB in a file, all
         of a namespace
     geometry: the flash's channels, dies, planes and blocks; None: by size and the options that follow
