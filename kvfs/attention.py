@@ -19,9 +19,10 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.vendor_command import answer_bytes
 
 State = tuple[np.ndarray, np.ndarray]  # (out, lse)
+Asked = tuple[np.ndarray | None, int | None]  # an answer, or the ticket that it comes by
 # How a drive is given its work: calls a function at once or on another thread; what it returns gives the
-# result. A drive computes what is small on the thread that asks.
-Start = Callable[[Callable[[], int]], Callable[[], int]]
+# result. A drive beside the host computes what it has in its cache, or is small, on the thread that asks.
+Start = Callable[[Callable[[], Asked]], Callable[[], Asked]]
 Call = Generator[None, None, State]
 
 
@@ -34,7 +35,7 @@ def finish(call: Call) -> State:
         return end.value
 
 
-def at_once(work: Callable[[], int]) -> Callable[[], int]:
+def at_once(work: Callable[[], Asked]) -> Callable[[], Asked]:
     """The Start of one drive alone."""
     result = work()
     return lambda: result
@@ -74,8 +75,7 @@ class Attention:
         sees_flash = any(first < min(stop, spilled) for first, stop, spilled in seen)
         sees_tail = any(max(first, spilled) < stop for first, stop, spilled in seen)
         size = answer_bytes(*queries.shape)
-        answer: np.ndarray | None = None
-        ticket: Callable[[], int] | None = None
+        asked: Callable[[], Asked] | None = None
         if sees_flash or not sees_tail:
             parts = [
                 DrivePart(sequence._groups, tail.num_spilled)
@@ -84,24 +84,28 @@ class Attention:
             descriptor = build_descriptor(
                 model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scoring
             )
-            answer = self._namespace.attend_now(descriptor, size)
-            if answer is None:
-                ticket = start(lambda: self._namespace.attention_submit(descriptor))
+            asked = start(lambda: self._ask(descriptor, size))
         try:
             yield
         except GeneratorExit:  # another drive has failed: nobody wants the answer any more
+            _, ticket = asked() if asked is not None else (None, None)
             if ticket is not None:
-                self._namespace.attention_cancel(ticket())
+                self._namespace.attention_cancel(ticket)
             raise
         if sees_tail:  # while the drive works
             host_queries = np.ascontiguousarray(queries, np.float32)
             out, lse = attend_tails(self._worker, model.layout, tails, host_queries, starts, stops, scoring)
-        if ticket is not None:
-            answer = self._namespace.attention_fetch(ticket(), size)
-        if answer is None:
+        if asked is None:
             return out, lse
+        answer, ticket = asked()
+        if ticket is not None:
+            answer = self._namespace.attention_fetch(ticket, size)
         state = parse_answer(answer, queries.shape)
         return merge_states(*state, out, lse) if sees_tail else state
+
+    def _ask(self, descriptor: np.ndarray, size: int) -> Asked:
+        answer = self._namespace.attend_now(descriptor, size)
+        return answer, self._namespace.attention_submit(descriptor) if answer is None else None
 
     def _items_per_command(self, model: Model, queries: np.ndarray) -> int:
         """How many sequences fit in one command of this drive."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvfs.arrays import float_array
-from kvfs.attention import at_once, common_model, finish, range_array, visible, windows
+from kvfs.attention import Asked, at_once, common_model, finish, range_array, visible, windows
 from kvfs.attention_scores import head_array, scoring_of, with_sinks
 from kvfs.drive_set import recovery
 from kvfs.drive_set.counters import set_counters
@@ -671,7 +671,7 @@ class DriveSet:
             raise
         return out, lse
 
-    def _start(self, work: Callable[[], int]) -> Callable[[], int]:
+    def _start(self, work: Callable[[], Asked]) -> Callable[[], Asked]:
         return self._pool().submit(work).result
 
     def _note_latency(self, share, seconds: float) -> None:

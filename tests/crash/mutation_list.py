@@ -839,11 +839,11 @@ _COLLECTION = [
     *_of(
         "ftl/read_guard.py",
         ("readers of the same instant not waited for", "all(active > epoch", "all(active >= epoch"),
-        ("readers never leave", "                del self._active[guard]\n", ""),
+        ("readers never leave", "            del self._active[guard]\n", ""),
         (
             "readers not counted",
-            "            self._active[guard] = self._epoch\n",
-            "            self._active[guard] = self._epoch + 1\n",
+            "        self._active[guard] = self._epoch\n",
+            "        self._active[guard] = self._epoch + 1\n",
         ),
     ),
     *_of(
