@@ -160,7 +160,7 @@ class DriveSet:
         return self._threads
 
     @property
-    def file_store(self) -> Store:
+    def _file_store(self) -> Store:
         """The store of the drive with the ordinary files. Raises DriveLost."""
         member = self._members[self.membership.files]
         if member.lost is not None:
