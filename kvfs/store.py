@@ -390,7 +390,7 @@ class Store:
             self._stack.close()
 
     @property
-    def file_store(self) -> "Store":
+    def _file_store(self) -> "Store":
         """The store with the ordinary files: of a set of drives one drive's, of one drive this."""
         return self
 

@@ -160,7 +160,7 @@ class DriveSet:
         return self._threads
 
     @property
-    def file_store(self) -> Store:
+    def _file_store(self) -> Store:
         """The store of the drive with the ordinary files. Raises DriveLost."""
         member = self._members[self.membership.files]
         if member.lost is not None:
@@ -647,14 +647,14 @@ class DriveSet:
         """
         start = self._start if len(shares) > 1 and self._in_threads else at_once
         out, lse = np.empty(shape, np.float32), np.empty(shape[:-1], np.float32)
-        calls, begun = [], []
+        calls = []
         try:
             for share in shares:
-                begun.append(time.perf_counter())
                 with share.member.in_use(share.holding):
                     call = work(share, start)
                     next(call)
                 calls.append(call)
+            begun = time.perf_counter()  # what a drive has answered by now nobody waits for
             self._turn += 1
             first = self._turn % len(shares)
             for number in [*range(first, len(shares)), *range(first)]:
@@ -663,7 +663,7 @@ class DriveSet:
                     answer = finish(calls[number])
                 out[share.items, :, share.query_heads], lse[share.items, :, share.query_heads] = answer
                 if number == first:
-                    self._note_latency(share, time.perf_counter() - begun[number])
+                    self._note_latency(share, time.perf_counter() - begun)
         except BaseException:
             for call in calls:
                 with suppress(KvfsError, NvmeError):

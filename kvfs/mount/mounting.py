@@ -52,7 +52,7 @@ def mount(
         kvfs.open(drive, **open_options) as store,
         RemoteServer(store, for_everyone=allow_other, read_only=read_only) as remote,
     ):
-        trees = Trees(FileSystem(store.file_store), KvTree(store, invite=remote.invite), store._lock, remote)
+        trees = Trees(FileSystem(store._file_store), KvTree(store, invite=remote.invite), store._lock, remote)
         serve(trees, mountpoint, options, ready)
 
 

@@ -26,7 +26,7 @@ from kvfs_bench.figures import Figure
 
 NUM_DRIVES = (1, 2, 8)
 GOALS = {2: 1.8, 8: 7.0}
-BYTES_PER_SECOND = 16_000_000  # of each drive's flash: eight together are far from what two cores compute
+BYTES_PER_SECOND = 25_000_000  # of each drive's flash: eight together are far from what two cores compute
 NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 4, 8, 4, 128
 NUM_TOKENS = 4096
 ROUNDS = 3
