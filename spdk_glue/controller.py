@@ -117,12 +117,21 @@ class Controller:
     def handlers(self, is_admin: bool) -> dict[int, Handler]:
         return dict(self._handlers[not is_admin])
 
+    @property
+    def batch_handlers(self) -> dict[int, BatchHandler]:
+        return dict(self._batch_handlers)
+
     def with_handlers(
-        self, io_handlers: dict[int, Handler], admin_handlers: dict[int, Handler]
+        self,
+        io_handlers: dict[int, Handler],
+        admin_handlers: dict[int, Handler],
+        batch_handlers: dict[int, BatchHandler] | None = None,
     ) -> "Controller":
         """Another of the same drive: other handlers for some opcodes, and an error log of its own."""
         return Controller(
-            self._handlers[True] | io_handlers, self._handlers[False] | admin_handlers, self._batch_handlers
+            self._handlers[True] | io_handlers,
+            self._handlers[False] | admin_handlers,
+            self._batch_handlers | (batch_handlers or {}),
         )
 
     def execute(self, queue_id: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:

@@ -26,6 +26,11 @@ class Mount:
     device: str  # "major:minor"
 
 
+def from_anywhere(drive: Path) -> Path:
+    """A drive's location for a process that works in another folder."""
+    return drive.absolute() if is_path(drive) else drive
+
+
 def source_name(drive: str | os.PathLike) -> str:
     """A drive's path as mounts show it. libfuse's options, as pyfuse3 passes them, are ASCII."""
     name = os.path.realpath(drive) if is_path(drive) else os.fspath(drive)

@@ -119,7 +119,7 @@ class IoConnection:
         return completions
 
     def _check_flush(self, entries: np.ndarray) -> None:
-        if (entries["opcode"] == IoOpcode.FLUSH).any() and self._controller.may_have_lost_writes:
+        if self._controller.may_have_lost_writes and (entries["opcode"] == IoOpcode.FLUSH).any():
             raise ConnectionLost(
                 f"{self._controller.transport_id}: the connection was lost after writes that were not flushed, "
                 "and the drive may have lost them: open it again"

@@ -17,8 +17,8 @@ def test_bench_nvme():
     for name in ("pyspdk.random_read_4k", "pyspdk.read_128k", "attention.cold.spdk"):
         assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
         assert figures[f"{name}.ratio"]["goal"] is not None
+    for name in ("initiator.random_read_4k", "initiator.read_128k"):
+        assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0
     for name in ("target.disk.read_128k", "target.disk.random_read_4k"):
         assert figures[name]["value"] > 0 and figures[f"{name}.ratio"]["goal"] is not None
     assert figures["target.attention.over_kernel"]["value"] > 0
-    for name in ("initiator.random_read_4k", "initiator.read_128k"):
-        assert figures[name]["value"] > 0 and figures[name]["rival_value"] > 0

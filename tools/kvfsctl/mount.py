@@ -53,9 +53,9 @@ def start(drive: Path, mountpoint: Path, options: str, *, foreground: bool, log_
 
     options: as of mount -o.
     """
-    from spdk_glue.transports.url import is_path
+    from kvfs.mount.mountpoints import from_anywhere
 
-    drive = drive.absolute() if is_path(drive) else drive
+    drive = from_anywhere(drive)
     mountpoint, log_file = mountpoint.absolute(), log_file.absolute()
 
     def serve(ready: Callable[[], None]) -> int:

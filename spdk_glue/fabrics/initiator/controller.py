@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_MS = 15_000
 RECONNECT_MS = 15_000  # that users wait
 BACK_OFF_MS_MIN, BACK_OFF_MS_MAX = 50, 2000
+MAX_REFUSALS = 3  # of one queue, by a target that is there
 WANTED_QUEUES = 64
 MAX_QUEUE_DEPTH = 1024
 MEMORY_PAGE = 4096  # in which MDTS counts
@@ -94,6 +95,7 @@ class Controller:
         self._queue_pairs: set[QueuePair] = set()
         self._free_queue_ids: list[int] = []
         self.account = new_account()
+        self.identity: np.void | None = None  # IDENTIFY_CONTROLLER
         self._connect()
         self._free_queue_ids = list(range(self._num_queues, 0, -1))
         self._keeper = threading.Thread(target=self._keep, name="kvfs-nvme-keeper", daemon=True)
@@ -111,6 +113,8 @@ class Controller:
         try:
             enabled = EnableController(WANTED_QUEUES)
             self._run(enabled, admin)
+            if self.identity is not None and enabled.identity["sn"] != self.identity["sn"]:
+                raise ConnectionRefused(f"{self.transport_id}: another drive answers there now")
         except BaseException:
             admin.close()
             raise
@@ -179,8 +183,12 @@ class Controller:
             sequence.answered(completions)
 
     def connect_io_queue(self, queue_id: int, depth: int, facts: NamespaceFacts) -> tuple[Queue, int]:
-        """(a queue, the association it belongs to). Raises ConnectionLost after reconnect_ms."""
+        """(a queue, the association it belongs to).
+
+        Raises ConnectionLost after reconnect_ms, or where the target refuses this queue alone.
+        """
         give_up = time.monotonic() + self.reconnect_ms / 1000
+        refusals = 0
         while True:
             generation = self.wait_connected()
             limits = Limits(
@@ -194,9 +202,25 @@ class Controller:
             try:
                 return self._connect_queue(limits, self._cntlid), generation
             except NvmeError as error:
-                if time.monotonic() > give_up or self.reconnect_ms == 0:
-                    raise ConnectionLost(f"{error}") from error
-                self.lose(generation, str(error))
+                is_alive = self._is_alive(generation, str(error))
+                refusals = refusals + 1 if is_alive else 0
+                if refusals == MAX_REFUSALS or time.monotonic() > give_up:
+                    raise ConnectionLost(f"no queue: {error}") from error
+                if is_alive:  # the other queues go on meanwhile
+                    time.sleep(BACK_OFF_MS_MIN / 1000)
+
+    def _is_alive(self, generation: int, why: str) -> bool:
+        """Whether an association's admin queue answers; if not, it is lost, because of `why`."""
+        with self._admin_lock:
+            if self.generation != generation:
+                return False
+            entry = records.property_get(records.Property.CSTS)
+            entry["cid"] = 0
+            completions, was_lost = self._admin.transfer(entry, *_place(None), timeout_ms=BRING_UP_TIMEOUT_MS)
+        is_alive = not was_lost and not completions["status"][0]
+        if not is_alive:
+            self.lose(generation, why)
+        return is_alive
 
     # losing
 

@@ -12,8 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from spdk_glue import command
-from spdk_glue import status as nvme_status
-from spdk_glue.command import COMPLETION_ENTRY, AdminOpcode, IoOpcode, Maintenance
+from spdk_glue.command import AdminOpcode, IoOpcode, Maintenance
 from spdk_glue.controller import ADMIN_QUEUE, REQUEST_FIELDS, Controller, Handler, Request
 from spdk_glue.fabrics.records import (
     CC_ENABLE,
@@ -28,7 +27,6 @@ from spdk_glue.fabrics.target.events import Events
 from spdk_glue.fabrics.target.features import Features
 from spdk_glue.fabrics.target.identity import KEEP_ALIVE_GRANULARITY_MS, KEEP_ALIVE_UNITS
 from spdk_glue.fabrics.target.limits import Limits
-from spdk_glue.fabrics.target.reservations import Reservations
 from spdk_glue.fabrics.target.tickets import Tickets
 from spdk_glue.identify import SMART_LOG, LogPage
 from spdk_glue.status import CommandFailed, Status
@@ -78,20 +76,14 @@ class Association:
         self.features = self._new_features()
         self.controller: Controller | None = None
         self.tickets: Tickets | None = None
-        self.reservations: Reservations | None = None
         self.queues: dict[int, Queue] = {}
         self.ended: str | None = None  # why
         self._configuration = self._status = 0  # CC, CSTS
         self._last_seen = self._health_seen = now
 
-    def serve(
-        self,
-        controller: Controller,
-        tickets: Tickets | None = None,
-        reservations: Reservations | None = None,
-    ) -> None:
-        """What the host's commands go to. reservations: of the drive, which may refuse them"""
-        self.controller, self.tickets, self.reservations = controller, tickets, reservations
+    def serve(self, controller: Controller, tickets: Tickets | None = None) -> None:
+        """What the host's commands go to."""
+        self.controller, self.tickets = controller, tickets
 
     def _new_features(self) -> Features:
         return Features(
@@ -244,18 +236,7 @@ class Association:
     # Commands.
 
     def execute(self, qid: int, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
-        if qid != ADMIN_QUEUE and self.reservations is not None:
-            opcodes = set(entries["opcode"].tolist())
-            if any(self.reservations.refuses(self.host_id, opcode) for opcode in opcodes):
-                return self._refuse(qid, entries)
         return self.controller.execute(qid, entries, buffers)
-
-    def _refuse(self, qid: int, entries: np.ndarray) -> np.ndarray:
-        """Another host has the namespace: a batch with a command that meets that is refused whole."""
-        completions = np.zeros(len(entries), COMPLETION_ENTRY)
-        completions["cid"], completions["sqid"] = entries["cid"], qid
-        completions["status"] = nvme_status.encode(Status.RESERVATION_CONFLICT, do_not_retry=True)
-        return completions
 
 
 def _refuse_writing(requests: Sequence[Request]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spdk_glue.command import IoOpcode
-from spdk_glue.controller import Handler, Request
+from spdk_glue.controller import BatchHandler, Handler, Request
 from spdk_glue.reservation import (
     ACQUIRE_DATA,
     EXTENDED_DATA,
@@ -67,6 +67,27 @@ class Reservations:
         if holder is None or holder == host_id or opcode in OPCODES:
             return False
         return self._type == ReservationType.EXCLUSIVE_ACCESS or opcode not in READING
+
+    def guarded(self, host_id: bytes, handlers: dict[int, Handler]) -> dict[int, Handler]:
+        """A host's I/O handlers that refuse what meets another's reservation."""
+
+        def guarded_one(opcode: int, handler: Handler) -> Handler:
+            def handle(requests: Sequence[Request]) -> None:
+                if self.refuses(host_id, opcode):
+                    raise _conflict("another host holds the namespace")
+                handler(requests)
+
+            return handle
+
+        return {opcode: guarded_one(opcode, handler) for opcode, handler in handlers.items()}
+
+    def guarded_batches(self, host_id: bytes, handlers: dict[int, BatchHandler]) -> dict[int, BatchHandler]:
+        """The same for handlers of whole batches, which leave refusals to those of single commands."""
+
+        def guarded_one(opcode: int, handler: BatchHandler) -> BatchHandler:
+            return lambda entries, buffers: not self.refuses(host_id, opcode) and handler(entries, buffers)
+
+        return {opcode: guarded_one(opcode, handler) for opcode, handler in handlers.items()}
 
     def handlers(self, host_id: bytes) -> dict[int, Handler]:
         actions = {

@@ -229,13 +229,16 @@ class Subsystems:
             (LogPage.SMART, *_VENDOR_LOG_PAGES),
         )
         io_handlers, admin_handlers = tickets.handlers(), self._common(association, identify.identify, pages)
-        if not association.is_read_only:
-            io_handlers |= self.reservations.handlers(association.host_id)
-        else:
+        if association.is_read_only:
             io_handlers |= protected_io(its_io)
             admin_handlers |= protected_admin(its_admin)
-        controller = self.drive.controller.with_handlers(io_handlers, admin_handlers)
-        association.serve(controller, tickets, self.reservations)
+        controller = self.drive.controller.with_handlers(
+            self.reservations.guarded(association.host_id, its_io | io_handlers)
+            | ({} if association.is_read_only else self.reservations.handlers(association.host_id)),
+            admin_handlers,
+            self.reservations.guarded_batches(association.host_id, self.drive.controller.batch_handlers),
+        )
+        association.serve(controller, tickets)
 
     def _serve_discovery(self, association: Association, address: tuple[str, int]) -> None:
         def identify(requests: Sequence[Request]) -> None:

@@ -13,7 +13,7 @@ from spdk_glue import command
 from spdk_glue.command import COMPLETION_ENTRY
 from spdk_glue.fabrics import pdu
 from spdk_glue.fabrics.pdu import Framing, PduFlag, PduType
-from spdk_glue.status import encode
+from spdk_glue.status import Status, encode
 
 from .wire_host import GuardedMemory, WireHost
 
@@ -139,7 +139,10 @@ def _round(random: np.random.Generator, report: FuzzReport) -> None:
             mine.received += one.data
             if len(mine.received) < mine.content.nbytes:
                 wants_more = is_capsule or bool(one.record["flags"] & PduFlag.LAST)
-                answers += [[target.grant(mine)]] if wants_more else []
+                if wants_more and mine.granted == mine.content.nbytes:  # an R2T was changed on its way
+                    answers.append([target.response(mine.cid, Status.DATA_TRANSFER_ERROR)])
+                elif wants_more:
+                    answers.append([target.grant(mine)])
             else:
                 assert mine.received == mine.content.tobytes() or damage
                 answers.append([target.response(mine.cid, int(random.choice([0, 0, 0x281])))])

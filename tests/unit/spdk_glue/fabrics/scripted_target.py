@@ -31,6 +31,7 @@ class ScriptedTarget:
         self.on_command = lambda queue_id, entry, connection: None
         self.greeting: bytes | None = None  # instead of ICResp
         self.commands: list[tuple[int, int]] = []
+        self.serial_number = b"SCRIPT"
         self.num_queues, self.has_volatile_cache = num_queues, has_volatile_cache
         self._connections: set[socket.socket] = set()
         self.port = 0
@@ -152,7 +153,7 @@ class ScriptedTarget:
         page = np.zeros(4096, np.uint8)
         if entry["cdw10"] == Cns.CONTROLLER:
             identity = page.view(IDENTIFY_CONTROLLER)
-            identity["mdts"], identity["ioccsz"], identity["sn"] = 5, (64 + BLOCK) // 16, b"SCRIPT"
+            identity["mdts"], identity["ioccsz"], identity["sn"] = 5, (64 + BLOCK) // 16, self.serial_number
             identity["vwc"] = VWC_PRESENT if self.has_volatile_cache else 0
         elif entry["cdw10"] == Cns.ACTIVE_NAMESPACES:
             page.view("<u4")[0] = 1

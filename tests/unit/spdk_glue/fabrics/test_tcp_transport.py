@@ -189,6 +189,16 @@ def test_target_stays_away(connect, target):
     target.start()
 
 
+def test_another_drive_comes_back(connect, target):
+    """Its blocks are not those that were written: nothing is read from it, nor repeated on it."""
+    namespace = connect(reconnect_ms=500)
+    namespace.write(0, content(1))
+    target.serial_number = b"OTHER"
+    target.drop_connections()
+    with pytest.raises(ConnectionLost, match="another drive answers there now"):
+        namespace.read(0, 1)
+
+
 def test_a_silent_target_is_given_up(connect, target, monkeypatch):
     monkeypatch.setattr(Queue.transfer, "__defaults__", (None, 300))
     namespace = connect(reconnect_ms=1000)
@@ -282,6 +292,23 @@ def test_more_queues_than_the_target_grants(connect, target):
     pairs.append(namespace.transport.create_queue_pair(4))
     for pair in pairs:
         pair.close()
+
+
+def test_a_queue_that_is_refused_leaves_the_others_alone(connect, target):
+    """A target without room for one more connection must not cost those that work."""
+    namespace = connect()
+    namespace.read(0, 1)
+    before = namespace.transport._controller.generation
+
+    def on_command(queue_id, entry, connection):
+        is_connect = entry["opcode"] == records.FABRICS_OPCODE and int(entry["nsid"]) & 0xFF == 1
+        return answer(entry, Status.CONNECT_CONTROLLER_BUSY) if is_connect else None
+
+    target.on_command = on_command
+    with pytest.raises(ConnectionLost, match=r"no queue: .* in use"):
+        namespace.transport.create_queue_pair(4)
+    assert namespace.transport._controller.generation == before
+    namespace.read(0, 1)
 
 
 def test_queues_are_as_deep_as_the_target_takes(connect, target):
