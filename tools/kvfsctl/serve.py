@@ -11,6 +11,8 @@ import typer
 from kvfsctl.opening import scan_progress
 from kvfsctl.output import DriveArgument, JsonOption, print_json
 
+LOOK_SECONDS = 0.5
+
 
 def serve(
     drive: DriveArgument,
@@ -73,4 +75,6 @@ def serve(
             print(f"{drive}: {subsystems.nqn} at {shown}:{port}")
         # a pipe's reader waits for this line
         print(end="", flush=True)
-        stop.wait()
+        # Linux may give the signal to another thread, which does not wake this one
+        while not stop.wait(LOOK_SECONDS):
+            pass
