@@ -19,6 +19,8 @@ class Stack(StrEnum):
     OWN = "own"
     SPDK = "spdk"
 
+LOOK_SECONDS = 0.5
+
 
 def serve(
     drive: DriveArgument,
@@ -118,4 +120,6 @@ def serve(
             print(f"{drive}: {subsystems.nqn} at {shown}:{port}")
         # a pipe's reader waits for this line
         print(end="", flush=True)
-        stop.wait()
+        # Linux may give the signal to another thread, which does not wake this one
+        while not stop.wait(LOOK_SECONDS):
+            pass

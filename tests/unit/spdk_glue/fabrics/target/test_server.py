@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -290,6 +291,9 @@ def test_sigterm_closes_in_order(drive):
     with closing(socket.create_connection((facts["host"], facts["port"]))) as connection:
         connection.sendall(pdu.ic_request(header_digest=False, data_digest=False).tobytes())
         assert connection.recv(128)
+        server.send_signal(signal.SIGSTOP)  # after which signals may reach any of its threads
+        time.sleep(0.2)
+        server.send_signal(signal.SIGCONT)
         server.terminate()
         _, errors = server.communicate(timeout=20)
     assert server.returncode == 0 and "Traceback" not in errors
