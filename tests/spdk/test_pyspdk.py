@@ -13,8 +13,9 @@ from spdk_glue.identify import IDENTIFY_CONTROLLER, Cns
 from spdk_glue.namespace import BlockNamespace
 from spdk_glue.pyspdk import environment
 from spdk_glue.pyspdk.controller import ConnectionRefused, Controller
+from spdk_glue.queue_pair import places
 from spdk_glue.status import NvmeError, NvmeStatusError, QueueFull, QueuePairInUse, Status, decode
-from spdk_glue.transports.spdk import SpdkTransport, places
+from spdk_glue.transports.spdk import SpdkTransport
 from spdk_glue.transports.url import open_transport
 
 BLOCK = 4096
