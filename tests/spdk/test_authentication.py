@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from kvfs_bench.nvmf_target import SUBSYSTEM, RpcError, Target
+from kvfs_bench.nvmf_target import SUBSYSTEM, Target
 from spdk_glue.fabrics.authentication import (
     AuthenticationFailed,
     Credentials,
@@ -19,6 +19,7 @@ from spdk_glue.fabrics.authentication import (
     write_key_file,
 )
 from spdk_glue.namespace import BlockNamespace
+from spdk_glue.spdk_target.rpc import RpcRefused
 from spdk_glue.transports.tcp import TcpTransport
 from tests.unit.spdk_glue.fabrics.authenticated_target import DRIVE_NQN, AuthenticatedTarget, host_name
 from tests.unit.spdk_glue.fabrics.socket_host import CommandRefused, SocketHost
@@ -260,7 +261,7 @@ def test_spdk_hosts_that_are_refused(spdk_host, tmp_path):
             {"dhchap_key": None, "dhchap_ctrlr_key": None},
             {"hostnqn": host_name(999)},
         ):
-            with pytest.raises(RpcError):
+            with pytest.raises(RpcRefused):
                 host.attach(**changes)
         assert not target.drive.seen
         assert host.attach()

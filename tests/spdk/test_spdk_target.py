@@ -30,7 +30,6 @@ from spdk_glue.namespace import Namespace
 from spdk_glue.status import ConnectionLost, NvmeStatusError, Status
 from spdk_glue.transports.url import open_transport
 from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
-from tests.spdk.socket_host import CommandRefused, SocketHost
 from tests.unit.accel.test_drive import (
     ANSWER,
     GROUP,
@@ -44,6 +43,7 @@ from tests.unit.accel.test_drive import (
     plain,
     status_of,
 )
+from tests.unit.spdk_glue.fabrics.socket_host import CommandRefused, SocketHost
 
 pytestmark = [
     pytest.mark.skipif(not spdk_target.available()[0], reason=spdk_target.available()[1]),

@@ -19,6 +19,7 @@ class Stack(StrEnum):
     OWN = "own"
     SPDK = "spdk"
 
+
 LOOK_SECONDS = 0.5
 
 
