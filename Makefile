@@ -11,9 +11,9 @@ APT_PACKAGES := gcc libc6-dev python3-dev python3-venv pkg-config fuse3 libfuse3
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml tools/setup_system.sh ftl/direct_io/build.py $(wildcard ftl/direct_io/*.[ch]) \
-		kvfs/mount/fuse_glue/build.py kvfs/mount/fuse_glue/glue.c $(wildcard spdk_glue/pyspdk/*.[ch]) \
-		spdk_glue/pyspdk/build.py $(wildcard spdk_glue/linux_nvme/*.[ch]) spdk_glue/linux_nvme/build.py
+GLUE := $(wildcard $(foreach folder,ftl/* kvfs/*/* spdk_glue/* spdk_glue/*/*,$(folder)/build.py $(folder)/*.[ch]))
+
+$(STAMP): setup.py pyproject.toml tools/setup_system.sh $(GLUE)
 	sh tools/setup_system.sh $(APT_PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel

@@ -1,7 +1,5 @@
-"""Builds `ftl.direct_io._direct_io`: run this file to build in place; packaging uses `ffibuilder`."""
+"""Builds `ftl.direct_io._direct_io`: for packaging, and tools/build_glue.py."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -43,15 +41,3 @@ ffibuilder.set_source(
     include_dirs=[str(HERE)],
     extra_compile_args=["-O3", "-std=gnu11"],
 )
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(ffibuilder.compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    print(build_in_place())

@@ -1,7 +1,5 @@
-"""Builds `spdk_glue.linux_nvme._linux_nvme`: run this file to build in place; packaging uses `ffibuilder`."""
+"""Builds `spdk_glue.linux_nvme._linux_nvme`: for packaging, and tools/build_glue.py."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -35,15 +33,3 @@ ffibuilder.set_source(
     extra_compile_args=["-O2", "-std=gnu11", "-pthread"],
     extra_link_args=["-pthread"],
 )
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(ffibuilder.compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    print(build_in_place())

@@ -1,12 +1,9 @@
-"""Builds `spdk_glue.pyspdk._pyspdk` against an installed SPDK: run this file to build in place.
+"""Builds `spdk_glue.pyspdk._pyspdk` against an installed SPDK: for packaging, and tools/build_glue.py.
 
 SPDK is found by pkg-config; without it there is nothing to build, which `find_spdk` says.
 """
 
-import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -87,19 +84,3 @@ def make_ffibuilder() -> FFI:
     builder.cdef((HERE / "records.h").read_text() + CDEF)
     builder.set_source("spdk_glue.pyspdk._pyspdk", '#include "pyspdk.c"\n', **options)
     return builder
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(make_ffibuilder().compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    _, why_not = find_spdk()
-    if why_not:
-        print(f"pyspdk is left out: {why_not}", file=sys.stderr)
-    else:
-        print(build_in_place())

@@ -1,13 +1,10 @@
-"""Builds `spdk_glue.spdk_target._spdk_target` against an installed SPDK: run this file to build in place.
+"""Builds `spdk_glue.spdk_target._spdk_target` against an installed SPDK: for setup.py and tools/build_glue.py.
 
 Besides SPDK's driver it needs the libraries of its target; without them there is nothing to build, which
 `find_spdk` says.
 """
 
 import runpy
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -53,19 +50,3 @@ def make_ffibuilder() -> FFI:
     builder.cdef((HERE / "records.h").read_text() + CDEF)
     builder.set_source("spdk_glue.spdk_target._spdk_target", '#include "target.c"\n', **options)
     return builder
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(make_ffibuilder().compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    _, why_not = find_spdk()
-    if why_not:
-        print(f"the plug-in for SPDK's target is left out: {why_not}", file=sys.stderr)
-    else:
-        print(build_in_place())

@@ -24,6 +24,7 @@ def test_bench_nvme():
     for name in ("target.disk.read_128k", "target.disk.random_read_4k"):
         assert figures[name]["value"] > 0 and figures[f"{name}.ratio"]["goal"] is not None
     assert figures["target.attention.over_kernel"]["value"] > 0
+    assert figures["attention.in_process.over_kernel"]["value"] > 0
     if spdk_target.available()[0]:
         for name in ("disk.read_128k", "disk.random_read_4k"):
             assert figures[f"spdk_plug_in.{name}"]["value"] > 0

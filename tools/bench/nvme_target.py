@@ -35,6 +35,7 @@ GOALS = {"read_128k": 0.6, "random_read_4k": 0.15}
 NQN = "nqn.2026-11.io.kvfs:bench"
 ATTENTION_ROUNDS = 400
 ATTENTION_GOAL_US = 150
+IN_PROCESS_GOAL_US = 30
 
 
 class OwnTarget:
@@ -168,10 +169,14 @@ def _compare(label, how, goals, nsid, ours, theirs, seconds, rounds) -> Iterator
 
 
 def attention(num_commands: int) -> Iterator[Figure]:
-    """One Attention Submit and its Fetch through SPDK over TCP: its time without that of the computation."""
+    """One attention command, in process and through SPDK over TCP: its time without that of the computation."""
+    from accel.drive import Drive, DriveConfig
+
     with tempfile.TemporaryDirectory() as folder:
         drive = Path(folder) / "drive"
         descriptor, answer_bytes = _descriptor(drive)
+        with closing(Drive.open(drive, DriveConfig(cache_bytes=16 << 20))) as here:
+            over_here, _ = _times(here.transport, descriptor, answer_bytes, num_commands)
         np.save(Path(folder) / "descriptor.npy", descriptor)
         with closing(OwnTarget(drive, cpu=None)) as target:
             call = f"attention_times({target.transport_id!r}, {folder!r}, {answer_bytes}, {num_commands})"
@@ -183,6 +188,9 @@ def attention(num_commands: int) -> Iterator[Figure]:
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-1000:])
         over, kernel = json.loads(done.stdout)
+    yield Figure(
+        "attention.in_process.over_kernel", over_here, "us", goal=IN_PROCESS_GOAL_US, goal_is_maximum=True
+    )
     yield Figure("target.attention.kernel", kernel, "us")
     yield Figure("target.attention.over_kernel", over, "us", goal=ATTENTION_GOAL_US, goal_is_maximum=True)
 
@@ -211,13 +219,17 @@ def _descriptor(drive: Path) -> tuple[np.ndarray, int]:
 
 def attention_times(transport_id: str, folder: str, answer_bytes: int, num_commands: int) -> str:
     """JSON [median us of a command over its kernel's time, that time]; in a process of its own."""
-    from spdk_glue.namespace import Namespace
     from spdk_glue.transports.url import open_transport
+
+    descriptor = np.load(Path(folder) / "descriptor.npy")
+    return json.dumps(_times(open_transport(f"spdk:{transport_id}"), descriptor, answer_bytes, num_commands))
+
+
+def _times(transport, descriptor: np.ndarray, answer_bytes: int, num_commands: int) -> tuple[float, float]:
+    from spdk_glue.namespace import Namespace
     from spdk_glue.vendor_command import ANSWER_HEADER
 
-    os.sched_setaffinity(0, os.sched_getaffinity(0))
-    descriptor = np.load(Path(folder) / "descriptor.npy")
-    namespace = Namespace(open_transport(f"spdk:{transport_id}"))
+    namespace = Namespace(transport)
     over, kernel = [], []
     for number in range(num_commands + 20):
         start = time.perf_counter_ns()
@@ -228,4 +240,4 @@ def attention_times(transport_id: str, folder: str, answer_bytes: int, num_comma
             over.append(spent - kernel_ns)
             kernel.append(kernel_ns)
     namespace.close()
-    return json.dumps([statistics.median(over) / 1e3, statistics.median(kernel) / 1e3])
+    return statistics.median(over) / 1e3, statistics.median(kernel) / 1e3

@@ -1,8 +1,6 @@
-"""Builds `kvfs.mount.fuse_glue._fuse_glue`: run this file to build in place; packaging uses `ffibuilder`."""
+"""Builds `kvfs.mount.fuse_glue._fuse_glue`: for packaging, and tools/build_glue.py."""
 
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -54,15 +52,3 @@ ffibuilder.set_source(
     extra_compile_args=["-O2", "-std=gnu11", *pkg_config("--cflags")],
     extra_link_args=pkg_config("--libs"),
 )
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(ffibuilder.compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    print(build_in_place())

@@ -1,7 +1,5 @@
-"""Builds `spdk_glue.fabrics.tcp_glue._tcp_glue`: run this file to build in place; packaging: `ffibuilder`."""
+"""Builds `spdk_glue.fabrics.tcp_glue._tcp_glue`: for packaging, and tools/build_glue.py."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -51,15 +49,3 @@ ffibuilder.set_source(
     extra_compile_args=["-O3", "-std=gnu11", "-pthread", "-Wno-unused-function"],
     extra_link_args=["-pthread"],
 )
-
-
-def build_in_place() -> Path:
-    """Compiles in a scratch directory and leaves only the shared object beside this file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(ffibuilder.compile(tmpdir=scratch))
-        fresh = shutil.copy2(built, HERE / f".{built.name}")
-        return Path(fresh).replace(HERE / built.name)  # processes that run with the old one keep it
-
-
-if __name__ == "__main__":
-    print(build_in_place())
