@@ -79,6 +79,7 @@ class ChecksumTable:
         self._owners = np.zeros(num_slots, np.int64)
         self._free = list(range(num_slots))[::-1]
         self._hand = 0
+        self._ahead: set[int] = set()  # slots loaded for a look-up that has not come yet
         self._lock = threading.Lock()
 
     def expected(self, pages: np.ndarray, lbas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +94,21 @@ class ChecksumTable:
                     self.columns, self.known, self.slots, self.used, fresh, done, pages, lbas, found, known
                 )
                 if done == len(pages):
+                    self.used[list(self._ahead)] = False  # that was their first use
+                    self._ahead.clear()
                     return found, known
                 fresh = self._slot(int(pages[done]) // self._per_superblock)
+
+    def lacks(self, pages: np.ndarray) -> bool:
+        """Whether `expected` would read OOB for some of these pages."""
+        return bool((self.slots[pages // self._per_superblock] == NO_SLOT).any())
+
+    def load(self, pages: np.ndarray) -> None:
+        """Read the OOB that `expected` will need, beside something else."""
+        for superblock in np.unique(pages // self._per_superblock).tolist():
+            with self._lock:
+                if self.slots[superblock] == NO_SLOT:
+                    self._ahead.add(self._slot(superblock))
 
     def set(self, pages: np.ndarray, oob: np.ndarray) -> None:
         """Pages of one superblock were programmed with PAGE_OOB [n]."""

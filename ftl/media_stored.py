@@ -148,8 +148,9 @@ class StoredMedia:
     def read_oob(self, superblock: int) -> np.ndarray:
         self._rules.check_superblock(superblock)
         size = self.geometry.pages_per_superblock
-        raw = self._read_bytes(self.layout.oob_of(superblock), size * PAGE_OOB.itemsize)
-        records = np.frombuffer(raw, PAGE_OOB).copy()
+        buffer = dma.allocate(self.layout.oob_stride)
+        self._backing.read_extents(extent_of(buffer, self.layout.oob_of(superblock)))
+        records = buffer[: size * PAGE_OOB.itemsize].view(PAGE_OOB)
         self.counters.add(oob_pages_read=size)
         self._rules.found(superblock, records["magic"] != 0)
         return records
@@ -218,7 +219,9 @@ class StoredMedia:
         with self._lock:
             if superblock not in self._oob_images:
                 image = dma.allocate(self.layout.oob_stride)
-                self._backing.read_extents(extent_of(image, self.layout.oob_of(superblock)))
+                start = self.layout.oob_of(superblock)
+                if any(self._backing.written_ranges(start, start + image.nbytes)):
+                    self._backing.read_extents(extent_of(image, start))
                 self._oob_images[superblock] = image
                 while len(self._oob_images) > OOB_IMAGES:
                     self._oob_images.popitem(last=False)

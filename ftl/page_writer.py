@@ -126,6 +126,7 @@ class PageWriter:
             return None
         found = self._open[stream] = self._open.pop(min(idle)[1])
         found.stream = stream
+        self._state.superblocks.stream[found.superblock] = stream
         return found
 
     def _open_new(self, stream: int) -> OpenSuperblock | None:
@@ -141,6 +142,7 @@ class PageWriter:
         superblock = self.take_free(State.OPEN, most_worn=stream == GC_STREAM)
         if superblock is None:
             raise OutOfFlash(0, state.superblocks.count(State.ERASING))
+        state.superblocks.stream[superblock] = stream
         self._open[stream] = self._open_superblock(superblock, stream)
         return self._open[stream]
 

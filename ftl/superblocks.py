@@ -17,6 +17,7 @@ import numpy as np
 from ftl.geometry import Geometry
 from ftl.provisioning import kept_back, num_lbas
 
+STREAM_UNKNOWN = -1
 DEAD_DIE_SHARE = 0.5  # of bad blocks, from which on a die counts as dead
 
 
@@ -50,6 +51,7 @@ class Superblocks:
     fill: int64, one past the index of the last page programmed
     first, newest: int64, program numbers of the first and last page programmed: what it holds has not changed
         since
+    stream: int64, whose pages it was opened for, or goes on with; STREAM_UNKNOWN: before this session, or none
     keeps_parity: whether what is written from now on has it: not where a die is dead and room is short
     retiring: set of those with a block that failed; what they hold is moved before all else
     damaged: set of those with a page that only parity could give back
@@ -69,6 +71,7 @@ class Superblocks:
         self.fill = np.zeros(len(self.states), np.int64)
         self.first = np.zeros(len(self.states), np.int64)
         self.newest = np.zeros(len(self.states), np.int64)
+        self.stream = np.full(len(self.states), STREAM_UNKNOWN, np.int64)
         self.unsynced = np.zeros(len(self.states), bool)
         self.retiring: set[int] = set()
         self.damaged: set[int] = set()
@@ -81,6 +84,7 @@ class Superblocks:
     def erased(self, superblock: int) -> None:
         """It is empty, one cycle older, and free unless all its blocks are bad."""
         self.fill[superblock] = self.first[superblock] = self.newest[superblock] = 0
+        self.stream[superblock] = STREAM_UNKNOWN
         self.erase_counts[superblock] += 1
         self.retiring.discard(superblock)
         self.damaged.discard(superblock)

@@ -11,6 +11,7 @@ leave the map as it was before the failed part of a batch.
 import logging
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -33,6 +34,7 @@ __all__ = ["PAGE_NONE", "CollectorOptions", "FlashTranslationLayer", "FtlCounter
 log = logging.getLogger(__name__)
 
 CHECKPOINT_PAGES = 1 << 15  # 128 MiB at 4 KiB: some 10 ms of scanning
+LARGE_READ_PAGES = 256  # takes the media longer than waking a thread
 
 
 class FlashTranslationLayer:
@@ -72,6 +74,7 @@ class FlashTranslationLayer:
         self._background = None
         if background and not media.read_only:
             self._background = BackgroundCollector(self._state, self._collector)
+        self._beside = ThreadPoolExecutor(1, "kvfs-checksums") if background else None
 
     # opening and closing
 
@@ -85,7 +88,7 @@ class FlashTranslationLayer:
     ) -> "FlashTranslationLayer":
         """A layer over erased flash.
 
-        background: collect in a thread, too, ahead of need; checkpoint_pages: see MetadataLog
+        background: with threads: collect ahead of need, too; checkpoint_pages: see MetadataLog
         """
         return cls(media, options, background, checkpoint_pages, None)
 
@@ -155,6 +158,8 @@ class FlashTranslationLayer:
             if not is_log:
                 state.superblocks.move(superblock, State.FULL)
         # a restart, or a crash of many, must not use up superblocks: streams go on with those with most room
+        for superblock, stream in found.last_stream.items():
+            state.superblocks.stream[superblock] = stream
         begun = [s for s in found.last_stream if state.superblocks.states[s] == State.FULL]
         begun.sort(key=lambda superblock: found.fill[superblock])
         for superblock in begun:
@@ -177,6 +182,8 @@ class FlashTranslationLayer:
                     self._leave_mark()
             finally:
                 self._state.closed = True
+        if self._beside is not None:
+            self._beside.shutdown()
 
     def _leave_mark(self) -> None:
         try:
@@ -327,8 +334,11 @@ class FlashTranslationLayer:
             self._read_checked(pages, lbas, destinations)
 
     def _read_checked(self, pages: np.ndarray, lbas: np.ndarray, destinations: np.ndarray) -> None:
+        beside, checksums = self._beside, self._state.checksums
+        if beside is not None and len(pages) >= LARGE_READ_PAGES and checksums.lacks(pages):
+            beside.submit(checksums.load, pages)  # what fails there fails again below
         found = self.media.read(pages, destinations)
-        expected, known = self._state.checksums.expected(pages, lbas)
+        expected, known = checksums.expected(pages, lbas)
         for wrong in np.flatnonzero((found != expected) | ~known).tolist():
             self._state.counters.corrupt_pages += 1
             page, lba = int(pages[wrong]), int(lbas[wrong])

@@ -80,6 +80,7 @@ class Maintenance(IntEnum):
     COLLECT = 1  # garbage, up to CDW11 superblocks; 0 for as long as that gains something
     RENEW = 2  # superblocks with pages that only parity could give back
     CHECK = 3  # map against flash; the findings are in the FLASH_CHECK log page
+    DROP_CACHE = 4  # the read cache forgets what nobody reads just now; counted in lines
 
 
 class IoOpcode(IntEnum):
@@ -326,6 +327,19 @@ def flash_maintenance(action: Maintenance, limit: int = 0) -> np.ndarray:
     return _entry(AdminOpcode.FLASH_MAINTENANCE, NSID_ALL, cdw10=action, cdw11=limit)
 
 
-def vendor(opcode: IoOpcode, ticket: int, num_pages: int = 1) -> np.ndarray:
-    """A vendor command: CDW10 is the ticket, CDW12[15:0] the transfer length in pages minus one."""
-    return _entry(opcode, NSID, cdw10=ticket, cdw12=num_pages - 1)
+def vendor(opcode: IoOpcode, ticket: int, num_pages: int = 1, request: int = 0) -> np.ndarray:
+    """A vendor command: CDW10 is the ticket, CDW12[15:0] the transfer length in pages minus one.
+
+    CDW14 and CDW15 say for which request it is, see request_id, or nothing; what a drive does with it is log.
+    """
+    return _entry(
+        opcode,
+        NSID,
+        cdw10=ticket,
+        cdw12=num_pages - 1,
+        cdw14=request & 0xFFFFFFFF,
+        cdw15=request >> 32,
+    )
+
+
+REQUEST_OFFSET = SUBMISSION_ENTRY.fields["cdw14"][1]  # of the request in a vendor command, uint64

@@ -41,6 +41,10 @@ class FlashAdmin:
         """Write anew what only parity could give back; how many superblocks held such pages."""
         return self._namespace.admin(command.flash_maintenance(Maintenance.RENEW))
 
+    def drop_cache(self) -> int:
+        """Let the drive's read cache forget what nobody reads just now; how many lines of it held something."""
+        return self._namespace.admin(command.flash_maintenance(Maintenance.DROP_CACHE))
+
     def check(self) -> tuple[int, np.ndarray]:
         """Have the drive compare its map with its flash: (number of findings, FLASH_FINDING of the first)."""
         count = self._namespace.admin(command.flash_maintenance(Maintenance.CHECK))

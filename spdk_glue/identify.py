@@ -36,6 +36,7 @@ class LogPage(IntEnum):
     ATTENTION_COUNTERS = 0xC1  # vendor: what the attention unit did
     SUPERBLOCKS = 0xC2  # vendor: a SUPERBLOCK_RECORD for each
     FLASH_CHECK = 0xC3  # vendor: what the latest check of map against flash found
+    LATENCY = 0xC4  # vendor: histograms of what the drive's work took, probes.LATENCY_RECORD
 
 
 def _record(size_bytes: int, fields: dict[str, tuple[int, str]]) -> np.dtype:
@@ -68,6 +69,10 @@ ATTENTION_CAPABILITIES = np.dtype(
         ("num_workers", "<u4"),
         ("num_placement_ids", "<u4"),  # streams that hints can tell apart
         ("worker", "S16"),
+        # A descriptor of at most so many bytes: its Fetch may follow it on its queue at once. 0: it may not.
+        ("one_flight_bytes", "<u4"),
+        ("sparse_methods", "<u4"),  # bit i: SparseMethod i; a drive without these has none
+        ("descriptor_flags", "<u4"),  # that it takes; 0 of a drive that is older than EXACT_IF_CACHED
     ]
 )
 CAPABILITIES_SIGNATURE = b"KVFSATTN"
@@ -289,6 +294,7 @@ FLASH_HEALTH_LOG = np.dtype(
     ]
 )
 
+STREAM_COLLECTED = 0xFFFFFFFF  # what garbage collection has moved there, of all streams
 SUPERBLOCK_RECORD = np.dtype(
     [
         ("state", "S12"),  # ftl.superblocks.State, in lower case
@@ -299,7 +305,7 @@ SUPERBLOCK_RECORD = np.dtype(
         ("capacity_pages", "<u4"),
         ("erase_count", "<u4"),
         ("newest_program_number", "<u8"),  # of the last page programmed: its age
-        ("reserved1", "V4"),
+        ("stream", "<u4"),  # plus one, whose pages it takes; 0: not known, or none; STREAM_COLLECTED
     ]
 )
 assert SUPERBLOCK_RECORD.itemsize == 40
@@ -334,5 +340,16 @@ ATTENTION_COUNTERS_LOG = np.dtype(
         ("command_ns", "<u8"),  # from submit to ticket done
         ("cache_bytes", "<u8"),
         ("cache_bytes_used", "<u8"),
+        # version 2
+        ("sparse_commands", "<u8"),
+        ("index_pages", "<u8"),  # of sparse commands, as in ANSWER_HEADER
+        ("chosen_pages", "<u8"),
+        ("dense_pages", "<u8"),
+        ("damaged_segments", "<u8"),  # each time that a command met one
+        # version 3
+        ("core_units", "<u8"),  # by cores that count their cycles: an FPGA's
+        ("core_cycles", "<u8"),
+        ("core_bytes", "<u8"),  # of K and V streamed to them
+        ("fallback_units", "<u8"),  # that the worker left to another
     ]
 )

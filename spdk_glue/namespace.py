@@ -6,9 +6,10 @@ completions into NvmeStatusError with what the drive's error log says.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +17,14 @@ import numpy as np
 from spdk_glue import command, dma, status
 from spdk_glue.command import (
     DATASET_RANGE,
-    LBA_STATUS_DESCRIPTOR,
-    LBA_STATUS_HEADER,
     CommandSet,
     IoOpcode,
 )
+from spdk_glue.command_probes import CommandProbes
 from spdk_glue.controller import ADMIN_QUEUE
 from spdk_glue.dma import EXTENT
+from spdk_glue.held_blocks import HeldBlocks
 from spdk_glue.identify import (
-    CAPABILITIES_SIGNATURE,
     ERROR_LOG_ENTRIES,
     ERROR_LOG_ENTRY,
     FLBAS_FORMAT,
@@ -34,13 +34,13 @@ from spdk_glue.identify import (
     Cns,
     LogPage,
 )
+from spdk_glue.kvfs_drive import attention_of
 from spdk_glue.optional_commands import OptionalCommands
 from spdk_glue.queue_pair import QueuePair
-from spdk_glue.status import NvmeError, NvmeStatusError, Status
+from spdk_glue.request_id import current
+from spdk_glue.status import NvmeStatusError, Status
 
 QUEUE_DEPTH = 1024
-STATUS_DESCRIPTORS = 4095  # of one Get LBA Status: with its header 64 KiB less 8 bytes
-VERIFY_STEP_MIN = 32  # blocks read again at most for each lost one
 MEMORY_PAGE = 4096  # the controller's smallest (CAP.MPSMIN 0), in which MDTS counts
 
 
@@ -49,12 +49,14 @@ class Transport(Protocol):
 
     nsid: the namespace's identifier; max_transfer_bytes: of one command, where less than what the drive says;
     counters: of what crossed it, as transports/inproc.py has them; None where nothing counts
+    is_connected: False while it is known that nothing gets through
     """
 
     admin: QueuePair
     nsid: int
     max_transfer_bytes: int | None
     counters: object | None
+    is_connected: bool
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair: ...
 
@@ -69,8 +71,29 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class NotAKvfsDrive(NvmeError):
-    """The controller's vendor area does not say that it computes attention."""
+class Flight:
+    """A Submit and its Fetch, which are sent together: their arrays, to be used again. The ticket is free again
+    when both have succeeded."""
+
+    def __init__(self, nsid: int, ticket: int):
+        self.ticket = ticket
+        self.entries = np.concatenate(
+            [
+                command.vendor(IoOpcode.ATTENTION_SUBMIT, ticket),
+                command.vendor(IoOpcode.ATTENTION_FETCH, ticket),
+            ]
+        )
+        self.entries["nsid"] = nsid
+        words = self.entries.view(np.uint64).reshape(2, -1)
+        self._requests = words[:, command.REQUEST_OFFSET // words.itemsize]
+        self.addresses, self.lengths = np.zeros(2, np.int64), np.zeros(2, np.int64)
+
+    def place(self, block_bytes: int, descriptor: np.ndarray, answer: np.ndarray) -> None:
+        """Where the data lie, uint8 each, and whose request it is, for the next time; who calls keeps them."""
+        self._requests[:] = current.request or 0
+        for one, data in enumerate((descriptor, answer)):
+            self.addresses[one], self.lengths[one] = dma.address_of(data), data.nbytes
+            self.entries["cdw12"][one] = -(-data.nbytes // block_bytes) - 1
 
 
 @dataclass
@@ -80,14 +103,16 @@ class Pending:
     queue_pair: QueuePair
     entries: np.ndarray
     cids: list[int]
+    start_ns: int
 
 
-class BlockNamespace(OptionalCommands):
+class BlockNamespace(HeldBlocks, OptionalCommands):
     """Blocks of one drive. Safe to use from several threads: each operation takes an idle queue pair."""
 
     def __init__(self, transport: Transport):
         self.transport = transport
         self._lock = threading.Lock()
+        self.probes = CommandProbes()
         self._idle: list[QueuePair] = []
         self._admin_lock = threading.Lock()
         self.controller = self._identify(Cns.CONTROLLER, IDENTIFY_CONTROLLER)
@@ -136,19 +161,31 @@ class BlockNamespace(OptionalCommands):
     # blocks
 
     @contextmanager
-    def _queue_pair(self):
+    def _queue_pair(self, entries: np.ndarray):
+        """An idle one, for these commands."""
+        queue_pair, start_ns = self._take(len(entries)), perf_counter_ns()
+        try:
+            yield queue_pair
+            self.probes.of(entries).since(start_ns, len(entries))
+        finally:
+            self._give_back(queue_pair, len(entries))
+
+    def _take(self, num_commands: int) -> QueuePair:
         with self._lock:
             queue_pair = self._idle.pop() if self._idle else None
         queue_pair = queue_pair or self.transport.create_queue_pair(QUEUE_DEPTH)
-        try:
-            yield queue_pair
-        finally:
-            with self._lock:
-                self._idle.append(queue_pair)
+        with self._lock:
+            self.probes.num_outstanding += num_commands
+        return queue_pair
+
+    def _give_back(self, queue_pair: QueuePair, num_commands: int) -> None:
+        with self._lock:
+            self.probes.num_outstanding -= num_commands
+            self._idle.append(queue_pair)
 
     def _run(self, entries: np.ndarray, buffers: Sequence[np.ndarray | None]) -> np.ndarray:
         entries["nsid"] = self.nsid
-        with self._queue_pair() as queue_pair:
+        with self._queue_pair(entries) as queue_pair:
             for start in range(0, len(entries), queue_pair.depth):
                 batch = slice(start, start + queue_pair.depth)
                 completions = queue_pair.execute(entries[batch], buffers[batch])
@@ -167,7 +204,7 @@ class BlockNamespace(OptionalCommands):
         """As write_extents, each command after the end of the one before: what a zone takes. Commands that are
         outstanding together may be executed in any order."""
         entries, *places = self._commands(command.write, extents)
-        with self._queue_pair() as queue_pair:
+        with self._queue_pair(entries) as queue_pair:
             for one in range(len(entries)):
                 part = slice(one, one + 1)
                 completions = queue_pair.transfer(entries[part], *(place[part] for place in places))
@@ -176,7 +213,7 @@ class BlockNamespace(OptionalCommands):
     def _transfer(self, builder, extents: np.ndarray, **hints) -> None:
         """All of it at the queue's depth, without an object per command."""
         entries, *places = self._commands(builder, extents, **hints)
-        with self._queue_pair() as queue_pair:
+        with self._queue_pair(entries) as queue_pair:
             completions = queue_pair.transfer(entries, *places)
         self._check(entries, completions)
 
@@ -218,7 +255,7 @@ class BlockNamespace(OptionalCommands):
     def read(self, first_lba: int, num_lbas: int) -> np.ndarray:
         """uint8 [num_lbas * block_bytes]. Blocks never written, or deallocated, read as zeros."""
         data = dma.allocate(num_lbas * self.block_bytes)
-        self._run(*self._transfers(command.read, [(first_lba, data)]))
+        self.read_scattered([(first_lba, data)])
         return data
 
     def read_scattered(self, extents: Sequence[tuple[int, np.ndarray]]) -> None:
@@ -229,7 +266,11 @@ class BlockNamespace(OptionalCommands):
 
     def read_now(self, first_lba: int, data: np.ndarray) -> bool:
         """Read whole blocks into a DMA buffer if the transport has a short way; False if not, with no error."""
-        return data.nbytes % self.block_bytes == 0 and self.transport.read_now(first_lba, data)
+        start_ns = perf_counter_ns()
+        if data.nbytes % self.block_bytes or not self.transport.read_now(first_lba, data):
+            return False
+        self.probes.read.since(start_ns)
+        return True
 
     def write(self, first_lba: int, data: np.ndarray, placement_id: int | None = None) -> None:
         """Write whole blocks; `data` is contiguous and, to avoid a copy, DMA memory."""
@@ -250,14 +291,11 @@ class BlockNamespace(OptionalCommands):
         """
         entries, buffers = self._transfers(command.write, extents, placement_id=placement_id)
         entries["nsid"] = self.nsid
-        with self._lock:
-            queue_pair = self._idle.pop() if self._idle else None
-        queue_pair = queue_pair or self.transport.create_queue_pair(QUEUE_DEPTH)
+        queue_pair, start_ns = self._take(len(entries)), perf_counter_ns()
         try:
-            return Pending(queue_pair, entries, queue_pair.submit(entries, buffers))
+            return Pending(queue_pair, entries, queue_pair.submit(entries, buffers), start_ns)
         except BaseException:
-            with self._lock:
-                self._idle.append(queue_pair)
+            self._give_back(queue_pair, len(entries))
             raise
 
     def is_done(self, pending: Pending) -> bool:
@@ -266,8 +304,8 @@ class BlockNamespace(OptionalCommands):
     def wait(self, pending: Pending) -> np.ndarray:
         """Wait for a submitted batch: its completions, whatever their status."""
         completions = pending.queue_pair.wait(pending.cids)
-        with self._lock:
-            self._idle.append(pending.queue_pair)
+        self.probes.written.since(pending.start_ns, len(pending.cids))
+        self._give_back(pending.queue_pair, len(pending.cids))
         return completions
 
     def complete(self, pending: Pending) -> None:
@@ -294,64 +332,10 @@ class BlockNamespace(OptionalCommands):
 
         Its length is the caller's to check: see kvfs/nvme/raw_command.py.
         """
-        with self._queue_pair() as queue_pair:
+        with self._queue_pair(entry) as queue_pair:
             completions = queue_pair.execute(entry, [data])
         self._check(entry, completions)
         return int(completions["cdw0"][0])
-
-    # what the drive holds
-
-    def allocated(self) -> Iterator[tuple[int, int]]:
-        """(first LBA, number of LBAs) of every run of blocks that were written and not deallocated."""
-        first_lba, run = 0, None
-        size = LBA_STATUS_HEADER.itemsize + STATUS_DESCRIPTORS * LBA_STATUS_DESCRIPTOR.itemsize
-        while first_lba < self.num_lbas:
-            data = np.zeros(size, np.uint8)
-            self.admin(command.get_lba_status(first_lba, size), data)
-            count = int(data[: LBA_STATUS_HEADER.itemsize].view(LBA_STATUS_HEADER)["num_descriptors"][0])
-            records = data[LBA_STATUS_HEADER.itemsize :].view(LBA_STATUS_DESCRIPTOR)[:count]
-            for first, num_lbas in records[["first_lba", "num_lbas"]].tolist():
-                if run is not None and sum(run) == first:  # the drive may cut a run in two
-                    run = (run[0], run[1] + num_lbas)
-                    continue
-                if run is not None:
-                    yield run
-                run = (first, num_lbas)
-            if count < STATUS_DESCRIPTORS:
-                break
-            first_lba = sum(run)
-        if run is not None:
-            yield run
-
-    def verify(self, first_lba: int, num_lbas: int) -> None:
-        """Have the drive read blocks and check them, without transfer.
-
-        Raises NvmeStatusError with the first LBA that is lost.
-        """
-        step = command.MAX_LBAS_PER_COMMAND
-        starts = range(first_lba, first_lba + num_lbas, step)
-        for start in starts:
-            self._run(command.verify(start, min(step, first_lba + num_lbas - start)), [None])
-
-    def lost(self, first_lba: int, num_lbas: int) -> list[int]:
-        """Every LBA of a range that the drive cannot give back: Verify goes on behind each that it reports."""
-        found: list[int] = []
-        stop = first_lba + num_lbas
-        step = num_lbas
-        while first_lba < stop:
-            count = min(step, stop - first_lba)
-            try:
-                self.verify(first_lba, count)
-            except NvmeStatusError as error:
-                if error.status != Status.UNRECOVERED_READ_ERROR or error.lba is None:
-                    raise
-                found.append(error.lba)
-                first_lba = error.lba + 1
-                step = VERIFY_STEP_MIN  # where one is lost, others are
-            else:
-                first_lba += count
-                step *= 2
-        return found
 
     # errors
 
@@ -396,13 +380,13 @@ class BlockNamespace(OptionalCommands):
 
 
 class Namespace(BlockNamespace):
-    """Blocks and attention of a kvfs drive. Raises NotAKvfsDrive for any other."""
+    """Blocks and attention of a kvfs drive. Raises NotAKvfsDrive for any other, OtherAttentionVersion."""
 
     def __init__(self, transport: Transport):
         super().__init__(transport)
-        self.attention = self.controller["attention"]
-        if self.attention["signature"] != CAPABILITIES_SIGNATURE:
-            raise NotAKvfsDrive("the drive does not offer kvfs attention commands")
+        self.attention = attention_of(self.controller)
+        self._one_flight_bytes = int(self.attention["one_flight_bytes"])
+        self._flights: list[Flight] = []  # idle
         self._ticket_lock = threading.Lock()
         self._next_ticket = 0
 
@@ -413,14 +397,50 @@ class Namespace(BlockNamespace):
             answer = self.attention_fetch(self.attention_submit(descriptor), answer_bytes)
         return answer
 
-    def attend_now(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray | None:
-        """As `attend` if the transport has a short way; None if the command is to be submitted."""
+    def attend_now(self, descriptor: np.ndarray, answer_bytes: int, may_wait: bool = True) -> np.ndarray | None:
+        """As `attend` if there is a shorter way than to submit and then to fetch; None if not, or if it fails.
+
+        may_wait: whether the caller has nothing to do until a drive elsewhere has computed.
+        """
         answer = np.empty(answer_bytes, np.uint8)
-        return answer if self.transport.attend_now(descriptor, answer) else None
+        start_ns = perf_counter_ns()
+        if self.transport.attend_now(descriptor, answer):
+            self.probes.attention.since(start_ns)
+            return answer
+        if (
+            may_wait
+            and descriptor.nbytes <= self._one_flight_bytes
+            and answer_bytes <= int(self.attention["max_transfer_bytes"])
+        ):
+            return self._attend_in_one_flight(descriptor, answer_bytes)
+        return None
+
+    def _attend_in_one_flight(self, descriptor: np.ndarray, answer_bytes: int) -> np.ndarray | None:
+        """Submit and Fetch sent together. None if one of them fails: alone they tell what is wrong."""
+        try:
+            flight = self._flights.pop()
+        except IndexError:
+            flight = Flight(self.nsid, self._new_ticket())
+        answer = np.zeros(answer_bytes, np.uint8)
+        flight.place(self.block_bytes, descriptor, answer)
+        with self._queue_pair(flight.entries) as queue_pair:
+            completions = queue_pair.transfer(flight.entries, flight.addresses, flight.lengths)
+        submitted, fetched = completions["status"].tolist()
+        if submitted or fetched or int(completions["cdw0"][1]) != answer_bytes:
+            if not submitted:  # the answer may wait there
+                with suppress(NvmeStatusError):
+                    self.attention_cancel(flight.ticket)
+            return None
+        self._flights.append(flight)
+        return answer
+
+    def _new_ticket(self) -> int:
+        with self._ticket_lock:
+            self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
+            return self._next_ticket
 
     def attention_submit(self, descriptor: np.ndarray) -> int:
-        with self._ticket_lock:
-            ticket = self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
+        ticket = self._new_ticket()
         self._vendor(IoOpcode.ATTENTION_SUBMIT, ticket, descriptor)
         return ticket
 
@@ -446,4 +466,4 @@ class Namespace(BlockNamespace):
         if data.nbytes > limit:
             raise ValueError(f"{data.nbytes} bytes in one {opcode.name}; this drive takes at most {limit}")
         num_pages = -(-data.nbytes // self.block_bytes)
-        return self._run(command.vendor(opcode, ticket, num_pages), [data])
+        return self._run(command.vendor(opcode, ticket, num_pages, current.request or 0), [data])

@@ -62,6 +62,9 @@ class Status(IntEnum):
     TICKET_IN_USE = 0x07C2
     TOO_MANY_TICKETS = 0x07C3
     ATTENTION_CANCELLED = 0x07C4
+    CANNOT_BE_SEALED = 0x07C5  # keys or values that nothing can be derived of: not finite
+    NOT_COMPUTABLE = 0x07C6  # the drive's worker has no numbers for it, and may leave it to no other
+    WORKER_FAILED = 0x07C7  # the drive's worker, a card say, has broken down
 
 
 # Completion status field: bit 0 phase, 8:1 sc, 11:9 sct, 13:12 retry delay, 14 more, 15 do not retry.
@@ -162,6 +165,21 @@ class NamespaceInUse(NvmeError):
 
 class QueuePairInUse(NvmeError):
     """Two threads on one queue pair."""
+
+
+class NotAKvfsDrive(NvmeError):
+    """The controller's vendor area does not say that it computes attention."""
+
+
+class OtherAttentionVersion(NvmeError):
+    """A kvfs drive whose attention commands are not of this host's version."""
+
+    def __init__(self, version: int, wanted: int):
+        self.version, self.wanted = version, wanted
+        super().__init__(
+            f"the drive's attention commands are of version {version}, this host's of {wanted}:"
+            f" use the newer kvfs {'at the drive' if version < wanted else 'here'} as well"
+        )
 
 
 class CommandFailed(NvmeError):

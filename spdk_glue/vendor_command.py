@@ -6,6 +6,7 @@ data is, in order and without gaps:
     ATTENTION_HEADER
     ATTENTION_ITEM   [num_items]
     GROUP_EXTENT     [num_extents]
+    DERIVED_SEGMENT  [num_segments]                  of sparse methods, by item, then by first_group
     TOKEN_RANGE      [num_items, num_queries]        when flags has EXPLICIT_RANGES
     float32          [num_query_heads]               slopes, when flags has LINEAR_BIAS
     uint32           [num_items, num_queries]        positions of the queries, when flags has LINEAR_BIAS
@@ -24,7 +25,7 @@ float8 e4m3, int8 (-127 to 127), or int4 (-7 to 7, stored plus 8): byte i of 16 
 """
 
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import numpy as np
 
@@ -64,9 +65,25 @@ INT4_CHANNELS = 32  # head_dim of int4 is a multiple of it
 DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAME.items()}
 
 ATTENTION_MAGIC = 0x5441564B  # "KVAT"
-ATTENTION_VERSION = 1
+ATTENTION_VERSION = (
+    2  # of descriptor and answer, which one host and drive share; 1: an answer's header of 32 bytes
+)
 EXPLICIT_RANGES = 1  # header flag: a TOKEN_RANGE per item and query follows the extents
 LINEAR_BIAS = 2  # header flag: score -= slope of the head * (position of the query - position of the token)
+EXACT_IF_CACHED = 4  # header flag of SKETCH: dense instead where all tokens' pages are in the drive's cache
+DESCRIPTOR_FLAGS = EXPLICIT_RANGES | LINEAR_BIAS | EXACT_IF_CACHED
+
+
+class SparseMethod(IntEnum):
+    """How a command reads less than all pages."""
+
+    DENSE = 0
+    SPARF = 1  # InstInfer's SparF (arXiv:2409.04992), over channel-major copies of K
+    SKETCH = 2  # all tokens by their 2-bit codes, those that matter by 6-bit ones
+
+
+COMPRESSION_MAX = 64.0  # of SKETCH; from 9.5 on nothing but sketches is read
+TARGET_ERROR_MAX = 1.0  # of SKETCH: as large as the output
 
 ATTENTION_HEADER = np.dtype(
     [
@@ -85,10 +102,15 @@ ATTENTION_HEADER = np.dtype(
         ("num_queries", "<u2"),
         ("dtype", "u1"),  # KvDtype of keys and values
         ("query_dtype", "u1"),  # KvDtype of queries
-        ("reserved0", "<u2"),
+        ("num_segments", "<u2"),  # of derived data; 0 with the dense method
         ("scale", "<f4"),  # score = scale * q . k
         ("softcap", "<f4"),  # above zero: score = softcap * tanh(score / softcap), before any bias
-        ("reserved", "V16"),  # sparse parameters; zero: dense
+        ("sparse_method", "u1"),  # SparseMethod; the fields behind it are zero unless it uses them
+        ("reserved", "u1"),
+        ("channels", "<u2"),  # SPARF: r, channels per query head
+        ("tokens", "<u4"),  # SPARF: k, tokens per query head
+        ("compression", "<f4"),  # SKETCH: reads at most 4 / (3 * compression) of the dense pages; or 0 and
+        ("target_error", "<f4"),  # SKETCH: relative error of the output to be met by reading more; or 0
     ]
 )
 assert ATTENTION_HEADER.itemsize == 64
@@ -110,23 +132,64 @@ assert ATTENTION_ITEM.itemsize == 32
 GROUP_EXTENT = np.dtype([("base_lba", "<u8"), ("num_groups", "<u4"), ("reserved", "<u4")])
 assert GROUP_EXTENT.itemsize == 16
 
+# Derived data of the groups [first_group, first_group + num_groups) of an item; see derived_layout.py
+DERIVED_SEGMENT = np.dtype(
+    [
+        ("base_lba", "<u8"),
+        ("item", "<u4"),
+        ("first_group", "<u4"),
+        ("num_groups", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+assert DERIVED_SEGMENT.itemsize == 24
+
 TOKEN_RANGE = np.dtype([("start", "<u4"), ("stop", "<u4")])
 
 ANSWER_HEADER = np.dtype(
     [
         ("version", "<u4"),
-        ("reserved", "<u4"),
+        ("first_damaged", "<u4"),  # the first damaged segment's place in the descriptor's table; 0 if none is
         ("pages_from_flash", "<u4"),
         ("pages_from_cache", "<u4"),
         ("kernel_ns", "<u8"),  # summed over workers
         ("command_ns", "<u8"),  # from submit to done
+        # of a sparse command, pages by what they are, whether they came from flash or from the cache
+        ("index_pages", "<u4"),  # channel-major keys, sketches
+        ("chosen_pages", "<u4"),  # of chosen tokens: token-major pages, refinements
+        ("dense_pages", "<u4"),  # of tokens without derived data, or with damaged one; all by EXACT_IF_CACHED
+        ("damaged_segments", "<u4"),  # read dense because their derived data is damaged
     ]
 )
-assert ANSWER_HEADER.itemsize == 32
+assert ANSWER_HEADER.itemsize == 48
 
-# SEAL_GROUPS data: SEAL_HEADER, then GROUP_EXTENT records naming groups that no longer change.
-COMPACT = 1  # derive bit: rewrite the groups' pages so that each layer's are physical neighbours
+
+# SEAL_GROUPS data: SEAL_HEADER, then GROUP_EXTENT records naming groups that no longer change, then, for what
+# is written elsewhere (version SEAL_VERSION), DERIVE_HEADER and uint64 target LBAs, one for each segment. A
+# command may name some layers only: bases and targets are then those layers'.
+class Derive(IntFlag):
+    """What SEAL_GROUPS is to do: one of these."""
+
+    COMPACT = 1  # rewrite the groups' pages so that each layer's are physical neighbours
+    CHANNEL_MAJOR_KEYS = 2  # for SparseMethod.SPARF
+    SKETCH = 4  # for SparseMethod.SKETCH
+
+
+COMPACT = Derive.COMPACT
+DERIVE_HEADER = np.dtype(
+    [
+        ("num_kv_heads", "<u4"),
+        ("head_dim", "<u2"),
+        ("dtype", "u1"),  # KvDtype of the groups' rows
+        ("reserved", "u1"),
+        ("group_tokens", "<u4"),
+        ("groups_per_segment", "<u4"),  # the groups, in their order, cut into segments; the last may be shorter
+    ]
+)
+assert DERIVE_HEADER.itemsize == 16
 SEAL_MAGIC = 0x4C53564B  # "KVSL"
+SEAL_VERSION_IN_PLACE = 1  # of COMPACT, as it has always been
+SEAL_VERSION = 2  # of what is written elsewhere
 SEAL_HEADER = np.dtype(
     [
         ("magic", "<u4"),

@@ -9,7 +9,8 @@ import numpy as np
 
 from spdk_glue import dma
 from spdk_glue import status as nvme_status
-from spdk_glue.command import COMPLETION_ENTRY, SUBMISSION_ENTRY
+from spdk_glue.command import COMPLETION_ENTRY, REQUEST_OFFSET, SUBMISSION_ENTRY
+from spdk_glue.request_id import working_for
 from spdk_glue.spdk_target.hosts import Hosts
 from spdk_glue.status import Status
 
@@ -30,6 +31,11 @@ MAX_PIECES = 512
 # Of each lane: threads, and requests that a thread takes at once. What waits for something, takes one.
 BLOCKS, FLUSH, ATTENTION, ADMIN = range(4)
 LANES = {BLOCKS: (2, 64), FLUSH: (1, 8), ATTENTION: (8, 1), ADMIN: (2, 1)}
+
+
+def host_request(entry: np.ndarray) -> int | None:
+    """Which the host works for, see request_id, of a vendor command; None if it does not say."""
+    return int.from_bytes(entry.tobytes()[REQUEST_OFFSET : REQUEST_OFFSET + 8], "little") or None
 
 
 class DriveCommands:
@@ -71,7 +77,8 @@ class DriveCommands:
                 return
             if lane == ADMIN:
                 self._before_admin()
-            completions = self._execute(pieces[:taken], lane == ADMIN)
+            with working_for(host_request(pieces["entry"][0]) if lane == ATTENTION else None):
+                completions = self._execute(pieces[:taken], lane == ADMIN)
             lib.kvfs_target_answer(
                 of_requests,
                 num_requests[0],

@@ -159,7 +159,7 @@ def hosts_of_access_file(path: str | os.PathLike) -> tuple[AllowedHost, ...]:
     HostAccess.read(path)  # says what is wrong with it
     hosts = []
     for table in tomllib.loads(Path(path).read_text())["host"]:
-        for name in ("hashes", "dh_groups", "read_only"):
+        for name in ("hashes", "dh_groups", "read_only", "reauthenticate_seconds"):
             if name in table:
                 raise HostAccessError(
                     path, f"host {table['nqn']}: SPDK's target has no {name} for one host alone"

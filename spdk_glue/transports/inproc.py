@@ -17,6 +17,7 @@ import numpy as np
 from spdk_glue.command import COMPLETION_ENTRY, NSID, SUBMISSION_ENTRY, Direction, direction
 from spdk_glue.controller import ADMIN_QUEUE, Controller
 from spdk_glue.queue_pair import Buffer, QueuePair, execute_in_batches
+from spdk_glue.request_id import carried
 
 MAX_QUEUE_DEPTH = 1024
 _DRIVE_TO_HOST = int(Direction.DRIVE_TO_HOST)  # an IntEnum compares at a tenth of an int's speed
@@ -40,6 +41,7 @@ class InprocTransport:
     read_now, attend_now: the drive's short ways, see Transport
     """
 
+    is_connected = True
     nsid = NSID
     max_transfer_bytes = None
 
@@ -123,7 +125,7 @@ class InprocConnection:
         if self._transport._threads is None:
             self._run(entries, buffers)
         else:
-            self._transport._threads.submit(self._run, entries.copy(), list(buffers))
+            self._transport._threads.submit(carried(self._run), entries.copy(), list(buffers))
 
     def _run(self, entries: np.ndarray, buffers: Sequence[Buffer]) -> None:
         self._arrived.put(self.execute(entries, buffers))

@@ -33,6 +33,7 @@ DEFAULT_TRANSFER_BYTES = 128 << 10  # what every kernel takes, should /sys not t
 class LinuxTransport:
     """A connection to one namespace. use_uring=False forces ioctl (tests compare both)."""
 
+    is_connected = True
     counters = None
 
     def __init__(self, device: Device, nsid: int, queue_depth: int, use_uring: bool = True):

@@ -39,7 +39,7 @@ class Controller(Protocol):
 
 
 class DriverQueuePair(Protocol):
-    """See pyspdk.controller.QueuePair and fabrics.initiator.controller.QueuePair."""
+    """See pyspdk.controller.QueuePair and fabrics.initiator.queue_pair.QueuePair."""
 
     depth: int
 

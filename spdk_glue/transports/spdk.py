@@ -58,6 +58,10 @@ class SpdkTransport:
             controller.close()
             raise
 
+    @property
+    def is_connected(self) -> bool:
+        return not self._controller.is_lost
+
     def create_queue_pair(self, depth: int = 256) -> QueuePair:
         if depth > MAX_QUEUE_DEPTH:
             raise ValueError(f"this transport's queues are at most {MAX_QUEUE_DEPTH} deep, not {depth}")

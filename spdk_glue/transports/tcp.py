@@ -4,6 +4,8 @@ import numpy as np
 
 from spdk_glue.fabrics.initiator.address import Address
 from spdk_glue.fabrics.initiator.controller import MAX_QUEUE_DEPTH, Controller
+from spdk_glue.fabrics.initiator.discovery import the_only_subsystem
+from spdk_glue.fabrics.records import DISCOVERY_NQN
 from spdk_glue.queue_pair import QueuePair
 from spdk_glue.status import NvmeError
 from spdk_glue.transports.inproc import LinkCounters
@@ -36,6 +38,8 @@ class TcpTransport:
         Raises BadLocation, ConnectionRefused, AuthenticationFailed, KeyFileError, NvmeError.
         """
         where = Address.parse(text)
+        if where.subnqn == DISCOVERY_NQN:
+            where = the_only_subsystem(where)
         controller = Controller(where, **options)
         try:
             return cls(controller, where.nsid)
@@ -48,6 +52,10 @@ class TcpTransport:
         """Of the wire, as they are now: headers, digests and repetitions are among the bytes."""
         account = self._controller.account
         return LinkCounters(account.commands, account.bytes_to_target, account.bytes_from_target)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._controller.generation is not None
 
     def create_queue_pair(self, depth: int = 256) -> QueuePair:
         if depth > MAX_QUEUE_DEPTH:

@@ -1,5 +1,7 @@
 """Where a drive on the wire is, and as whom to go there: `nvme+tcp://HOST:PORT/NQN?OPTION=...&...`
 
+Without an NQN it is the target's only drive, as its discovery service tells (discovery.py).
+
 | option | meaning |
 |---|---|
 | `nsid=N` | another namespace than the first |
@@ -7,17 +9,19 @@
 | `header-digest=on`, `data-digest=on` | CRC32C over headers, over data |
 | `key-file=FILE` | the host's key, with which it proves who it is |
 | `controller-key-file=FILE` | the controller's: it has to prove itself, too |
+| `reauthenticate=SECONDS` | prove it again so often on every queue; else when the target asks for it |
 
 Keys are never part of it, only the names of the files that hold them.
 """
 
 import hashlib
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from spdk_glue.fabrics.records import UUID_PREFIX, BadNqn, check_nqn, hostnqn_of
+from spdk_glue.fabrics.records import DISCOVERY_NQN, UUID_PREFIX, BadNqn, check_nqn, hostnqn_of
 from spdk_glue.status import BadLocation
 
 SCHEME = "nvme+tcp:"
@@ -25,8 +29,15 @@ DEFAULT_PORT = 4420
 HOSTNQN_FILE, HOSTID_FILE = Path("/etc/nvme/hostnqn"), Path("/etc/nvme/hostid")
 MACHINE_ID = Path("/etc/machine-id")
 KEY_FILE = Path("/etc/nvme/kvfs-host-key")  # where there is one, and the address names none
-OPTIONS = ("nsid", "hostnqn", "header-digest", "data-digest", "key-file", "controller-key-file")
+OPTIONS = (
+    *("nsid", "hostnqn", "header-digest", "data-digest"),
+    *("key-file", "controller-key-file", "reauthenticate"),
+)
 SWITCH = {"on": True, "off": False}
+
+
+def is_address(location: str | os.PathLike) -> bool:
+    return os.fspath(location).startswith(SCHEME)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Address:
     data_digest: bool = False
     key_file: str | None = None
     controller_key_file: str | None = None
+    reauthenticate_seconds: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Address":
@@ -64,18 +76,19 @@ class Address:
         if unknown or len(options) != len(given):
             raise BadLocation(f"{text}: options are {', '.join(OPTIONS)}, each once")
         try:
-            subnqn = check_nqn(unquote(parts.path.removeprefix("/")))
+            subnqn = check_nqn(unquote(parts.path.removeprefix("/")) or DISCOVERY_NQN)
             hostnqn = options.get("hostnqn")
             return cls(
                 host=parts.hostname,
                 port=DEFAULT_PORT if port is None else port,
                 subnqn=subnqn,
-                nsid=_namespace_id(options.get("nsid")),
+                nsid=_whole_number(options, "nsid", 0xFFFFFFFE),
                 hostnqn=None if hostnqn is None else check_nqn(hostnqn),
                 header_digest=_switch(options, "header-digest"),
                 data_digest=_switch(options, "data-digest"),
                 key_file=options.get("key-file"),
                 controller_key_file=options.get("controller-key-file"),
+                reauthenticate_seconds=_whole_number(options, "reauthenticate", 1 << 31),
             )
         except (BadNqn, ValueError) as error:
             raise BadLocation(f"{text}: {error}") from error
@@ -90,6 +103,7 @@ class Address:
             "data-digest": "on" if self.data_digest else None,
             "key-file": self.key_file,
             "controller-key-file": self.controller_key_file,
+            "reauthenticate": self.reauthenticate_seconds,
         }
         given = urlencode({name: value for name, value in options.items() if value is not None}, safe="/:")
         text = f"{SCHEME}//{host}:{self.port}/{quote(self.subnqn, safe=':')}"
@@ -118,11 +132,12 @@ class Address:
         return host_id, hostnqn_of(host_id)
 
 
-def _namespace_id(text: str | None) -> int | None:
+def _whole_number(options: dict[str, str], name: str, most: int) -> int | None:
+    text = options.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 0xFFFFFFFE):
-        raise ValueError(f"nsid is a number from 1 on, not {text!r}")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+        raise ValueError(f"{name} is a number from 1 on, not {text!r}")
     return int(text)
 
 

@@ -6,6 +6,7 @@ A sequence has `step`, the command to run now or None at its end, and `answered`
         sequence.answered(run(step.entry, step.data))
 
     ConnectQueue           CONNECT -> [AUTHENTICATE ...] -> DONE
+    AuthenticateAgain      AUTHENTICATE ... -> DONE
     EnableController       READ_CAPABILITIES -> ENABLE -> WAIT_READY ... -> IDENTIFY -> COUNT_QUEUES -> DONE
     ShutDownController     SHUT_DOWN -> WAIT_SHUT_DOWN ... -> DONE
 """
@@ -204,6 +205,16 @@ class ConnectQueue(_Sequence):
             raise authenticator.error()
         _refuse_error(completion, "authentication")
         return State.DONE
+
+
+class AuthenticateAgain(ConnectQueue):
+    """Over a queue that was authenticated when it was connected; nothing else is under way on it."""
+
+    def __init__(self, new_authenticator: Callable[[], Authenticator]):
+        self.state = State.AUTHENTICATE
+        self._authenticator = new_authenticator()
+        self._commands = {State.AUTHENTICATE: self._authenticate}
+        self._answers = {State.AUTHENTICATE: self._authenticated}
 
 
 class EnableController(_Sequence):

@@ -4,24 +4,27 @@ A controller is the association of an admin queue and I/O queues, each a connect
 them is lost, all are given up, and the keeper, a thread, makes the association anew, with back-off, for as long
 as the controller is open; a queue pair makes its connection again when it is used next. The keeper also sends
 keep-alives while nobody uses the admin queue; who does, sends them meanwhile.
+
+Each queue proves again who this host is: as often as the address says, or when the target asks for it by
+completing a command with "authentication required", which is then sent again.
 """
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
 
-from spdk_glue import command, dma
+from spdk_glue import command
 from spdk_glue.command import COMPLETION_ENTRY
 from spdk_glue.fabrics import records
-from spdk_glue.fabrics.authentication import Credentials, HostAuthenticator, read_key_file
+from spdk_glue.fabrics.authentication import AuthenticationFailed, Credentials, HostAuthenticator, read_key_file
 from spdk_glue.fabrics.initiator import address as addresses
 from spdk_glue.fabrics.initiator.address import Address
 from spdk_glue.fabrics.initiator.bring_up import (
     ADMIN_QUEUE_ENTRIES,
+    AuthenticateAgain,
     ConnectQueue,
     EnableController,
     Names,
@@ -35,6 +38,8 @@ from spdk_glue.fabrics.initiator.queue import (
     connect_socket,
     new_account,
 )
+from spdk_glue.fabrics.initiator.queue_pair import NamespaceFacts, QueuePair
+from spdk_glue.fabrics.initiator.steps import TIMEOUT_MS, place, run_steps
 from spdk_glue.identify import FLBAS_FORMAT, IDENTIFY_NAMESPACE, VWC_PRESENT, Cns
 from spdk_glue.status import (
     BadLocation,
@@ -58,7 +63,6 @@ MEMORY_PAGE = 4096  # in which MDTS counts
 SHUT_DOWN_MS = 10_000  # for a drive to write what it has in memory
 FIRST_VENDOR_OPCODE = 0xC0  # of admin commands, which may take as long as they need
 KEEP_ALIVE_CID = 0xFFFF
-BRING_UP_TIMEOUT_MS = 5000  # of each command
 ABORTED = Status.ABORTED_SQ_DELETION
 
 
@@ -66,13 +70,6 @@ class Link(Enum):
     CONNECTED = auto()
     LOST = auto()
     CLOSED = auto()
-
-
-@dataclass(frozen=True)
-class NamespaceFacts:
-    nsid: int
-    block_bytes: int
-    num_lbas: int
 
 
 class Controller:
@@ -91,6 +88,7 @@ class Controller:
         self._generation = 0
         self._why = "not connected yet"
         self._cache_lost = False
+        self._target_asks = False  # now and then, for a proof of who this host is
         self._admin_lock = threading.Lock()
         self._queue_pairs: set[QueuePair] = set()
         self._free_queue_ids: list[int] = []
@@ -112,7 +110,7 @@ class Controller:
         admin = self._connect_queue(Limits(records.ADMIN_QUEUE_ID, ADMIN_QUEUE_ENTRIES - 1), None)
         try:
             enabled = EnableController(WANTED_QUEUES)
-            self._run(enabled, admin)
+            run_steps(enabled, admin)
             if self.identity is not None and enabled.identity["sn"] != self.identity["sn"]:
                 raise ConnectionRefused(f"{self.transport_id}: another drive answers there now")
         except BaseException:
@@ -133,6 +131,7 @@ class Controller:
                 admin.close()
                 return
             self._admin, self._link = admin, Link.CONNECTED
+            self._admin_proven_at = time.monotonic()
             self._generation += 1
             self._changed.notify_all()
 
@@ -153,7 +152,7 @@ class Controller:
                     self._new_authenticator if self._credentials else None,
                     self._credentials is not None and self._credentials.controller_key is not None,
                 )
-                self._run(sequence, queue)
+                run_steps(sequence, queue)
             except BaseException:
                 queue.close()
                 raise
@@ -166,21 +165,28 @@ class Controller:
     def _new_authenticator(self) -> HostAuthenticator:
         return HostAuthenticator(self._names.hostnqn, self._names.subnqn, self._credentials)
 
-    @staticmethod
-    def _run(sequence, queue: Queue) -> None:
-        """A sequence of bring_up.py to its end. Raises ConnectionRefused, AuthenticationFailed."""
-        cid = 0
-        while (step := sequence.step()) is not None:
-            if step.pause_ms:
-                time.sleep(step.pause_ms / 1000)
-            step.entry["cid"] = cid
-            cid = cid + 1 & 0xFFF
-            completions, was_lost = queue.transfer(
-                step.entry, *_place(step.data), timeout_ms=BRING_UP_TIMEOUT_MS
-            )
-            if was_lost:
-                raise ConnectionRefused(queue.fault)
-            sequence.answered(completions)
+    def is_proof_due(self, proven_at: float) -> bool:
+        seconds = self.address.reauthenticate_seconds
+        return self._credentials is not None and seconds is not None and time.monotonic() - proven_at >= seconds
+
+    def are_refused_for_proof(self, completions: np.ndarray) -> np.ndarray:
+        """bool [n]: whether the target wants this host to prove itself first, and it can."""
+        if self._credentials is None or not completions["status"].any():
+            return np.zeros(len(completions), bool)
+        return decode(completions["status"]) == Status.AUTHENTICATION_REQUIRED
+
+    def prove_again(self, queue: Queue, generation: int) -> None:
+        """On a queue with nothing under way. Without success the association is lost.
+
+        Raises AuthenticationFailed; a connection that broke shows when the queue is used.
+        """
+        try:
+            run_steps(AuthenticateAgain(self._new_authenticator), queue)
+        except ConnectionRefused as error:
+            self.lose(generation, str(error))
+        except AuthenticationFailed as error:
+            self.lose(generation, str(error))
+            raise
 
     def connect_io_queue(self, queue_id: int, depth: int, facts: NamespaceFacts) -> tuple[Queue, int]:
         """(a queue, the association it belongs to).
@@ -216,8 +222,9 @@ class Controller:
                 return False
             entry = records.property_get(records.Property.CSTS)
             entry["cid"] = 0
-            completions, was_lost = self._admin.transfer(entry, *_place(None), timeout_ms=BRING_UP_TIMEOUT_MS)
-        is_alive = not was_lost and not completions["status"][0]
+            completions, was_lost = self._admin.transfer(entry, *place(None), timeout_ms=TIMEOUT_MS)
+            asks = self.are_refused_for_proof(completions).any()
+        is_alive = not was_lost and (asks or not completions["status"][0])
         if not is_alive:
             self.lose(generation, why)
         return is_alive
@@ -301,39 +308,59 @@ class Controller:
             generation = self.generation
             if generation is None:
                 return
+            if self.is_proof_due(self._admin_proven_at):
+                self._prove_admin(generation)
             entry = command.keep_alive()
             entry["cid"] = KEEP_ALIVE_CID
-            completions, was_lost = self._admin.transfer(entry, *_place(None), timeout_ms=self._keep_alive_ms)
-            if was_lost or completions["status"][0]:
+            completions, was_lost = self._admin.transfer(entry, *place(None), timeout_ms=self._keep_alive_ms)
+            if self.are_refused_for_proof(completions).any():
+                self._target_asks = True
+                self._prove_admin(generation)
+            elif was_lost or completions["status"][0]:
                 self.lose(generation, self._admin.fault or "a keep-alive was refused")
+        except AuthenticationFailed as error:
+            log.error("%s: %s", self.transport_id, error)
         finally:
             self._admin_lock.release()
+
+    def _prove_admin(self, generation: int) -> None:
+        self.prove_again(self._admin, generation)
+        self._admin_proven_at = time.monotonic()
 
     # commands
 
     def admin(self, entry: np.ndarray, data: np.ndarray | None) -> np.ndarray:
         """Run one admin command, its data uint8 [any]: COMPLETION_ENTRY [1].
 
-        Raises ConnectionLost, ValueError for more data than one command moves.
+        Raises ConnectionLost, AuthenticationFailed, ValueError for more data than one command moves.
         """
         with self._admin_lock:
-            generation = self.wait_connected_here()
-            entry = entry.copy()
-            entry["cid"] = 0
-            size = 0 if data is None else data.nbytes
-            if size > self.max_transfer_bytes:
-                raise ValueError(f"{size} bytes are more than one command moves ({self.max_transfer_bytes})")
-            try:
-                if self._admin.submit(entry, *_place(data)):
-                    completion = self._wait_for_admin(int(entry["opcode"][0]))
-                    if completion is not None:
-                        return completion
-            except BaseException:  # whatever it is: the command's memory is not the target's any more
-                self.lose(generation, "an admin command was given up")
-                raise
-            why = self._admin.fault or "no answer to an admin command"
-            self.lose(generation, why)
-            raise ConnectionLost(f"{self.transport_id}: the connection was lost during an admin command: {why}")
+            completion = self._run_admin(entry, data)
+            if self.are_refused_for_proof(completion).any():
+                self._target_asks = True
+                self._prove_admin(self._generation)
+                completion = self._run_admin(entry, data)
+            return completion
+
+    def _run_admin(self, entry: np.ndarray, data: np.ndarray | None) -> np.ndarray:
+        """With the admin queue held."""
+        generation = self.wait_connected_here()
+        entry = entry.copy()
+        entry["cid"] = 0
+        size = 0 if data is None else data.nbytes
+        if size > self.max_transfer_bytes:
+            raise ValueError(f"{size} bytes are more than one command moves ({self.max_transfer_bytes})")
+        try:
+            if self._admin.submit(entry, *place(data)):
+                completion = self._wait_for_admin(int(entry["opcode"][0]))
+                if completion is not None:
+                    return completion
+        except BaseException:  # whatever it is: the command's memory is not the target's any more
+            self.lose(generation, "an admin command was given up")
+            raise
+        why = self._admin.fault or "no answer to an admin command"
+        self.lose(generation, why)
+        raise ConnectionLost(f"{self.transport_id}: the connection was lost during an admin command: {why}")
 
     def wait_connected_here(self) -> int:
         """As wait_connected, for who holds the admin queue, which the keeper needs to connect it."""
@@ -367,7 +394,7 @@ class Controller:
             if self._keep_alive_ms and not is_asked and now - last_keep_alive > self._keep_alive_ms / 3000:
                 entry = command.keep_alive()
                 entry["cid"] = KEEP_ALIVE_CID
-                is_asked, last_keep_alive = self._admin.submit(entry, *_place(None)), now
+                is_asked, last_keep_alive = self._admin.submit(entry, *place(None)), now
 
     def namespaces(self) -> list[NamespaceFacts]:
         """The active namespaces."""
@@ -393,7 +420,7 @@ class Controller:
 
     # queue pairs
 
-    def create_queue_pair(self, depth: int, facts: NamespaceFacts) -> "QueuePair":
+    def create_queue_pair(self, depth: int, facts: NamespaceFacts) -> QueuePair:
         """A queue pair of at most `depth` outstanding commands. Raises ConnectionLost, NvmeError."""
         with self._changed:
             self._check_open()
@@ -415,7 +442,7 @@ class Controller:
         with self._changed:
             self._free_queue_ids.append(queue_id)
 
-    def forget(self, queue_pair: "QueuePair") -> None:
+    def forget(self, queue_pair: QueuePair) -> None:
         with self._changed:
             if queue_pair in self._queue_pairs:
                 self._queue_pairs.remove(queue_pair)
@@ -437,103 +464,14 @@ class Controller:
         with self._admin_lock:
             try:
                 if was_connected:
-                    self._run(ShutDownController(SHUT_DOWN_MS), self._admin)
+                    if self._target_asks or self.is_proof_due(self._admin_proven_at):
+                        self._prove_admin(self._generation)
+                    run_steps(ShutDownController(SHUT_DOWN_MS), self._admin)
             except NvmeError as error:
                 log.info("%s: not shut down: %s", self.transport_id, error)
             finally:
                 self._admin.close()
         self._keeper.join()
-
-
-class QueuePair:
-    """One thread at a time, or QueuePairInUse. See Controller.create_queue_pair."""
-
-    def __init__(self, controller: Controller, queue_id: int, depth: int, facts: NamespaceFacts):
-        self._controller = controller
-        self.queue_id = queue_id
-        self._facts = facts
-        self._aborted: list[np.ndarray] = []  # of submitted commands that a lost connection took
-        self._num_submitted = 0
-        self._queue, self._generation = controller.connect_io_queue(queue_id, depth, facts)
-        self.depth = self._queue.limits.depth
-
-    def _ready(self) -> Queue:
-        """The queue, connected again where that is needed. Raises ConnectionLost, ValueError when closed."""
-        if self._queue is None:
-            raise ValueError("the queue pair is closed")
-        if self._queue.fault or self._generation != self._controller.generation:
-            self._queue.shut_down()
-            while self._num_submitted > sum(map(len, self._aborted)):
-                self._aborted.append(self._queue.poll(wait_ms=1000))
-            self._queue.close()
-            queue, self._generation = self._controller.connect_io_queue(self.queue_id, self.depth, self._facts)
-            self._queue = queue
-        return self._queue
-
-    def _lost(self) -> None:
-        self._controller.lose(self._generation, self._queue.fault)
-
-    @property
-    def fault(self) -> str:
-        """Why the connection was lost."""
-        return self._queue.fault
-
-    def transfer(
-        self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray, depth: int | None = None
-    ) -> tuple[np.ndarray, bool]:
-        """See queue.Queue.transfer. Raises ConnectionLost where the connection does not come back."""
-        queue = self._ready()
-        completions, was_lost = queue.transfer(
-            entries, addresses, lengths, min(depth or self.depth, queue.limits.depth)
-        )
-        if was_lost:
-            self._lost()
-        return completions, was_lost
-
-    def submit(self, entries: np.ndarray, addresses: np.ndarray, lengths: np.ndarray) -> int:
-        """Start a batch: their number. Raises as transfer."""
-        while not self._ready().submit(entries, addresses, lengths):
-            self._lost()
-        self._num_submitted += len(entries)
-        return len(entries)
-
-    def poll(self, wait: bool) -> np.ndarray:
-        """Completions of submitted commands, COMPLETION_ENTRY [n], with `wait` at least one if any is
-        outstanding.
-
-        Commands that a lost connection took complete with status 08h (aborted).
-        """
-        if self._aborted:
-            found = np.concatenate(self._aborted)
-            self._aborted.clear()
-        else:
-            found = self._queue.poll(0)
-            while wait and not len(found) and self._num_submitted:
-                found = self._queue.poll(1000)
-            if self._queue.fault:
-                self._lost()
-        self._num_submitted -= len(found)
-        return found
-
-    def shut_down(self) -> None:
-        queue = self._queue
-        if queue is not None:
-            queue.shut_down()
-
-    def close(self) -> None:
-        """Give it back; commands under way are aborted. Raises QueuePairInUse."""
-        if self._queue is None:
-            return
-        self._queue.close()
-        self._queue = None
-        self._controller.forget(self)
-
-
-def _place(data: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """(addresses, lengths) of one command's data."""
-    if data is None:
-        return np.zeros(1, np.int64), np.zeros(1, np.int64)
-    return np.array([dma.address_of(data)], np.int64), np.array([data.nbytes], np.int64)
 
 
 def _credentials(where: Address) -> Credentials | None:

@@ -38,7 +38,7 @@ HEALTH_SECONDS = 5.0  # between two looks at the drive's warnings
 # A host sends Keep Alive at half the timeout or later; a network and a busy machine may delay it this much.
 KEEP_ALIVE_GRACE_MS = 1000
 WRITING = {IoOpcode.WRITE, IoOpcode.DATASET_MANAGEMENT, IoOpcode.SEAL_GROUPS}
-_LOOKING = {Maintenance.CHECK}
+_LOOKING = {Maintenance.CHECK, Maintenance.DROP_CACHE}
 
 
 class Queue(Protocol):

@@ -1,10 +1,11 @@
 """One command of a host on its way through a connection: what its capsule says, and its data."""
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 
-from spdk_glue.command import SUBMISSION_ENTRY, Direction, direction
+from spdk_glue.command import REQUEST_OFFSET, SUBMISSION_ENTRY, Direction, direction
 from spdk_glue.fabrics.records import (
     FABRICS_COMMAND,
     FABRICS_OPCODE,
@@ -19,6 +20,7 @@ from spdk_glue.vendor_command import record_struct
 
 _ENTRY = record_struct(SUBMISSION_ENTRY)
 _SGL = record_struct(SGL_DESCRIPTOR)
+_REQUEST = struct.Struct("<Q")
 _FCTYPE_OFFSET = FABRICS_COMMAND.fields["fctype"][1]
 FUSED, PSDT = 0x03, 0xC0  # bits of flags
 
@@ -44,6 +46,11 @@ class Command:
     @property
     def cdw10(self) -> int:
         return self.dwords[0]
+
+    @property
+    def request(self) -> int | None:
+        """Of the host, which an attention command is for; None if it does not say."""
+        return _REQUEST.unpack_from(self.raw, REQUEST_OFFSET)[0] or None
 
     @property
     def is_fabrics(self) -> bool:

@@ -26,6 +26,7 @@ from spdk_glue.fabrics import pdu
 from spdk_glue.fabrics.authentication import ControllerAuthenticator
 from spdk_glue.fabrics.pdu import DATA, FRAME, FatalError, FatalPduError, Framing, PduFlag, PduType
 from spdk_glue.fabrics.target.association import Association
+from spdk_glue.fabrics.target.attention_pairs import PAIR, AttentionPairs
 from spdk_glue.fabrics.target.buffers import Buffers
 from spdk_glue.fabrics.target.commands import Command, parse
 from spdk_glue.fabrics.target.fabrics_commands import FabricsCommands
@@ -33,14 +34,11 @@ from spdk_glue.fabrics.target.outbox import Outbox
 from spdk_glue.fabrics.target.read_runs import ReadRuns
 from spdk_glue.fabrics.target.states import NEXT, State
 from spdk_glue.fabrics.target.subsystem import Subsystems
+from spdk_glue.fabrics.target.waiting_commands import BACKGROUND, WaitingCommands
+from spdk_glue.request_id import working_for
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import record_struct
 
-# Commands that may take long: they run beside the others.
-BACKGROUND = {
-    True: {AdminOpcode.FLASH_MAINTENANCE, AdminOpcode.GET_LBA_STATUS},
-    False: {IoOpcode.FLUSH, IoOpcode.DATASET_MANAGEMENT, IoOpcode.VERIFY, IoOpcode.SEAL_GROUPS},
-}
 READ_RUN_MIN = 2  # Reads that are worth arrays of their own
 LOOK_SECONDS = 1.0  # an admin connection looks at the time, others at their controller
 
@@ -48,7 +46,7 @@ _DATA, _unpack_frames = record_struct(DATA), record_struct(FRAME).iter_unpack
 _ENTRY_START, _ENTRY_STOP = 8, 72  # of the submission entry in a capsule's header
 
 
-class Connection(ReadRuns, FabricsCommands):
+class Connection(AttentionPairs, ReadRuns, WaitingCommands, FabricsCommands):
     """address: IP and port that the host reached us at.
 
     framing: what is to be looked for in what arrives; the owner reads it before each receive.
@@ -80,6 +78,8 @@ class Connection(ReadRuns, FabricsCommands):
         self.qid = ADMIN_QUEUE
         self.association: Association | None = None
         self._authenticator: ControllerAuthenticator | None = None
+        self._proof_seconds: float | None = None  # after which the host has to prove itself again
+        self._proof_ends: float | None = None
         self._num_entries = 2  # until Connect says more: nothing has to be outstanding
         self._sqhd = 0
         self._may_omit_responses = False
@@ -93,9 +93,12 @@ class Connection(ReadRuns, FabricsCommands):
         self._buffers = Buffers(limits.buffer_bytes)
         self._sent_memory: list[np.ndarray] = []  # free once the batch under way is sent
         self._arena: np.ndarray | None = None  # for runs of Reads
+        self._answer = np.empty(0, np.uint8)  # of attention in one flight
         self._fetches: dict[int, Command] = {}  # that wait for their ticket, by cid
         self._background: deque[Command] = deque()
         self._num_background = 0
+        self._writes: list[Command] = []  # long ones, and those behind them
+        self._is_writing = False
         self._due: deque[Callable[[], None]] = deque()  # filled from any thread, run by `poll`
 
     # What the owner calls.
@@ -182,6 +185,7 @@ class Connection(ReadRuns, FabricsCommands):
         self._transfers.clear()
         self._fetches.clear()
         self._background.clear()
+        self._writes.clear()
 
     def _check_controller(self, now: float) -> None:
         association = self.association
@@ -198,6 +202,8 @@ class Connection(ReadRuns, FabricsCommands):
                 self._respond(self._outstanding[cid], cdw0=event.result)
 
     def _check_time(self, now: float) -> None:
+        if self.state is State.LIVE and self._proof_ends is not None and now >= self._proof_ends:
+            self._go(State.AUTHENTICATE)  # an idle host learns of it with its next command
         if self._deadline is not None and now >= self._deadline:
             self._close(f"too slow in state {self.state.name.lower()}")
         elif self._transfers and now - self._last_transfer > self._limits.stall_seconds:
@@ -248,6 +254,8 @@ class Connection(ReadRuns, FabricsCommands):
             raise FatalPduError(FatalError.LIMIT_EXCEEDED, detail)
         if self.association is not None:
             self.association.saw_host(self._now)
+        if len(frames) == PAIR and self._answer_pair(frames, buffer):
+            return
         if len(frames) >= READ_RUN_MIN and self.qid != ADMIN_QUEUE and self.state is State.LIVE:
             capsules = np.ascontiguousarray(frames["header"][:, _ENTRY_START:_ENTRY_STOP])
             entries = capsules.view(SUBMISSION_ENTRY)[:, 0]
@@ -318,7 +326,7 @@ class Connection(ReadRuns, FabricsCommands):
         if self.state is State.AWAIT_CONNECT:
             return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="before Connect")
         if self.state is State.AUTHENTICATE:
-            return CommandFailed(Status.AUTHENTICATION_REQUIRED)
+            return CommandFailed(Status.AUTHENTICATION_REQUIRED, do_not_retry=False)
         if self.qid == ADMIN_QUEUE and not self.association.is_enabled:
             return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail="not enabled")
         return None
@@ -369,6 +377,7 @@ class Connection(ReadRuns, FabricsCommands):
         if self.is_open:
             self._ask_for_data()
             self._start_background()
+            self._start_writes()
 
     def _special(self, command: Command) -> Callable[["Connection", Command], None] | None:
         """How a command runs that does not simply go to the drive."""
@@ -378,9 +387,11 @@ class Connection(ReadRuns, FabricsCommands):
             return Connection._run_fabrics
         if command.opcode in BACKGROUND[self.qid == ADMIN_QUEUE]:
             return lambda self, command: self._background.append(command)
+        if self._is_long_write(command):
+            return lambda self, command: self._writes.append(command)
         if self.qid == ADMIN_QUEUE:
             return _ADMIN.get(command.opcode)
-        return Connection._wait_for_ticket if command.opcode == IoOpcode.ATTENTION_FETCH else None
+        return _ATTENTION.get(command.opcode)
 
     def _fail_damaged(self, command: Command) -> None:
         failure = CommandFailed(Status.TRANSIENT_TRANSPORT_ERROR, detail="data digest", do_not_retry=False)
@@ -397,6 +408,11 @@ class Connection(ReadRuns, FabricsCommands):
             return
         for command, completion in zip(commands, self._execute(commands), strict=True):
             self._complete(command, completion)
+
+    def _run_for_request(self, command: Command) -> None:
+        """In the drive, whose log and trace then name the host's request."""
+        with working_for(command.request):
+            self._run([command])
 
     def _make_room(self, command: Command) -> None:
         """Memory for data that go to the host: zeros, where the drive may fill less than all."""
@@ -459,49 +475,7 @@ class Connection(ReadRuns, FabricsCommands):
         while self._sent_memory:
             self._buffers.give_back(self._sent_memory.pop())
 
-    # Commands that take long, or wait.
-
-    def _start_background(self) -> None:
-        while self._background and self._num_background < self._limits.num_background:
-            command = self._background.popleft()
-            self._num_background += 1
-            self._make_room(command)
-            self._later(lambda command=command: self._run_in_background(command))
-
-    def _run_in_background(self, command: Command) -> None:
-        """On a thread of its own."""
-        status, cdw0 = self._execute_one(command)
-
-        def done() -> None:
-            self._num_background -= 1
-            if self.is_open:
-                self._respond(command, cdw0, status=status)
-
-        self._due.append(done)
-        self._wake_owner()
-
-    def _wait_for_ticket(self, command: Command) -> None:
-        """An Attention Fetch: of a ticket that is there, when that is done."""
-        tickets = self.association.tickets
-        ticket = tickets.drives_ticket(command.cdw10) if tickets is not None else None
-        if ticket is None:
-            self._run([command])
-            return
-        self._fetches[command.cid] = command
-
-        def done() -> None:
-            if self._fetches.pop(command.cid, None) is command:
-                self._run([command])
-
-        is_here = True  # called at once, from within: the owner polls anyway
-
-        def from_any_thread() -> None:
-            self._due.append(done)
-            if not is_here:
-                self._wake_owner()
-
-        self._subsystems.drive.when_fetchable(ticket, from_any_thread)
-        is_here = False
+    # Commands of the admin queue that are about others.
 
     def _request_event(self, command: Command) -> None:
         try:
@@ -528,4 +502,9 @@ _ADMIN = {
     AdminOpcode.ASYNC_EVENT_REQUEST: Connection._request_event,
     AdminOpcode.KEEP_ALIVE: Connection._keep_alive,
     AdminOpcode.ABORT: Connection._abort,
+}
+_ATTENTION = {
+    IoOpcode.ATTENTION_SUBMIT: Connection._run_for_request,
+    IoOpcode.ATTENTION_FETCH: Connection._wait_for_ticket,
+    IoOpcode.ATTENTION_CANCEL: Connection._run_for_request,
 }

@@ -38,7 +38,7 @@ class FabricsCommands:
         if (kind == FabricsType.CONNECT) != (self.state is State.AWAIT_CONNECT):
             return CommandFailed(Status.COMMAND_SEQUENCE_ERROR, detail=f"fabrics command {kind:#x}")
         if self.state is State.AUTHENTICATE and kind not in _AUTHENTICATION:
-            return CommandFailed(Status.AUTHENTICATION_REQUIRED)
+            return CommandFailed(Status.AUTHENTICATION_REQUIRED, do_not_retry=False)
         return None
 
     def _run_fabrics(self, command: Command) -> None:
@@ -65,6 +65,7 @@ class FabricsCommands:
         self._may_omit_responses = bool(entry["cattr"] & CONNECT_NO_FLOW_CONTROL)
         if not association.is_discovery:  # which tells the drive's name, and no more
             self._authenticator = host.authenticator(association.subnqn)
+            self._proof_seconds = host.reauthenticate_seconds
         if self._authenticator is None:
             self._go(State.LIVE)
             self._deadline = None
@@ -142,6 +143,8 @@ class FabricsCommands:
                 self._deadline = self._now + self._limits.authentication_seconds
         else:
             self._deadline = None
+            if self._proof_seconds is not None:
+                self._proof_ends = self._now + self._proof_seconds
             if self.state is State.AUTHENTICATE:
                 self._go(State.LIVE)
 

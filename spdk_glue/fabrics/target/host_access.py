@@ -8,6 +8,7 @@ The access file is TOML. It holds no secret, only the names of the files that do
     controller_key_file = "drive.key"   # the drive proves itself with it to hosts that ask for that
     hashes = ["sha512", "sha384"]       # that may be agreed on, by preference
     dh_groups = ["ffdhe4096"]
+    reauthenticate_seconds = 3600       # the host has to prove itself again so often, on every queue
     read_only = true                    # no command of this host changes anything
 
 Only `nqn` must be there. A host without a key file need not prove anything, and a target with such a host
@@ -37,9 +38,9 @@ from spdk_glue.fabrics.records import BadNqn, check_nqn
 from spdk_glue.fabrics.trusted_file import WRITABLE_BY_OWNER_ALONE, read_trusted_file
 from spdk_glue.status import NvmeError
 
-_NEEDS_KEY = ("controller_key_file", "hashes", "dh_groups")
+_NEEDS_KEY = ("controller_key_file", "hashes", "dh_groups", "reauthenticate_seconds")
 _FIELDS = {"nqn": str, "key_file": str, "controller_key_file": str, "hashes": list, "dh_groups": list}
-_FIELDS |= {"read_only": bool}
+_FIELDS |= {"read_only": bool, "reauthenticate_seconds": int}
 _FILE_BYTES_MAX = 1 << 20
 
 
@@ -61,11 +62,13 @@ class UnauthenticatedListener(NvmeError):
 
 @dataclass(frozen=True)
 class AllowedHost:
-    """credentials: None for one that need not prove itself; else it must, on every queue."""
+    """credentials: None for one that need not prove itself; else it must, on every queue, and again after
+    reauthenticate_seconds, where that is not None."""
 
     nqn: str
     credentials: Credentials | None = None
     read_only: bool = False
+    reauthenticate_seconds: int | None = None
 
     def authenticator(self, subsystem_nqn: str) -> ControllerAuthenticator | None:
         """For one queue that this host has just connected; None: none is needed."""
@@ -171,7 +174,10 @@ def _host(table: dict, folder: Path) -> AllowedHost:
     controller_key = None
     if "controller_key_file" in table:
         controller_key = read_key_file(folder / table["controller_key_file"])
-    return AllowedHost(nqn, Credentials(key, controller_key, policy), read_only)
+    seconds = table.get("reauthenticate_seconds")
+    if seconds is not None and seconds < 1:
+        raise ValueError(f"reauthenticate_seconds is a number from 1 on, not {seconds}")
+    return AllowedHost(nqn, Credentials(key, controller_key, policy), read_only, seconds)
 
 
 def _choices(table: dict, name: str, kind: type[IntEnum]) -> tuple | None:

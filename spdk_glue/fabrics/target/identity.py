@@ -128,6 +128,7 @@ class DriveIdentity:
         attention["max_transfer_bytes"] = np.minimum(
             attention["max_transfer_bytes"], self._limits.max_transfer_bytes
         )
+        attention["one_flight_bytes"] = self._limits.in_capsule_bytes  # no command waits for data of such a one
         return describe_fabric(record, self._cntlid, self._subnqn, self._limits)
 
     def _namespace(self, request: Request) -> np.ndarray:

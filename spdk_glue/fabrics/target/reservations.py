@@ -1,10 +1,12 @@
 """Reservations of the namespace: the state table of the target's side. See spdk_glue/reservation.py.
 
 A registrant is a host, by its identifier, with a key. At most one holds the namespace, and keeps it when
-its connections end: others see that it is gone, and may pre-empt it. Nothing survives the target.
+its connections end: others see that it is gone, and may pre-empt it. With a file they survive the target: its
+hosts then have RETURN_SECONDS to come back, in which they count as present.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from spdk_glue.command import IoOpcode
 from spdk_glue.controller import BatchHandler, Handler, Request
+from spdk_glue.fabrics.target.reservation_file import ReservationFile, ReservationState
 from spdk_glue.reservation import (
     ACQUIRE_DATA,
     EXTENDED_DATA,
@@ -31,6 +34,7 @@ from spdk_glue.reservation import (
 from spdk_glue.status import CommandFailed, Status
 
 MAX_REGISTRANTS = 64
+RETURN_SECONDS = 20.0  # a host tries so long, and some, to connect again
 RESCAP = (
     1 << ReservationType.WRITE_EXCLUSIVE | 1 << ReservationType.EXCLUSIVE_ACCESS | 1 << 7
 )  # key rules of 1.3
@@ -52,14 +56,39 @@ READING = {
 
 @dataclass
 class Reservations:
-    """is_present: whether a host, by its identifier, has a controller now. From any thread."""
+    """is_present: whether a host, by its identifier, has a controller now. From any thread.
+    file: where they are kept; None: nowhere
+    """
 
     is_present: Callable[[bytes], bool]
+    file: ReservationFile | None = None
     _keys: dict[bytes, int] = field(default_factory=dict)
     _holder: bytes | None = None
     _type: int = 0
     _generation: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        found = self.file.read() if self.file is not None else None
+        self._returning: frozenset[bytes] = frozenset()
+        if found is not None:
+            self._keys, self._holder = dict(found.keys), found.holder
+            self._type, self._generation = found.kind, found.generation
+            self._returning, self._returning_until = frozenset(self._keys), time.monotonic() + RETURN_SECONDS
+
+    def _is_there(self, host_id: bytes) -> bool:
+        """Whether a host uses the namespace, as far as can be known."""
+        is_returning = host_id in self._returning and time.monotonic() < self._returning_until
+        return is_returning or self.is_present(host_id)
+
+    def _keep(self) -> None:
+        """Raises CommandFailed."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(ReservationState(self._keys, self._holder, self._type, self._generation))
+        except OSError as error:
+            raise CommandFailed(Status.INTERNAL_ERROR, detail=f"reservations not kept: {error}") from error
 
     def refuses(self, host_id: bytes, opcode: int) -> bool:
         """Whether an I/O command of a host meets another's reservation."""
@@ -103,6 +132,8 @@ class Reservations:
                     try:
                         with self._lock:
                             action(host_id, request)
+                            if action != self._report:
+                                self._keep()
                     except CommandFailed as failure:
                         request.fail(failure)
 
@@ -134,7 +165,7 @@ class Reservations:
 
     def _forget_one_that_is_gone(self) -> None:
         for host_id in self._keys:
-            if host_id != self._holder and not self.is_present(host_id):
+            if host_id != self._holder and not self._is_there(host_id):
                 del self._keys[host_id]
                 return
         raise CommandFailed(Status.INTERNAL_ERROR, detail=f"{MAX_REGISTRANTS} hosts are registered")
@@ -183,7 +214,7 @@ class Reservations:
         header["generation"], header["num_registrants"] = self._generation, len(self._keys)
         header["type"] = self._type if self._holder is not None else 0
         for record, (one, key) in zip(registrants, self._keys.items(), strict=True):
-            record["cntlid"] = REGISTRANT_PRESENT if self.is_present(one) else REGISTRANT_GONE
+            record["cntlid"] = REGISTRANT_PRESENT if self._is_there(one) else REGISTRANT_GONE
             record["status"] = HOLDS if one == self._holder else 0
             record["key"], record["host_id"] = key, np.void(one)
         page = np.frombuffer(header.tobytes() + registrants.tobytes(), np.uint8)[: request.data.nbytes]

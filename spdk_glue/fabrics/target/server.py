@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 128
 GOODBYE_SECONDS = 1.0  # for the peer to read why it was let go
 CLOSE_SECONDS = 10.0
-NUM_BACKGROUND_THREADS = 32
+NUM_BACKGROUND_THREADS = 64
 # After so long without an acknowledgement the network, or the peer's machine, is gone.
 USER_TIMEOUT_MS = 30_000
 
@@ -37,8 +37,8 @@ class CannotListen(NvmeError):
 class Server:
     """Serves `subsystems` on one TCP address until closed.
 
-    spin_us: a connection's thread looks so long for the next PDU before it sleeps. Raises CannotListen,
-    UnauthenticatedListener.
+    spin_us: a connection's thread looks so long for the next PDU before it sleeps, if the one before it came as
+    soon. Raises CannotListen, UnauthenticatedListener.
     """
 
     def __init__(self, subsystems: Subsystems, host: str, port: int, *, spin_us: int = 0):
@@ -211,8 +211,8 @@ class _Peer:
 def _listen(subsystems: Subsystems, host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise CannotListen(f"cannot listen on {host}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # what no name of a host can be is a UnicodeError
+        raise CannotListen(f"cannot listen on {host}: {getattr(error, 'strerror', error)}") from error
     family, _, _, _, address = found[0]
     subsystems.access.check_listen([address[0]])
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -15,6 +15,6 @@ NEXT = {  # every transition
     State.AWAIT_IC: {State.AWAIT_CONNECT, State.CLOSED},
     State.AWAIT_CONNECT: {State.AUTHENTICATE, State.LIVE, State.CLOSED},
     State.AUTHENTICATE: {State.LIVE, State.CLOSED},
-    State.LIVE: {State.AUTHENTICATE, State.CLOSED},  # back, if the host fails to prove itself again
+    State.LIVE: {State.AUTHENTICATE, State.CLOSED},  # back, if the host has to prove itself again
     State.CLOSED: set(),
 }

@@ -1,6 +1,7 @@
 """What a target offers: the discovery service and one drive, and which hosts have a controller of them."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from spdk_glue.fabrics.target.association import (
 )
 from spdk_glue.fabrics.target.host_access import AllowedHost, HostAccess
 from spdk_glue.fabrics.target.limits import Limits
+from spdk_glue.fabrics.target.reservation_file import ReservationFile
 from spdk_glue.fabrics.target.reservations import Reservations
 from spdk_glue.fabrics.target.tickets import Tickets
 from spdk_glue.identify import IDENTIFY_CONTROLLER, Cns, LogPage
@@ -44,6 +46,7 @@ _VENDOR_LOG_PAGES = (
     LogPage.ATTENTION_COUNTERS,
     LogPage.SUPERBLOCKS,
     LogPage.FLASH_CHECK,
+    LogPage.LATENCY,
 )
 LAST_CNTLID = 0xFFEF
 
@@ -52,16 +55,23 @@ def run_at_once(ticket: int, call: Callable[[], None]) -> None:
     call()
 
 
+def no_short_way(descriptor: np.ndarray, answer: np.ndarray) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class ServedDrive:
     """What a target exports.
 
     controller: the drive's handlers; when_fetchable: (ticket, call): calls once, from any thread, when an
-    Attention Fetch of a ticket has nothing to wait for any more, or at once.
+    Attention Fetch of a ticket has nothing to wait for any more, or at once; attend_small_now: (descriptor,
+    answer): fills the answer of a small command whose pages are cached, uint8 of its exact length, on the
+    caller's thread; False, with nothing done, for all others.
     """
 
     controller: Controller
     when_fetchable: Callable[[int, Callable[[], None]], None] = run_at_once
+    attend_small_now: Callable[[np.ndarray, np.ndarray], bool] = no_short_way
 
 
 class ConnectRefused(CommandFailed):
@@ -79,10 +89,15 @@ def _fault(form: np.dtype, field: str, detail: str) -> ConnectRefused:
 
 
 class Subsystems:
-    """nqn: of the drive; None: the drive's own name"""
+    """nqn: of the drive; None: the drive's own name; reservations: the file that keeps them, None for none"""
 
     def __init__(
-        self, drive: ServedDrive, access: HostAccess, limits: Limits | None = None, nqn: str | None = None
+        self,
+        drive: ServedDrive,
+        access: HostAccess,
+        limits: Limits | None = None,
+        nqn: str | None = None,
+        reservations: str | os.PathLike | None = None,
     ):
         self.drive = drive
         self.limits = limits or Limits()
@@ -97,7 +112,9 @@ class Subsystems:
         self._associations: dict[int, Association] = {}
         self._next_cntlid = 1
         self._lock = threading.Lock()
-        self.reservations = Reservations(self._is_present)
+        serial_number = bytes(record["sn"][0]).decode("ascii", "replace").strip()
+        file = None if reservations is None else ReservationFile(reservations, serial_number)
+        self.reservations = Reservations(self._is_present, file)
 
     def _is_present(self, host_id: bytes) -> bool:
         with self._lock:

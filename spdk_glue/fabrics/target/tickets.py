@@ -41,6 +41,11 @@ class Tickets:
             found = self._drives.get(ticket, 0)
             return found if found > 0 else None
 
+    def may_start(self, ticket: int) -> bool:
+        """Whether the host has not got it, and may have one more."""
+        with self._lock:
+            return ticket not in self._drives and len(self._drives) < self._max_tickets
+
     def _call(self, opcode: int, request: Request, ticket: int) -> None:
         """The drive's handler, for its own number. Raises CommandFailed."""
         its, request.cdw10 = request.cdw10, ticket

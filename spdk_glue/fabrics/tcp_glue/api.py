@@ -95,6 +95,7 @@ class Stream:
                 0,
                 0,
                 0,
+                0,
             ],
         )
         self.framing = framing

@@ -36,7 +36,7 @@ int host_poll(host_queue *queue, int fd, host_completion *completions, uint32_t 
               uint32_t timeout_ms, uint64_t *quiet_since);
 """
 HEADERS = ["records.h", "host_records.h"]
-SOURCES = ["crc32c.c", "digest.c", "receive.c", "send.c", "host_queue.c", "host_io.c"]
+SOURCES = ["crc32c.c", "digest.c", "receive.c", "send.c", "host_queue.c", "host_input.c", "host_io.c"]
 
 ffibuilder = FFI()
 ffibuilder.cdef("".join((HERE / name).read_text() for name in HEADERS) + CDEF)

@@ -2,11 +2,14 @@
  * at a time; another may shut the socket down, which ends whatever waits here. */
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <time.h>
 
 #define MAX_PIECES 96
-#define HOST_SPIN_NS 20000       /* of looking without result, until the CPU is given to others */
+/* Of looking without result before sleep: always, and while what came last came so soon. To be woken costs as much. */
+#define HOST_SPIN_NS 20000
+#define HOST_LONG_SPIN_NS 200000
 #define WAIT_MS 100         /* between two looks at the clock */
 /* Of one transfer: more than this leaves the processor's caches between the kernel's copy and the target's. */
 #define BYTES_UNDER_WAY (1 << 20)
@@ -77,15 +80,22 @@ static int host_advance(host_queue *queue, int fd, uint64_t *quiet_since, uint32
     int sent = host_send(queue, fd);
     int came = sent < 0 ? -1 : host_receive(queue, fd);
     if (came > 0 || (sent > 0 && !came)) {
-        *quiet_since = came > 0 || !*quiet_since ? host_now_ns() : *quiet_since;
+        uint64_t now = host_now_ns();
+        if (came > 0 && *quiet_since)
+            queue->last_wait_ns = now - *quiet_since;
+        *quiet_since = came > 0 || !*quiet_since ? now : *quiet_since;
         return 0;
     }
     if (!queue->fault) {
         uint64_t now = host_now_ns();
         if (!*quiet_since)
             *quiet_since = now;
-        if (now - *quiet_since < HOST_SPIN_NS)
+        uint64_t quiet = now - *quiet_since;
+        if (quiet < (queue->last_wait_ns < HOST_LONG_SPIN_NS ? HOST_LONG_SPIN_NS : HOST_SPIN_NS)) {
+            if (quiet >= HOST_SPIN_NS)
+                sched_yield();
             return 0;
+        }
         if (now - *quiet_since > (uint64_t)timeout_ms * 1000000)
             host_fail(queue, HOST_FAULT_SILENT, timeout_ms);
     }

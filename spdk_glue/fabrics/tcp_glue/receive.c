@@ -1,6 +1,7 @@
 /* Whole PDUs out of a stream of bytes, by the same rules as take_pdu of spdk_glue/fabrics/pdu.py. */
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -105,17 +106,18 @@ static int64_t now_us(void)
     return now.tv_sec * 1000000ll + now.tv_nsec / 1000;
 }
 
-/* 1: the socket has something, 0: the time is over, TCP_WOKEN, or -errno. The first `spin_us` without sleep. */
-static int wait_for(const tcp_stream *stream, int timeout_ms, int spin_us)
+/* 1: the socket has something, 0: the time is over, TCP_WOKEN, or -errno. The first `spin_us` without sleep, where
+ * the wait before this one was not longer: to be woken costs more than a small command. */
+static int wait_for(tcp_stream *stream, int timeout_ms, int spin_us)
 {
     struct pollfd fds[2] = {{.fd = stream->fd, .events = POLLIN}, {.fd = stream->wake_fd, .events = POLLIN}};
-    int64_t spin_until = spin_us ? now_us() + spin_us : 0;
+    int64_t began = now_us(), spin_until = began + (stream->last_wait_us <= spin_us ? spin_us : 0);
     int ready;
-    do {
-        ready = poll(fds, 2, 0);
-    } while (!ready && spin_us && now_us() < spin_until);
+    while (!(ready = poll(fds, 2, 0)) && now_us() < spin_until)
+        sched_yield();
     if (!ready && timeout_ms)
         ready = poll(fds, 2, timeout_ms);
+    stream->last_wait_us = now_us() - began;
     if (ready < 0)
         return errno == EINTR ? TCP_WOKEN : -errno;
     if (!ready)

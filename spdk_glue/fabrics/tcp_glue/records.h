@@ -33,4 +33,5 @@ typedef struct {
     int fd, wake_fd;
     uint8_t *buffer;
     uint64_t capacity, start, taken, end;
+    int64_t last_wait_us;
 } tcp_stream;
