@@ -8,6 +8,7 @@ from accel import descriptor
 from accel.attention_unit import MAX_TICKETS, AttentionUnit
 from accel.flash_commands import FlashCommands
 from accel.page_cache import PageCache
+from accel.sparse_request import DERIVE_OF
 from ftl.translation import FlashTranslationLayer
 from spdk_glue.command import NSID, NSID_ALL, AdminOpcode
 from spdk_glue.controller import ErrorLog, Handler, Request
@@ -26,19 +27,28 @@ from spdk_glue.identify import (
     Cns,
     LogPage,
 )
+from spdk_glue.probes import Probes
 from spdk_glue.status import CommandFailed, Status
-from spdk_glue.vendor_command import ATTENTION_VERSION, KvDtype
+from spdk_glue.vendor_command import ATTENTION_VERSION, DESCRIPTOR_FLAGS, KvDtype
 
 NVME_VERSION = 0x00020000  # 2.0
 
 
 class AdminCommands:
-    def __init__(self, ftl: FlashTranslationLayer, unit: AttentionUnit, cache: PageCache, worker_name: str):
+    def __init__(
+        self,
+        ftl: FlashTranslationLayer,
+        unit: AttentionUnit,
+        cache: PageCache,
+        worker_name: str,
+        probes: Probes,
+    ):
         self._ftl = ftl
         self._unit = unit
         self._cache = cache
         self._worker_name = worker_name
-        self._flash = FlashCommands(ftl)
+        self._probes = probes
+        self._flash = FlashCommands(ftl, cache)
         self.error_log: ErrorLog | None = None  # the controller's, once there is one
 
     def handlers(self) -> dict[int, Handler]:
@@ -91,6 +101,8 @@ class AdminCommands:
         attention["max_tickets"] = MAX_TICKETS
         attention["num_workers"] = self._unit.num_workers
         attention["num_placement_ids"] = self._ftl.num_streams
+        attention["sparse_methods"] = sum(1 << method for method in DERIVE_OF)
+        attention["descriptor_flags"] = DESCRIPTOR_FLAGS
         attention["worker"] = self._worker_name.encode()[:16]
         return record
 
@@ -112,6 +124,7 @@ class AdminCommands:
         pages: dict[int, Callable[[], np.ndarray]] = {
             LogPage.ERROR_INFORMATION: lambda: self.error_log.page(),
             LogPage.ATTENTION_COUNTERS: self._attention_counters,
+            LogPage.LATENCY: self._probes.log_page,
             **self._flash.log_pages(),
         }
         for request in requests:
@@ -123,11 +136,11 @@ class AdminCommands:
 
     def _attention_counters(self) -> np.ndarray:
         record = np.zeros(1, ATTENTION_COUNTERS_LOG)
-        record["version"] = 1
+        record["version"] = 3
         record["num_workers"] = self._unit.num_workers
         record["cache_bytes"] = self._cache.capacity_bytes
         record["cache_bytes_used"] = self._cache.bytes_used
-        for name, value in self._unit.counters.as_dict().items():
+        for name, value in (self._unit.counters.as_dict() | self._unit.worker_counts.as_dict()).items():
             record[name] = value
         return record
 

@@ -12,17 +12,23 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from accel.attention_job import AttentionJob, Engine
+from accel.attention_job import INLINE_BYTES, AttentionJob
 from accel.attention_work import DescriptorReader
+from accel.damage_notes import DamageNotes
+from accel.drive_probes import DriveProbes
 from accel.page_cache import PageCache
+from accel.page_job import Engine, PageJob
 from accel.resident_attention import ResidentAttention
+from accel.sketch_job import sketch_job
+from accel.sparf_job import SparfJob
 from accel.worker_pool import WorkerPool
 from spdk_glue.status import CommandFailed, Status
-from spdk_glue.vendor_command import ANSWER_HEADER
+from spdk_glue.vendor_command import ANSWER_HEADER, ATTENTION_VERSION, SparseMethod
 
 NUM_READERS = 2
-NUM_COMMAND_THREADS = 2
+NUM_COMMAND_THREADS = 4  # a sparse command that is not small keeps one
 MAX_TICKETS = 256
+JOBS = {SparseMethod.DENSE: AttentionJob, SparseMethod.SPARF: SparfJob, SparseMethod.SKETCH: sketch_job}
 
 
 @dataclass
@@ -35,6 +41,17 @@ class AttentionCounters:
     pages_from_cache: int = 0
     kernel_ns: int = 0
     command_ns: int = 0
+    sparse_commands: int = 0
+    # of sparse commands, as in their answers
+    index_pages: int = 0
+    chosen_pages: int = 0
+    dense_pages: int = 0
+    damaged_segments: int = 0
+
+    def count_pages(self, counts: dict[str, int]) -> None:
+        """counts: of an answer's header"""
+        for name in counts.keys() & vars(self).keys():
+            setattr(self, name, getattr(self, name) + counts[name])
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -45,7 +62,7 @@ class Ticket:
     """job: the work under way; or `answer`: what the short way has found at once"""
 
     started_ns: int
-    job: AttentionJob | None = None
+    job: PageJob | None = None
     answer: np.ndarray | None = None
     done: threading.Event = field(default_factory=threading.Event)
     command_ns: int = 0
@@ -55,7 +72,7 @@ class Ticket:
 class AttentionUnit:
     """Attention over the drive's pages. `ftl` resolves and reads; `worker` computes."""
 
-    def __init__(self, ftl, cache: PageCache, worker, num_workers: int):
+    def __init__(self, ftl, cache: PageCache, worker, num_workers: int, probes: DriveProbes):
         self.num_workers = num_workers
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
@@ -65,16 +82,26 @@ class AttentionUnit:
             worker,
             ThreadPoolExecutor(NUM_COMMAND_THREADS, thread_name_prefix="kvfs-attention"),
             ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kvfs-reader"),
-            WorkerPool(num_workers),
+            WorkerPool(num_workers, probes.worker_wait),
+            DamageNotes(),
+            probes,
         )
-        self._descriptors = DescriptorReader(ftl.page_size, ftl.num_lbas, self._engine.scattered_span_pages)
+        self._descriptors = DescriptorReader(ftl.page_size, ftl.num_lbas, self._engine.scattered_span_pages())
         self._resident = ResidentAttention(self._engine, self._descriptors)
         self.counters = AttentionCounters()
+        self.worker_counts = self._engine.counts
+        self._probes = probes
         ftl.on_erase(cache.drop)
 
     def attend_now(self, data: np.ndarray, answer: np.ndarray) -> bool:
         """Submit and fetch in one, if all pages are in the cache and nothing is wrong; False: nothing done."""
-        done = self._resident.attend(data, answer)
+        return self._counted(self._resident.attend(data, answer))
+
+    def attend_small_now(self, data: np.ndarray, answer: np.ndarray) -> bool:
+        """As attend_now, of what is computed on the caller's thread alone; False for all else."""
+        return self._counted(self._resident.attend(data, answer, INLINE_BYTES))
+
+    def _counted(self, done: tuple[int, int, int, int] | None) -> bool:
         if done is None:
             return False
         with self._lock:
@@ -94,12 +121,12 @@ class AttentionUnit:
         """Start a descriptor's work. Raises CommandFailed for a bad one or too many tickets."""
         ticket = Ticket(time.perf_counter_ns())
         work = self._descriptors.read(data)
-        answer = np.empty(work.tables.answer_bytes, np.uint8)
-        done = self._resident.attend_small(work, answer)
+        done = self._resident.attend_small(work)
         if done is None:
-            ticket.job = AttentionJob(self._engine, work, lambda: self._end(ticket))
+            method = SparseMethod.DENSE if work.sparse is None else work.tables.sparse.method
+            ticket.job = JOBS[method](self._engine, work, lambda: self._end(ticket))
         else:
-            ticket.answer = answer
+            ticket.answer, counts = done
         with self._lock:
             if ticket_id in self._tickets:
                 raise CommandFailed(Status.TICKET_IN_USE, detail=f"ticket {ticket_id}")
@@ -107,21 +134,23 @@ class AttentionUnit:
                 raise CommandFailed(Status.TOO_MANY_TICKETS, detail=f"limit {MAX_TICKETS}", do_not_retry=False)
             self._tickets[ticket_id] = ticket
             if done is not None:
-                self._count_resident(*done)
+                self._count_resident(*counts)
                 return
         ticket.job.start()
 
     def _end(self, ticket: Ticket) -> None:
         job = ticket.job
-        ticket.command_ns = time.perf_counter_ns() - ticket.started_ns
+        ended_ns = time.perf_counter_ns()
+        ticket.command_ns = ended_ns - ticket.started_ns
+        self._probes.command.between(ticket.started_ns, ended_ns, note=job.page_counts)
         with self._lock:
             counters = self.counters
             counters.commands += 1
             counters.cancelled += job.cancelled
             counters.failed += job.failure is not None
             counters.items += len(job.work.tables.items)
-            counters.pages_from_flash += job.pages_from_flash
-            counters.pages_from_cache += job.pages_from_cache
+            counters.sparse_commands += job.work.sparse is not None
+            counters.count_pages(job.page_counts)
             counters.kernel_ns += job.kernel_ns
             counters.command_ns += ticket.command_ns
             ticket.done.set()
@@ -156,9 +185,9 @@ class AttentionUnit:
         if job.failure is not None:
             raise job.failure
         header = np.zeros(1, ANSWER_HEADER)
-        header["version"] = 1
-        header["pages_from_flash"] = job.pages_from_flash
-        header["pages_from_cache"] = job.pages_from_cache
+        header["version"] = ATTENTION_VERSION
+        for name, count in job.page_counts.items():
+            header[name] = count
         header["kernel_ns"] = job.kernel_ns
         header["command_ns"] = ticket.command_ns
         lse_start = size - job.lse.nbytes

@@ -5,48 +5,53 @@ newest descriptors are kept with their plans, and known again by their bytes but
 """
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from accel.descriptor import AttentionTables, check_tables, read_queries, split
 from accel.page_plan import PagePlan, plan_pages
-from accel.workers import AttentionBatch
+from accel.sparse_plan import SparsePlan, plan_sparse
+from accel.workers import AttentionBatch, WorkerCounts
 from spdk_glue.status import CommandFailed, Status
 
 MAX_KEPT = 4  # models, sliding windows, sequences decoded in turn
 MAX_KEPT_BYTES = 4 << 20  # each; for longer ones planning is nothing beside computing
 
 
-@dataclass(frozen=True)
-class AttentionWork:
+class AttentionWork(NamedTuple):
     """A checked descriptor. The plan is of layer 0.
 
+    plan: of all tokens that queries see; of a sparse command, of those without derived data
+    sparse: of a sparse command, those with derived data
+    whole: of all tokens, of a sparse command that is dense where their pages are in the cache
     queries: float32 [num_items, num_queries, num_query_heads, head_dim]
     idle: what commands over this plan have used, for the next: it goes when the plan goes
     """
 
     tables: AttentionTables
     plan: PagePlan
+    sparse: SparsePlan | None
+    whole: PagePlan | None
     layer: int
     queries: np.ndarray
     idle: list
 
 
-def attention_batch(work: AttentionWork, addresses: np.ndarray) -> AttentionBatch:
-    """addresses: uint64 [2, num_pages] of the plan's pages of K and of V, filled before it is computed."""
-    tables, plan = work.tables, work.plan
-    return AttentionBatch(
+# what is kept of a descriptor: AttentionWork's first four, and its last
+Planned = tuple[AttentionTables, PagePlan, SparsePlan | None, PagePlan | None, list]
+
+
+def attention_batch(
+    work: AttentionWork, plan: PagePlan, addresses: np.ndarray, counts: WorkerCounts
+) -> AttentionBatch:
+    """Of a dense command, or a part of a sparse one. addresses: see PagePlan.batch"""
+    tables = work.tables
+    return plan.batch(
+        addresses,
         dtype=tables.dtype_name,
         head_dim=tables.head_dim,
         group_size=tables.group_size,
-        key_pages=addresses[0],
-        value_pages=addresses[1],
-        page_first_token=plan.page_first_token,
-        page_num_tokens=plan.page_num_tokens,
-        unit_first_page=plan.unit_first_page,
-        unit_item=plan.unit_item,
-        unit_kv_head=plan.unit_kv_head,
         queries=work.queries,
         visible_start=tables.visible_start,
         visible_stop=tables.visible_stop,
@@ -55,6 +60,7 @@ def attention_batch(work: AttentionWork, addresses: np.ndarray) -> AttentionBatc
         alibi_slopes=tables.alibi_slopes,
         query_position=tables.query_position,
         scales_offset=tables.scales_offset,
+        counts=counts,
     )
 
 
@@ -66,7 +72,7 @@ class DescriptorReader:
         self._num_lbas = num_lbas
         self._max_unit_pages = max_unit_pages
         self._lock = threading.Lock()
-        self._kept: dict[bytes, tuple[AttentionTables, PagePlan, list]] = {}  # the newest last
+        self._kept: dict[bytes, Planned] = {}  # the newest last
 
     def read(self, data: np.ndarray) -> AttentionWork:
         """Raises CommandFailed(INVALID_DESCRIPTOR) naming the field at fault."""
@@ -75,16 +81,22 @@ class DescriptorReader:
             kept = self._kept.pop(key, None)
             if kept is not None:
                 self._kept[key] = kept
-        tables, plan, idle = kept or self._plan(key)
+        tables, plan, sparse, whole, idle = kept or self._plan(key)
         if layer >= tables.num_layers:
             raise CommandFailed(Status.INVALID_DESCRIPTOR, detail="layer")
-        return AttentionWork(tables, plan, layer, read_queries(tables, raw_queries), idle)
+        return AttentionWork(tables, plan, sparse, whole, layer, read_queries(tables, raw_queries), idle)
 
-    def _plan(self, key: bytes) -> tuple[AttentionTables, PagePlan, list]:
+    def _plan(self, key: bytes) -> Planned:
         tables = check_tables(key, self._page_size, self._num_lbas)
-        plan = plan_pages(tables, self._max_unit_pages)
-        planned = tables, plan, []
-        if len(key) + plan.nbytes <= MAX_KEPT_BYTES:
+        sparse = whole = None
+        if tables.sparse is None:
+            plan = plan_pages(tables, self._max_unit_pages)
+        else:
+            plan, sparse = plan_sparse(tables, self._max_unit_pages)
+            if tables.sparse.exact_if_cached:
+                whole = plan_pages(tables, self._max_unit_pages)
+        planned = tables, plan, sparse, whole, []
+        if len(key) + plan.nbytes + (whole.nbytes if whole else 0) <= MAX_KEPT_BYTES:
             with self._lock:
                 self._kept[key] = planned
                 while len(self._kept) > MAX_KEPT:

@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
+from time import perf_counter_ns
 
 import numpy as np
 
+from accel.drive_probes import DriveProbes
 from ftl.errors import BackingFull, CorruptPage, FlashError, LbaOutOfRange, OutOfFlash, ReadOnlyMedia
 from ftl.scrub import verify
 from ftl.translation import FlashTranslationLayer
@@ -42,8 +44,9 @@ def flash_errors_as_status(otherwise: Status):
 class BlockCommands:
     """Read, Write, Flush, Dataset Management and Verify."""
 
-    def __init__(self, ftl: FlashTranslationLayer):
+    def __init__(self, ftl: FlashTranslationLayer, probes: DriveProbes):
         self._ftl = ftl
+        self._probes = probes
 
     def handlers(self) -> dict[int, Handler]:
         return {
@@ -73,7 +76,9 @@ class BlockCommands:
             or (addresses % np.uint64(dma.ALIGNMENT)).any()
         ):
             return False
+        started = perf_counter_ns()
         self._ftl.read(*_spread(first_lbas, counts, addresses, page_size))
+        self._probes.read.since(started, len(entries))
         return True
 
     def _check(self, request: Request) -> bool:
@@ -119,8 +124,10 @@ class BlockCommands:
                     request.fail(failure)
 
     def _read(self, requests: Sequence[Request]) -> None:
+        started = perf_counter_ns()
         with flash_errors_as_status(Status.UNRECOVERED_READ_ERROR), _aligned_buffers(requests):
             self._ftl.read(*self._scatter(requests))
+        self._probes.read.since(started, len(requests))
 
     def write(self, requests: Sequence[Request]) -> None:
         accepted = [r for r in requests if self._check(r)]
@@ -131,9 +138,11 @@ class BlockCommands:
             while stop < len(accepted) and self._placement_id(accepted[stop]) == placement_id:
                 stop += 1
             run = accepted[first:stop]
+            started = perf_counter_ns()
             try:
                 with flash_errors_as_status(Status.WRITE_FAULT), _aligned_buffers(run, copy_in=True):
                     self._ftl.write(*self._scatter(run), stream=placement_id)
+                self._probes.write.since(started, len(run))
             except CommandFailed as failure:
                 for request in run:
                     request.fail(failure)
@@ -145,8 +154,10 @@ class BlockCommands:
         return request.cdw13 >> 16 if placed else 0
 
     def flush(self, requests: Sequence[Request]) -> None:
+        started = perf_counter_ns()
         with flash_errors_as_status(Status.WRITE_FAULT):
             self._ftl.flush()
+        self._probes.flush.since(started, len(requests))
 
     def dataset_management(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -158,11 +169,13 @@ class BlockCommands:
                 continue
             ranges = request.data[: count * DATASET_RANGE.itemsize].view(DATASET_RANGE)
             pairs = np.stack([ranges["first_lba"], ranges["num_lbas"].astype(np.uint64)], axis=1)
+            started = perf_counter_ns()
             try:
                 if int(pairs[:, 0].max()) >= 1 << 62:
                     raise CommandFailed(Status.LBA_OUT_OF_RANGE)
                 with flash_errors_as_status(Status.WRITE_FAULT):
                     self._ftl.deallocate(pairs.astype(np.int64))
+                self._probes.deallocate.since(started)
             except CommandFailed as failure:
                 request.fail(failure)
 

@@ -7,16 +7,20 @@ its layer and its queries is checked apart: layer after layer, and often token a
 import math
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numba import njit
 
+from accel.sparse_request import SparseRequest, check_parameters, sparse_request
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.vendor_command import (
     ATTENTION_HEADER,
     ATTENTION_ITEM,
     ATTENTION_MAGIC,
     ATTENTION_VERSION,
+    DERIVED_SEGMENT,
+    DESCRIPTOR_FLAGS,
     DTYPE_NAME,
     EXPLICIT_RANGES,
     GROUP_EXTENT,
@@ -55,6 +59,7 @@ class AttentionTables:
     items: ATTENTION_ITEM [num_items]; extents: GROUP_EXTENT [num_extents]
     visible_start, visible_stop: int64 [num_items, num_queries]
     alibi_slopes: float32 [num_query_heads], query_position: int64 [num_items, num_queries]; empty: no bias
+    sparse: how less than all pages are read; None: all are
     """
 
     num_layers: int
@@ -77,8 +82,9 @@ class AttentionTables:
     visible_stop: np.ndarray
     alibi_slopes: np.ndarray
     query_position: np.ndarray
+    sparse: SparseRequest | None
 
-    @property
+    @cached_property
     def query_shape(self) -> tuple[int, int, int, int]:
         """[num_items, num_queries, num_query_heads, head_dim]"""
         return *self.visible_start.shape, self.num_kv_heads * self.group_size, self.head_dim
@@ -87,7 +93,11 @@ class AttentionTables:
     def dtype_name(self) -> str:
         return DTYPE_NAME[self.dtype]
 
-    @property
+    @cached_property
+    def query_bytes(self) -> int:
+        return math.prod(self.query_shape[:3]) * row_bytes(self.head_dim, self.query_dtype)
+
+    @cached_property
     def answer_bytes(self) -> int:
         return answer_bytes(*self.query_shape)
 
@@ -111,13 +121,14 @@ def split(data: np.ndarray) -> tuple[bytes, int, np.ndarray]:
 
     The first is a copy: the host may reuse its buffer. Raises CommandFailed(INVALID_DESCRIPTOR).
     """
-    _demand(data.nbytes >= _HEADER.size, "shorter than its header")
-    start, layer = (
-        _QUERIES_OFFSET.unpack_from(data, _QUERIES_OFFSET_AT)[0],
-        _LAYER.unpack_from(data, _LAYER_AT)[0],
+    size, raw = data.nbytes, memoryview(data)
+    _demand(size >= _HEADER.size, "shorter than its header")
+    (start,), (layer,) = (
+        _QUERIES_OFFSET.unpack_from(raw, _QUERIES_OFFSET_AT),
+        _LAYER.unpack_from(raw, _LAYER_AT),
     )
-    _demand(start % 4 == 0 and _HEADER.size <= start <= data.nbytes, "queries_offset")
-    tables = bytearray(data[:start])
+    _demand(start % 4 == 0 and _HEADER.size <= start <= size, "queries_offset")
+    tables = bytearray(raw[:start])
     tables[_LAYER_AT : _LAYER_AT + len(_NO_LAYER)] = _NO_LAYER
     return bytes(tables), layer, data[start:]
 
@@ -128,18 +139,17 @@ def _fields(data) -> dict:
 
 def read_queries(tables: AttentionTables, raw: np.ndarray) -> np.ndarray:
     """float32 [num_items, num_queries, num_query_heads, head_dim], a copy. Raises as `split`."""
-    shape = tables.query_shape
-    num_bytes = math.prod(shape[:3]) * row_bytes(shape[3], tables.query_dtype)
+    num_bytes = tables.query_bytes
     _demand(num_bytes <= raw.nbytes, "shorter than its queries")
-    return widen(raw[:num_bytes].copy(), tables.query_dtype).reshape(shape)
+    return widen(raw[:num_bytes].copy(), tables.query_dtype).reshape(tables.query_shape)
 
 
 def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
     """Check what `split` gives. Raises CommandFailed(INVALID_DESCRIPTOR) naming the field at fault."""
     header, raw = _fields(data), np.frombuffer(data, np.uint8)
     _demand(header["magic"] == ATTENTION_MAGIC, "magic")
-    _demand(header["version"] == ATTENTION_VERSION, "version")
-    _demand(not header["flags"] & ~(EXPLICIT_RANGES | LINEAR_BIAS), "flags")
+    _demand(header["version"] == ATTENTION_VERSION, f"version {header['version']}, not {ATTENTION_VERSION}")
+    _demand(not header["flags"] & ~DESCRIPTOR_FLAGS, "flags")
     _demand(header["dtype"] in DTYPE_NAME, "dtype")
     _demand(header["query_dtype"] in DTYPE_NAME, "query_dtype")
     dtype, query_dtype = KvDtype(header["dtype"]), KvDtype(header["query_dtype"])
@@ -157,11 +167,13 @@ def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
     _demand(1 <= group_tokens <= MAX_GROUP_TOKENS, "group_tokens")
     _demand(math.isfinite(header["scale"]), "scale")
     _demand(math.isfinite(header["softcap"]) and header["softcap"] >= 0, "softcap")
-    _demand(not any(header["reserved"]) and header["reserved0"] == 0, "reserved")
+    check_parameters(header)
 
     offset = ATTENTION_HEADER.itemsize
     ranges_count = num_items * num_queries if header["flags"] & EXPLICIT_RANGES else 0
+    num_segments = header["num_segments"]
     tables = num_items * ATTENTION_ITEM.itemsize + num_extents * GROUP_EXTENT.itemsize
+    tables += num_segments * DERIVED_SEGMENT.itemsize
     tables += ranges_count * TOKEN_RANGE.itemsize
     num_heads = num_kv_heads * group_size
     has_bias = bool(header["flags"] & LINEAR_BIAS)
@@ -175,11 +187,8 @@ def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
         offset += count * record.itemsize
         return found
 
-    items, extents, ranges = (
-        table(ATTENTION_ITEM, num_items),
-        table(GROUP_EXTENT, num_extents),
-        table(TOKEN_RANGE, ranges_count),
-    )
+    items, extents = table(ATTENTION_ITEM, num_items), table(GROUP_EXTENT, num_extents)
+    segments, ranges = table(DERIVED_SEGMENT, num_segments), table(TOKEN_RANGE, ranges_count)
     slopes, positions = table(_SLOPE, num_slopes), table(_POSITION, num_positions)
     _demand(bool(np.isfinite(slopes).all()), "slopes")
     per_head = pages_per_head(page_size, head_dim, dtype, group_tokens)
@@ -188,6 +197,7 @@ def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
     item_words, range_words = items.view(np.uint32), ranges.view(np.uint32)
     fault = _fault(item_words, extents.view(np.uint64), group_tokens, group_lbas, num_lbas)
     _demand(fault == NO_FAULT, _FAULTS[fault])
+    sparse = sparse_request(header, segments, items, extents, page_size, num_lbas)
     visible_start, visible_stop = (np.empty((num_items, num_queries), np.int64) for _ in range(2))
     _visibility(item_words, range_words, visible_start, visible_stop)
     return AttentionTables(
@@ -211,6 +221,7 @@ def check_tables(data: bytes, page_size: int, num_lbas: int) -> AttentionTables:
         visible_stop=visible_stop,
         alibi_slopes=slopes.copy(),  # a read-only array is another type to a kernel, compiled anew
         query_position=positions.astype(np.int64).reshape(-1, num_queries),
+        sparse=sparse,
     )
 
 

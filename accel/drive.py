@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from accel.admin_commands import AdminCommands
 from accel.attention_unit import AttentionUnit
 from accel.block_commands import BlockCommands
+from accel.drive_probes import DriveProbes
 from accel.page_cache import PageCache
+from accel.sealing import Sealing
 from accel.vendor_commands import VendorCommands
 from accel.workers import load_worker
 from ftl import errors as flash_errors
@@ -21,6 +23,7 @@ from ftl.geometry import Geometry
 from ftl.media import FlashMedia
 from ftl.media_location import LockedNamespace, create_media, lock_namespace, media_on, open_media
 from ftl.media_namespace import holds_flash
+from ftl.media_timed import TimedMedia
 from ftl.translation import CHECKPOINT_PAGES, CollectorOptions, FlashTranslationLayer
 from spdk_glue.controller import Controller
 from spdk_glue.transports.inproc import InprocTransport
@@ -83,12 +86,17 @@ class Drive:
         self._stack = stack
         self.ftl = ftl
         self.cache = PageCache(config.cache_bytes, ftl.page_size, ftl.geometry.num_pages)
-        self.attention_unit = AttentionUnit(ftl, self.cache, load_worker(config.worker), config.worker_count)
+        self.probes = DriveProbes(*getattr(ftl.media, "probes", ()))
+        self.attention_unit = AttentionUnit(
+            ftl, self.cache, load_worker(config.worker), config.worker_count, self.probes
+        )
         stack.callback(self.attention_unit.close)
-        admin = AdminCommands(ftl, self.attention_unit, self.cache, config.worker)
-        blocks = BlockCommands(ftl)
+        self.sealing = Sealing(ftl, in_background=config.num_command_threads > 0)
+        stack.callback(self.sealing.close)
+        admin = AdminCommands(ftl, self.attention_unit, self.cache, config.worker, self.probes.all)
+        blocks = BlockCommands(ftl, self.probes)
         self.controller = controller = Controller(
-            {**blocks.handlers(), **VendorCommands(self.attention_unit, ftl).handlers()},
+            {**blocks.handlers(), **VendorCommands(self.attention_unit, self.sealing).handlers()},
             admin.handlers(),
             blocks.batch_handlers(),
         )
@@ -139,7 +147,7 @@ class Drive:
         with ExitStack() as stack:
             stack.callback(media.close)
             ftl = FlashTranslationLayer.open(
-                media,
+                TimedMedia(media),
                 config.collector,
                 background=config.num_command_threads > 0,
                 checkpoint_pages=config.checkpoint_pages,

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from accel.block_commands import flash_errors_as_status
+from accel.page_cache import PageCache
 from ftl.check import Finding
 from ftl.mapping import PAGE_NONE
+from ftl.page_writer import GC_STREAM
 from ftl.provisioning import spare_left
 from ftl.superblocks import State
 from ftl.translation import FlashTranslationLayer
@@ -25,6 +27,7 @@ from spdk_glue.identify import (
     MAX_FINDINGS,
     NOT_GIVEN,
     SMART_LOG,
+    STREAM_COLLECTED,
     SUPERBLOCK_RECORD,
     WARNING_READ_ONLY,
     WARNING_SPARE,
@@ -41,8 +44,9 @@ LBAS_AT_ONCE = 1 << 16
 class FlashCommands:
     """Get LBA Status and FLASH_MAINTENANCE, and the log pages of the flash by their identifiers."""
 
-    def __init__(self, ftl: FlashTranslationLayer):
+    def __init__(self, ftl: FlashTranslationLayer, cache: PageCache):
         self._ftl = ftl
+        self._cache = cache
         self._findings: list[Finding] = []  # of the latest check
 
     def handlers(self) -> dict[int, Handler]:
@@ -98,6 +102,7 @@ class FlashCommands:
             Maintenance.COLLECT: lambda limit: self._ftl.collect(limit or None),
             Maintenance.RENEW: lambda limit: self._ftl.renew(),
             Maintenance.CHECK: lambda limit: self._check(),
+            Maintenance.DROP_CACHE: lambda limit: self._cache.clear(),
         }
         for request in requests:
             action = actions.get(request.cdw10)
@@ -179,6 +184,7 @@ class FlashCommands:
         record["capacity_pages"] = found.capacity
         record["erase_count"] = found.erase_counts
         record["newest_program_number"] = found.newest
+        record["stream"] = np.where(found.stream == GC_STREAM, STREAM_COLLECTED, found.stream + 1)
         return record
 
     def _flash_check(self) -> np.ndarray:

@@ -17,6 +17,9 @@ In a loop no line qualifies, since every protected line is used once a round: wh
 hit. When decoding moves on, what was protected falls idle and the new lines have its slots in their second
 round. A scan that is not repeated changes nothing but probation.
 
+What sparse attention reads of every token has priority: a line of it stands for several of tokens' own pages,
+so it takes a place, and keeps its own, as if it was used so many times as often.
+
 Keys are physical pages: what they hold cannot change until the erase that `drop` announces.
 """
 
@@ -37,11 +40,14 @@ HAND_STEPS = 8  # slots looked at for an idle line per line that comes back
 # insertion: Qureshi et al., ISCA 2007).
 BIMODAL = 32
 
+PRIORITY = 7  # lines of tokens that a line of sketches stands for: 64 / 9
+
 # Columns of the slot table. _USED: when the line was acquired last. _MISSED: when it was missed, and at which
 # of its pages: (time, strangers, page) in bits. A line may have pages of several layers or sequences, and that
 # another one wants its own part soon afterwards is no reuse. Such strangers are counted: after so many of them
 # without the page it is out of use, and theirs is remembered.
-_LINE, _PINS, _USED, _PROTECTED, _VALID, _MISSED = range(6)
+_LINE, _PINS, _USED, _PROTECTED, _VALID, _MISSED, _PRIORITY = range(7)
+NUM_COLUMNS = 7
 PAGE_BITS, STRANGER_BITS = 6, 3
 MAX_STRANGERS = (1 << STRANGER_BITS) - 1
 # Entries of the state: acquires so far, lines missed so far, slots with pins, the hand, front and length of
@@ -73,20 +79,30 @@ def _pop_probation(slots, probation, state):
 
 
 @njit(nogil=True, cache=True)
-def _find_protected(slots, state, idle_since, num_steps):
-    """A protected, unpinned slot unused since `idle_since`, if the hand meets one in num_steps; or NONE."""
+def _find_protected(slots, state, away, has_priority, num_steps):
+    """A protected, unpinned slot that is idle for longer than a line was away, if the hand meets one in
+    num_steps; or NONE. A priority multiplies one of the times."""
     for _ in range(num_steps):
         slot = state[_HAND]
         state[_HAND] = slot + 1 if slot + 1 < len(slots) else 0
-        if slots[slot, _PROTECTED] and slots[slot, _PINS] == 0 and slots[slot, _USED] < idle_since:
+        if not slots[slot, _PROTECTED] or slots[slot, _PINS]:
+            continue
+        idle, longer = state[_NOW] - slots[slot, _USED], away
+        if slots[slot, _PRIORITY] < has_priority:
+            idle *= PRIORITY
+        elif slots[slot, _PRIORITY] > has_priority:
+            longer *= PRIORITY
+        if idle > longer:
             return slot
     return NONE
 
 
 @njit(nogil=True, cache=True)
-def _take_slot(slots, probation, state, index, away_since):
+def _take_slot(slots, probation, state, index, away_since, has_priority):
     """A slot for a line that is away since then (0: for ever). Not all slots are pinned."""
-    idle = _find_protected(slots, state, away_since, HAND_STEPS) if away_since else NONE
+    idle = NONE
+    if away_since:
+        idle = _find_protected(slots, state, state[_NOW] - away_since, has_priority, HAND_STEPS)
     # probation has more than its share when slots are empty, or were pinned in large numbers
     is_large = state[_LENGTH] > max(1, len(slots) // PROBATION_SHARE)
     slot = _pop_probation(slots, probation, state) if is_large or idle == NONE else NONE
@@ -96,22 +112,23 @@ def _take_slot(slots, probation, state, index, away_since):
     elif idle != NONE:
         slot = idle
     else:
-        slot = _find_protected(slots, state, state[_NOW] + 1, len(slots))
+        slot = _find_protected(slots, state, -1, 0, len(slots))
     if slots[slot, _LINE] != NONE:
         index[slots[slot, _LINE]] = -slots[slot, _MISSED]
     slots[slot, _PROTECTED] = protect
+    slots[slot, _PRIORITY] = has_priority
     if not protect:
         _push_probation(probation, state, slot)
     return slot
 
 
 @njit(nogil=True, cache=True)
-def _bring_in(slots, probation, state, index, line, page):
+def _bring_in(slots, probation, state, index, line, page, has_priority):
     """Give a line a slot with no page valid. page: the first one wanted, counted in the line."""
     missed = -index[line]
     is_same_page = missed & ((1 << PAGE_BITS) - 1) == page
     missed_at = missed >> (PAGE_BITS + STRANGER_BITS)
-    slot = _take_slot(slots, probation, state, index, missed_at if is_same_page else 0)
+    slot = _take_slot(slots, probation, state, index, missed_at if is_same_page else 0, has_priority)
     state[_MISSES] += 1
     if missed == 0 or is_same_page or missed >> PAGE_BITS & MAX_STRANGERS == MAX_STRANGERS:
         missed = state[_NOW] << (PAGE_BITS + STRANGER_BITS) | page
@@ -150,7 +167,18 @@ def _release(slots, state, index, line_shift, pages):
 
 @njit(nogil=True, cache=True)
 def _acquire(
-    slots, probation, state, index, line_shift, page_size, arena, pages, max_lines, addresses, missing
+    slots,
+    probation,
+    state,
+    index,
+    line_shift,
+    page_size,
+    arena,
+    pages,
+    max_lines,
+    has_priority,
+    addresses,
+    missing,
 ):
     """Pin every page; number of missing ones (their positions in `missing`), or why none is pinned: NONE if
     slots ran out, TOO_MANY_LINES."""
@@ -206,7 +234,7 @@ def _acquire(
         if index[line] <= -WANTED:
             index[line] += WANTED
             if not failure:
-                _bring_in(slots, probation, state, index, line, bit)
+                _bring_in(slots, probation, state, index, line, bit, has_priority)
         if not failure:
             slot = index[line] - 1
             state[_PINNED] += slots[slot, _PINS] == 0
@@ -259,6 +287,23 @@ def _acquire_resident(
 
 
 @njit(nogil=True, cache=True)
+def _are_here(slots, index, line_shift, pages):
+    """Whether all are valid; of no consequence to what is evicted."""
+    first = 0
+    while first < len(pages):
+        stop = _run_in_line(pages, first, line_shift)
+        line = pages[first] >> line_shift
+        slot = index[line] - 1
+        if slot < 0:
+            return False
+        wanted = ((np.int64(1) << (stop - first)) - 1) << (pages[first] - (line << line_shift))
+        if slots[slot, _VALID] & wanted != wanted:
+            return False
+        first = stop
+    return True
+
+
+@njit(nogil=True, cache=True)
 def _mark_valid(slots, index, line_shift, pages):
     for page in pages:
         line = page >> line_shift
@@ -295,9 +340,13 @@ def _drop(slots, probation, state, index, line_shift, first_page, stop_page):
 
 @njit(nogil=True, cache=True)
 def _clear(slots, probation, state, index):
+    """How many lines were forgotten."""
+    count = 0
     for slot in range(len(slots)):
         if slots[slot, _LINE] != NONE and slots[slot, _PINS] == 0:
             _forget(slots, probation, state, index, slot)
+            count += 1
+    return count
     for line in range(len(index)):
         index[line] = max(index[line], 0)
 
@@ -316,7 +365,7 @@ class PageCache:
         self._arena = dma.allocate(self.capacity_bytes)
         self._arena_address = np.uint64(dma.address_of(self._arena))
         self._index = np.zeros(-(-num_pages // self.line_pages), np.int64)
-        self._slots = np.zeros((self.num_lines, 6), np.int64)
+        self._slots = np.zeros((self.num_lines, NUM_COLUMNS), np.int64)
         self._slots[:, _LINE] = NONE
         self._probation = np.arange(self.num_lines)  # a ring
         self._state = np.array([0, 0, 0, 0, 0, self.num_lines], np.int64)
@@ -326,13 +375,16 @@ class PageCache:
     def bytes_used(self) -> int:
         return int((self._slots[:, _LINE] != NONE).sum()) * self.line_pages * self.page_size
 
-    def acquire(self, pages: np.ndarray, max_lines: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def acquire(
+        self, pages: np.ndarray, max_lines: int | None = None, has_priority: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Pin physical pages, int64 [n]: (addresses uint64 [n], positions int64 of those to be read).
 
         Blocks while other holders pin too much. The caller reads the missing ones to their addresses,
         calls `mark_valid` on them, and later `release` on all.
 
-        Raises MemoryError, with nothing pinned, if they lie in more than max_lines (None: the cache's) lines.
+        has_priority: of lines that are not here yet. Raises MemoryError, with nothing pinned, if the pages lie
+        in more than max_lines (None: the cache's) lines.
         """
         max_lines = self.num_lines if max_lines is None else max_lines
         addresses = np.empty(len(pages), np.uint64)
@@ -349,6 +401,7 @@ class PageCache:
                     self._arena_address,
                     pages,
                     max_lines,
+                    int(has_priority),
                     addresses,
                     missing,
                 )
@@ -388,6 +441,19 @@ class PageCache:
                 addresses,
             )
 
+    def acquire_if_here(self, pages: np.ndarray, max_lines: int) -> np.ndarray | None:
+        """Pin physical pages, int64 [n], and give their addresses, if all are here, in max_lines lines at most.
+
+        Never blocks. None: nothing is pinned, and no page counts as used.
+        """
+        with self._changed:
+            if not _are_here(self._slots, self._index, self._line_shift, pages):
+                return None
+            try:
+                return self.acquire(pages, max_lines)[0]
+            except MemoryError:
+                return None
+
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""
         with self._changed:
@@ -411,7 +477,7 @@ class PageCache:
                 first_page + num_pages,
             )
 
-    def clear(self) -> None:
-        """Forget everything that is not pinned (benchmarks start cold with it)."""
+    def clear(self) -> int:
+        """Forget everything that is not pinned (benchmarks start cold with it); how many lines that were."""
         with self._changed:
-            _clear(self._slots, self._probation, self._state, self._index)
+            return _clear(self._slots, self._probation, self._state, self._index)

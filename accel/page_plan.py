@@ -4,12 +4,13 @@ A unit is one (item, KV head) over a run of token groups: the piece of work a ke
 are ordered by item, then run, then head, which is the order in which spilled pages lie on the flash.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 
 from accel.descriptor import AttentionTables
+from accel.workers import AttentionBatch
 
 UNIT_TOKENS = 2048  # long enough to amortise a kernel call, short enough to split between workers
 
@@ -41,6 +42,23 @@ class PagePlan:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in vars(self).values())
+
+    def batch(self, addresses: np.ndarray, **command) -> AttentionBatch:
+        """What a worker computes over these pages.
+
+        addresses: uint64 [2, num_pages], where those of K and of V lie, filled before it is computed
+        command: the fields that are not of pages
+        """
+        return AttentionBatch(
+            key_pages=addresses[0],
+            value_pages=addresses[1],
+            page_first_token=self.page_first_token,
+            page_num_tokens=self.page_num_tokens,
+            unit_first_page=self.unit_first_page,
+            unit_item=self.unit_item,
+            unit_kv_head=self.unit_kv_head,
+            **command,
+        )
 
 
 @njit(nogil=True, cache=True)
@@ -175,14 +193,33 @@ def plan_units(
 
 def plan_pages(tables: AttentionTables, max_unit_pages: int) -> PagePlan:
     """The pages that a command's queries see in layer 0, by logical address."""
+    start, stop = visible_tokens(tables)
+    return plan_tokens(tables, np.arange(len(tables.items)), start, stop, max_unit_pages)
+
+
+def visible_tokens(tables: AttentionTables) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [num_items], twice: from the first to behind the last token that any of an item's queries sees."""
     # what no extent names cannot be read; descriptor.check_tables holds num_tokens to the extents' end
-    first_group = tables.items["first_group"].astype(np.int64)
-    start = np.maximum(tables.visible_start.min(axis=1), first_group * tables.group_tokens)
-    return plan_units(
-        start,
-        tables.visible_stop.max(axis=1),
-        tables.items["first_extent"].astype(np.int64),
-        first_group,
+    first_token = tables.items["first_group"].astype(np.int64) * tables.group_tokens
+    return np.maximum(tables.visible_start.min(axis=1), first_token), tables.visible_stop.max(axis=1)
+
+
+def plan_tokens(
+    tables: AttentionTables,
+    item: np.ndarray,
+    token_start: np.ndarray,
+    token_stop: np.ndarray,
+    max_unit_pages: int,
+) -> PagePlan:
+    """The pages of layer 0 that hold the tokens [token_start[i], token_stop[i]) of item[i], for every i.
+
+    All int64 [num_ranges]. Units of one item are neighbours where its ranges are.
+    """
+    plan = plan_units(
+        token_start,
+        token_stop,
+        tables.items["first_extent"].astype(np.int64)[item],
+        tables.items["first_group"].astype(np.int64)[item],
         tables.extents["base_lba"].astype(np.int64),
         tables.extents["num_groups"].astype(np.int64),
         group_pages=tables.group_lbas,
@@ -193,3 +230,24 @@ def plan_pages(tables: AttentionTables, max_unit_pages: int) -> PagePlan:
         group_tokens=tables.group_tokens,
         max_unit_pages=max_unit_pages,
     )
+    return replace(plan, unit_item=item.astype(np.int32)[plan.unit_item])
+
+
+def units_of_plan(plan: PagePlan, units: np.ndarray) -> PagePlan:
+    """Some units of a plan. units: int64, ascending"""
+    first, stop = plan.unit_first_page[units], plan.unit_first_page[units + 1]
+    pages = runs(first, stop - first)
+    return PagePlan(
+        lbas=plan.lbas[:, pages],
+        page_first_token=plan.page_first_token[pages],
+        page_num_tokens=plan.page_num_tokens[pages],
+        unit_first_page=np.concatenate([[0], np.cumsum(stop - first)]),
+        unit_item=plan.unit_item[units],
+        unit_kv_head=plan.unit_kv_head[units],
+    )
+
+
+def runs(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """int64: count[0] numbers from first[0] on, then count[1] from first[1] on, and so forth."""
+    stop = np.cumsum(count)
+    return np.repeat(first - (stop - count), count) + np.arange(stop[-1] if len(stop) else 0)

@@ -9,27 +9,28 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from accel.attention_job import INLINE_BYTES, Engine
+from accel.attention_job import INLINE_BYTES
 from accel.attention_work import AttentionWork, DescriptorReader, attention_batch
 from accel.merge import merge_units_into
-from accel.workers import UnitRange
+from accel.page_job import Engine
+from accel.workers import UnitRange, WorkerCounts
 from ftl.errors import FlashError
-from spdk_glue import dma
 from spdk_glue.status import CommandFailed
-from spdk_glue.vendor_command import ANSWER_HEADER, record_struct
+from spdk_glue.vendor_command import ANSWER_HEADER, ATTENTION_VERSION, record_struct
 
 _HEADER = record_struct(ANSWER_HEADER)
+Counts = tuple[int, int, int, int]  # items, pages, nanoseconds of kernels and of the command
 
 
 class ResidentCommand:
     """What one command over a plan's pages fills."""
 
-    def __init__(self, work: AttentionWork):
+    def __init__(self, work: AttentionWork, counts: WorkerCounts):
         tables, plan = work.tables, work.plan
         self.lbas = plan.lbas.reshape(-1)
         self.pages = np.empty(len(self.lbas), np.int64)
         self.addresses = np.empty(len(self.lbas), np.uint64)
-        self.batch = attention_batch(work, self.addresses.reshape(2, -1))
+        self.batch = attention_batch(work, plan, self.addresses.reshape(2, -1), counts)
         shape = (plan.num_units, tables.visible_start.shape[1], tables.group_size)
         self.out = np.empty((*shape, tables.head_dim), np.float32)
         self.lse = np.empty(shape, np.float32)
@@ -41,41 +42,46 @@ class ResidentAttention:
     def __init__(self, engine: Engine, descriptors: DescriptorReader):
         self._engine = engine
         self._descriptors = descriptors
-        self._max_lines = engine.span_lines
+        self._max_lines = engine.span_lines()
         self._max_pages = engine.resident_pages
 
-    def attend(self, data: np.ndarray, answer: np.ndarray) -> tuple[int, int, int, int] | None:
-        """Fill a descriptor's answer, uint8 of its exact length: (items, pages, kernel ns, command ns).
+    def attend(self, data: np.ndarray, answer: np.ndarray, max_bytes: int | None = None) -> Counts | None:
+        """Fill a descriptor's answer, uint8 of its exact length.
 
-        None, with nothing done, if a page is not there or anything is wrong: the long way tells what.
+        max_bytes: of the pages that it reads. None, with nothing done, if there are more, a page is not there
+        or anything is wrong: the long way tells what.
         """
         started = perf_counter_ns()
         try:
             work = self._descriptors.read(data)
         except CommandFailed:
             return None
+        if work.sparse is not None or (max_bytes is not None and self._bytes_of(work) > max_bytes):
+            return None
         return self._attend(work, answer, started)
 
-    def attend_small(self, work: AttentionWork, answer: np.ndarray) -> tuple[int, int, int, int] | None:
+    def attend_small(self, work: AttentionWork) -> tuple[np.ndarray, Counts] | None:
         """As `attend`, of what is computed on the caller's thread anyway; None for all else."""
-        if 2 * work.plan.num_pages * self._engine.ftl.page_size > INLINE_BYTES:
+        if work.sparse is not None or self._bytes_of(work) > INLINE_BYTES:
             return None
-        return self._attend(work, answer, perf_counter_ns())
+        answer = np.empty(work.tables.answer_bytes, np.uint8)
+        done = self._attend(work, answer, perf_counter_ns())
+        return None if done is None else (answer, done)
 
-    def _attend(
-        self, work: AttentionWork, answer: np.ndarray, started: int
-    ) -> tuple[int, int, int, int] | None:
+    def _bytes_of(self, work: AttentionWork) -> int:
+        return 2 * work.plan.num_pages * self._engine.ftl.page_size
+
+    def _attend(self, work: AttentionWork, answer: np.ndarray, started: int) -> Counts | None:
         tables, plan = work.tables, work.plan
-        if (
-            answer.nbytes != tables.answer_bytes
-            or dma.address_of(answer) % 4
-            or 2 * plan.num_pages > self._max_pages
-        ):
+        if answer.nbytes != tables.answer_bytes or 2 * plan.num_pages > self._max_pages:
+            return None
+        values = answer[_HEADER.size :].view(np.float32)
+        if not values.flags.aligned:
             return None
         try:
             command = work.idle.pop()
         except IndexError:
-            command = ResidentCommand(work)
+            command = ResidentCommand(work, self._engine.counts)
         lba_offset = work.layer * tables.layer_lbas
 
         def pin(entries: np.ndarray) -> bool:
@@ -83,6 +89,7 @@ class ResidentAttention:
                 entries, command.lbas, lba_offset, self._max_lines, command.pages, command.addresses
             )
 
+        resolving = perf_counter_ns()
         try:
             guard = self._engine.ftl.begin_read(pin)
         except FlashError:
@@ -90,6 +97,7 @@ class ResidentAttention:
         if guard is None:
             work.idle.append(command)
             return None
+        self._engine.probes.resolve.since(resolving)
         try:
             command.batch.queries = work.queries
             kernel_ns = self._compute(command, plan)
@@ -98,13 +106,14 @@ class ResidentAttention:
         finally:
             self._engine.cache.release(command.pages)
             self._engine.ftl.end_read(guard)
-        values = answer[_HEADER.size :].view(np.float32)
         out = values[: work.queries.size].reshape(work.queries.shape)
         lse = values[work.queries.size :].reshape(out.shape[:-1])
         merge_units_into(command.out, command.lse, plan.unit_item, plan.unit_kv_head, out, lse)
-        command_ns = perf_counter_ns() - started
+        ended = perf_counter_ns()
+        self._engine.probes.command.between(started, ended)
+        command_ns = ended - started
         num_pages = len(command.pages)
-        _HEADER.pack_into(answer, 0, 1, 0, 0, num_pages, kernel_ns, command_ns)
+        _HEADER.pack_into(answer, 0, ATTENTION_VERSION, 0, 0, num_pages, kernel_ns, command_ns, 0, 0, 0, 0)
         work.idle.append(command)
         return len(tables.items), num_pages, kernel_ns, command_ns
 
@@ -134,4 +143,6 @@ class ResidentAttention:
     def _attend_units(self, command: ResidentCommand, units: UnitRange) -> int:
         started = perf_counter_ns()
         self._engine.worker.attend_units(command.batch, units, command.out, command.lse)
-        return perf_counter_ns() - started
+        ended = perf_counter_ns()
+        self._engine.probes.kernel.between(started, ended)
+        return ended - started

@@ -12,8 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 from accel.workers import UnitRange
+from spdk_glue.probes import Probe
+from spdk_glue.request_id import current
 
 
 @dataclass
@@ -21,14 +24,18 @@ class _Work:
     units: UnitRange
     compute: Callable[[UnitRange], None]
     ended: Callable[[], None]
+    ready_ns: int
+    request: int | None
     num_threads: int = 0  # at work on it
 
 
 class WorkerPool:
     """A fixed number of threads. `submit` never blocks: whoever submits bounds what is under way."""
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int, waited: Probe | None = None):
+        """waited: told how long work was ready before a thread took it."""
         self.num_workers = num_workers
+        self._waited = waited or Probe("queue", "worker_wait", is_wait=True)
         self._waiting: deque[_Work] = deque()
         self._closed = False
         self._changed = threading.Condition(threading.Lock())
@@ -53,7 +60,7 @@ class WorkerPool:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the worker pool is closed")
-            self._waiting.append(_Work(units, compute, ended))
+            self._waiting.append(_Work(units, compute, ended, perf_counter_ns(), current.request))
             self._changed.notify(min(self.num_workers, len(units)))
 
     def _next(self) -> _Work | None:
@@ -76,6 +83,8 @@ class WorkerPool:
                 if work is None:
                     return
                 work.num_threads += 1
+            current.request = work.request
+            self._waited.since(work.ready_ns)
             work.compute(work.units)
             with self._changed:
                 work.num_threads -= 1

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from accel.workers import vector_ir as v
-from accel.workers.vector_ir import BFLOAT16, FLOAT8, FLOAT8_FACTOR, I64, ITEM_BITS, QUANTIZED
+from accel.workers.vector_ir import BFLOAT16, FLOAT8, FLOAT8_FACTOR, I64, ITEM_BITS, QUANTIZED, SKETCH
 
 CACHE_LINE = 64
 TILE_HEADS, TILE_HEADS_MANY_REGISTERS = 4, 8  # a row widened once serves this many heads
@@ -85,6 +85,8 @@ class Shape:
 
     def load_row(self, builder, row, chunk: int):
         """The `chunk`-th vector of a row, widened, or its codes; see load_pairs for its channels."""
+        if self.dtype == SKETCH:
+            return v.load_sketch(builder, row, chunk * self.lanes, self.lanes)
         if self.is_quantized:
             first = chunk * self.lanes
             return v.load_codes(builder, row, first, self.dtype, self.lanes, bool(self.converts_half))
@@ -128,6 +130,24 @@ def _shape(literals) -> Shape | None:
 
 def _at(builder: ir.IRBuilder, base, index, size: int):
     return builder.add(base, builder.mul(index, ir.Constant(I64, size)))
+
+
+@intrinsic
+def align_frame(typingctx):
+    """Have the function that calls this begin its stack frame at a cache line.
+
+    LLVM keeps vectors there that have no register. It would keep them wherever the caller's stack happens to
+    end: with each of 64 bytes in two lines a kernel takes an eighth longer, in one process or call and not in
+    another.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        attributes = builder.function.attributes
+        attributes.add("nounwind")  # no function of numba's does; llvmlite writes alignstack beside others only
+        attributes.alignstack = CACHE_LINE
+        return context.get_dummy_value()
+
+    return types.none(), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -30,6 +30,7 @@ from accel.workers import (
 )
 from accel.workers.micro_kernels import (
     add_block,
+    align_frame,
     cap_scores,
     fill_rows,
     load_pairs,
@@ -72,7 +73,7 @@ def block_tokens(dtype: str, head_dim: int, num_queries: int) -> int:
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _take_rows(
-    key_pages, value_pages, page_first_token, page_num_tokens,
+    key_pages, value_pages, page_first_token, page_first_row, page_num_tokens,
     page, row, stop_page, start, stop, row_bytes, limit, lists_at, list_bytes, of_one_page,
 ):  # fmt: skip
     """Lists the next rows that lie in [start, stop), at most `limit`: addresses of K and V, positions.
@@ -87,6 +88,8 @@ def _take_rows(
     while page < stop_page and count < (1 if of_one_page else limit):
         origin = page_first_token[page]
         first = max(np.int64(row), start - origin)
+        if len(page_first_row):
+            first = max(first, np.int64(page_first_row[page]))
         behind = min(np.int64(page_num_tokens[page]), stop - origin)
         num = min(behind - first, limit - count)
         if num > 0:
@@ -175,8 +178,9 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
 
     @njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
     def attend(
-        key_pages, value_pages, page_first_token, page_num_tokens, unit_first_page, unit_item, unit_kv_head,
-        queries, visible_start, visible_stop, scale, softcap, slopes, query_position, scales_offset,
+        key_pages, value_pages, page_first_token, page_first_row, page_num_tokens,
+        unit_first_page, unit_item, unit_kv_head, queries, visible_start, visible_stop,
+        scale, softcap, slopes, query_position, scales_offset,
         next_unit, stop_unit, rows, scratch, out, lse,
     ):  # fmt: skip
         # rows: int64 [3 blocks, 3 lists, block + PAD]: the block at work, the next one, a query's selection.
@@ -184,6 +188,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
         # factor [width], sums [heads, head_dim]; then a query's heads scaled for a quantized page.
         # Returns NO_PAGE, or twice the index of the page with bad scales, plus 1 if they are of values.
         emitters  # noqa: B018 - makes it part of the key
+        align_frame()
         num_queries = queries.shape[1]
         list_bytes = 8 * rows.shape[2]
         limit = rows.shape[2] - PAD
@@ -222,7 +227,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                 next_count = np.int64(0)
                 if count > 0:
                     page, row, next_count, next_lowest, next_highest, next_taken = _take_rows(
-                        key_pages, value_pages, page_first_token, page_num_tokens,
+                        key_pages, value_pages, page_first_token, page_first_row, page_num_tokens,
                         page, row, unit_first_page[unit + 1], start, stop, np.int64(row_bytes), limit,
                         next_at, list_bytes, is_quantized,
                     )  # fmt: skip
@@ -232,7 +237,7 @@ def _kernel(dtype: int, head_dim: int, heads: int, lanes: int, accumulators: int
                     if following < stop_unit:
                         start, stop = _seen_by_any(visible_start, visible_stop, unit_item[following])
                         page, row, next_count, next_lowest, next_highest, next_taken = _take_rows(
-                            key_pages, value_pages, page_first_token, page_num_tokens,
+                            key_pages, value_pages, page_first_token, page_first_row, page_num_tokens,
                             unit_first_page[following], np.int64(0), unit_first_page[following + 1],
                             start, stop, np.int64(row_bytes), limit, next_at, list_bytes, is_quantized,
                         )  # fmt: skip
@@ -365,6 +370,7 @@ def attend_units(
         batch.key_pages,
         batch.value_pages,
         batch.page_first_token,
+        batch.page_first_row,
         batch.page_num_tokens,
         batch.unit_first_page,
         batch.unit_item,

@@ -83,10 +83,13 @@ def attend_units(batch: AttentionBatch, units: UnitRange, out: np.ndarray, lse: 
         values = _rows(batch, pages, counts, of_values=True)
         first_rows = np.cumsum(counts) - counts
         positions = np.repeat(batch.page_first_token[pages] - first_rows, counts) + np.arange(len(keys))
+        in_use = np.ones(len(keys), bool)
+        if len(batch.page_first_row):
+            in_use = positions >= np.repeat(batch.page_first_token[pages] + batch.page_first_row[pages], counts)
         item = batch.unit_item[unit]
         first_head = batch.unit_kv_head[unit] * batch.group_size
         for query in range(batch.queries.shape[1]):
-            seen = positions >= batch.visible_start[item, query]
+            seen = in_use & (positions >= batch.visible_start[item, query])
             seen &= positions < batch.visible_stop[item, query]
             of_group = slice(first_head, first_head + batch.group_size)
             heads = batch.queries[item, query, of_group].astype(np.float64)

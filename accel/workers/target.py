@@ -48,3 +48,21 @@ def host_target_name() -> str:
         PORTABLE: "portable, no half-precision instructions",
     }
     return names[host_target()]
+
+
+@cache
+def can_permute(lanes: int) -> bool:
+    """Whether this machine's CPU picks lanes of a vector of floats by an index."""
+    if host_target() is NEON:
+        return False
+    features = llvmlite.binding.get_host_cpu_features()
+    return bool(features.get({16: "avx512f", 8: "avx2"}.get(lanes, ""), False))
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether this machine's CPU adds up products of bytes, and shifts and looks up bytes of a whole vector."""
+    if host_target() is not AVX512:
+        return False
+    features = llvmlite.binding.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx512vnni", "avx512vbmi"))

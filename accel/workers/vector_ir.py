@@ -10,11 +10,14 @@ from collections.abc import Callable
 from llvmlite import ir
 from numba.core import cgutils
 
+from accel.sketch import codebook
+from accel.workers.target import can_permute
 from spdk_glue import vendor_command
 from spdk_glue.vendor_command import KvDtype
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT8, INT8, INT4 = (int(dtype) for dtype in KvDtype)
-ITEM_BITS = tuple(vendor_command.ITEM_BITS[dtype] for dtype in KvDtype)
+SKETCH = len(KvDtype)  # rows of 2-bit codes, see accel/sketch; no type of rows in token-major pages
+ITEM_BITS = (*(vendor_command.ITEM_BITS[dtype] for dtype in KvDtype), 2)
 QUANTIZED = tuple(int(dtype) for dtype in vendor_command.QUANTIZED)
 FLOAT8_FACTOR = 2.0**8  # what `load_codes` of float8 is short of
 
@@ -108,6 +111,87 @@ def load_codes(builder: ir.IRBuilder, address, first: int, dtype: int, lanes: in
     return _half_bits_to_float(builder, builder.zext(half, vector(I32, lanes)))
 
 
+def load_bits(builder: ir.IRBuilder, address, first: int, bits: int, lanes: int):
+    """int32 lanes whose low `bits` (2 or 4) are a row's codes from channel `first` on; the others are not zero.
+
+    Codes are a bit string in the order of channels. Words of 32 bits are read whole, also a row's last.
+    """
+    per_word = 32 // bits
+    words = [first // per_word + place for place in range(max(1, lanes // per_word))]
+    loaded = load(builder, address, 4 * words[0], vector(I32, len(words)), align=1)
+    codes_per_word = lanes // len(words)
+    spread = shuffle(builder, loaded, loaded, [lane // codes_per_word for lane in range(lanes)])
+    place = first % per_word
+    shifts = [bits * (place + lane % codes_per_word) for lane in range(lanes)]
+    return builder.lshr(spread, ir.Constant(vector(I32, lanes), shifts))
+
+
+def _permute(builder: ir.IRBuilder, table: list[float], index):
+    """float32 lanes table[index mod len(table)] by the CPU's permutations; see can_permute."""
+    lanes = index.type.count
+    table = table * max(1, lanes // len(table))
+    parts = [
+        ir.Constant(vector(F32, lanes), table[first : first + lanes]) for first in range(0, len(table), lanes)
+    ]
+    if lanes == 8:
+        name, arguments = "llvm.x86.avx2.permps", [[part, index] for part in parts]
+    elif len(parts) == 1:
+        name, arguments = "llvm.x86.avx512.permvar.sf.512", [[parts[0], index]]
+    else:
+        name, arguments = "llvm.x86.avx512.vpermi2var.ps.512", [[parts[0], index, parts[1]]]
+    signature = ir.FunctionType(vector(F32, lanes), [argument.type for argument in arguments[0]])
+    declared = cgutils.get_or_insert_function(builder.module, signature, name)
+    found = [builder.call(declared, each) for each in arguments]
+    bit = lanes
+    while len(found) > 1:
+        is_upper = builder.icmp_unsigned(
+            "!=",
+            builder.and_(index, splat_constant(bit, lanes, I32)),
+            splat_constant(0, lanes, I32),
+        )
+        found = [builder.select(is_upper, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+        bit *= 2
+    return found[0]
+
+
+def look_up(builder: ir.IRBuilder, table, index):
+    """float32 lanes table[index mod len(table)]; of 4 to 32 floats, a power of two."""
+    lanes = index.type.count
+    floats = [float(value) for value in table]
+    if can_permute(lanes):
+        return _permute(builder, floats, index)
+    kind = ir.ArrayType(F32, len(floats))
+    stored = cgutils.global_constant(builder, f"table{len(floats)}", ir.Constant(kind, floats))
+    index = builder.and_(index, splat_constant(len(floats) - 1, lanes, I32))
+    result = ir.Constant(vector(F32, lanes), ir.Undefined)
+    for lane in range(lanes):
+        place = ir.Constant(I32, lane)
+        at = builder.gep(stored, [ir.Constant(I32, 0), builder.extract_element(index, place)], inbounds=True)
+        result = builder.insert_element(result, builder.load(at), place)
+    return result
+
+
+def load_sketch(builder: ir.IRBuilder, address, first: int, lanes: int):
+    """Levels of 2-bit codes of a sketch's row, from channel `first` on."""
+    codes = load_bits(builder, address, first, 2, lanes)
+    if can_permute(lanes):
+        return look_up(builder, codebook.table_2(), codes)
+    small, large = (splat_constant(float(level), lanes) for level in codebook.LEVELS)
+    one, zero = splat_constant(1, lanes, I32), splat_constant(0, lanes, I32)
+    size = builder.select(builder.icmp_unsigned("==", builder.and_(codes, one), zero), small, large)
+    return negative_at_bit(builder, size, codes, 1)
+
+
+def negative_at_bit(builder: ir.IRBuilder, value, codes, bit: int):
+    """Lanes of value, negative where the bit of codes is set."""
+    integers = codes.type
+    sign = builder.and_(
+        builder.shl(codes, splat_constant(31 - bit, codes.type.count, I32)),
+        splat_constant(0x80000000, codes.type.count, I32),
+    )
+    return builder.bitcast(builder.or_(builder.bitcast(value, integers), sign), value.type)
+
+
 def widen_half_of_pairs(builder: ir.IRBuilder, pairs, high: bool):
     """float32 from the first or the second (`high`) bfloat16 of each 32-bit word."""
     lanes = pairs.type.count
@@ -153,6 +237,11 @@ def absolute(builder: ir.IRBuilder, x):
 def maximum(builder: ir.IRBuilder, a, b):
     """The larger lanes; b's where a is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def minimum(builder: ir.IRBuilder, a, b):
+    """The smaller lanes; b's where a is NaN."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 def shuffle(builder: ir.IRBuilder, a, b, lanes: list[int]):
