@@ -6,28 +6,36 @@ metadata that forgets them is durable, then `release` hands them on.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
 
 Extent = tuple[int, int]  # first LBA, number of LBAs
 
 
 class Allocator:
-    def __init__(self, first_lba: int, stop_lba: int, used: list[Extent]):
+    def __init__(self, first_lba: int, stop_lba: int, used: Sequence[Extent] | np.ndarray):
         """Free is what [first_lba, stop_lba) holds besides `used`. Raises ValueError on overlap."""
-        self._starts: list[int] = []
-        self._stops: list[int] = []
+        extents = np.asarray(used, np.int64).reshape(-1, 2)
+        extents = extents[np.argsort(extents[:, 0], kind="stable")]
+        # what is free lies between the end of one and the start of the next
+        starts = np.concatenate([[first_lba], extents.sum(1)])
+        stops = np.concatenate([extents[:, 0], [stop_lba]])
+        wrong = np.flatnonzero(stops < starts)
+        if len(wrong):
+            start = extents[max(0, wrong[0] - (wrong[0] == len(extents))), 0]
+            raise ValueError(f"extent at LBA {start} overlaps another or lies outside the data area")
+        is_free = stops > starts
+        self._starts: list[int] = starts[is_free].tolist()
+        self._stops: list[int] = stops[is_free].tolist()
         self._held: list[Extent] = []
         self._next = 0  # index of the extent that the last allocation came from
-        position = first_lba
-        for start, count in sorted(used):
-            if start < position or start + count > stop_lba:
-                raise ValueError(f"extent at LBA {start} overlaps another or lies outside the data area")
-            if start > position:
-                self._starts.append(position)
-                self._stops.append(start)
-            position = start + count
-        if position < stop_lba:
-            self._starts.append(position)
-            self._stops.append(stop_lba)
+
+    @classmethod
+    def of_free(cls, first_lba: int, stop_lba: int, free: Sequence[Extent]) -> "Allocator":
+        """One that knows what is free. Raises ValueError for what overlaps or lies outside."""
+        used = cls(first_lba, stop_lba, free).free_extents  # one's free extents are the other's used ones
+        return cls(first_lba, stop_lba, used)
 
     @property
     def free_lbas(self) -> int:

@@ -4,6 +4,7 @@ Whatever reaches its namespace will do; over a network that is nvme+tcp://, to a
 """
 
 from spdk_glue.identify import CAPABILITIES_SIGNATURE
+from spdk_glue.kvfs_drive import attention_of
 from spdk_glue.namespace import BlockNamespace, Transport
 from spdk_glue.reservation import Reservation
 
@@ -17,10 +18,11 @@ class AttachedDrive:
     """What a store uses of a drive: its transport. Owns the namespace, which is this host's alone meanwhile."""
 
     def __init__(self, namespace: BlockNamespace):
-        """Raises NamespaceReserved where another host has it, and closes the namespace then."""
+        """Closes the namespace where it raises: OtherAttentionVersion, or NamespaceReserved by another host."""
         self._namespace = namespace
         self._reservation = Reservation(namespace)
         try:
+            attention_of(namespace.controller)
             self._reservation.acquire()
         except BaseException:
             namespace.close()
@@ -39,7 +41,9 @@ class AttachedDrive:
         self._namespace.deallocate([(0, self._namespace.num_lbas)])
 
     def close(self) -> None:
+        """Without waiting for a target that is gone: it sees itself that this host is."""
         try:
-            self._reservation.release()
+            if self.transport.is_connected:
+                self._reservation.release()
         finally:
             self._namespace.close()

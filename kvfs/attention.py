@@ -5,6 +5,7 @@ all of them before it waits for one. `finish` ends it.
 """
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from kvfs.attention_scores import Scoring
 from kvfs.errors import InvalidArgument
 from kvfs.host_attention import attend_tails
 from kvfs.model import Model
+from kvfs.sparse import EVERYTHING, Reading
+from kvfs.sparse_segments import give_up_damaged, segments_of
 from spdk_glue.namespace import Namespace
-from spdk_glue.vendor_command import answer_bytes
+from spdk_glue.vendor_command import EXACT_IF_CACHED, answer_bytes
 
 State = tuple[np.ndarray, np.ndarray]  # (out, lse)
 Asked = tuple[np.ndarray | None, int | None]  # an answer, or the ticket that it comes by
@@ -48,24 +51,38 @@ class Attention:
         self._namespace = namespace
         self._worker = worker
         limits = namespace.attention
+        self.sparse_methods = int(limits["sparse_methods"])  # bit i: SparseMethod i
+        self._takes_exact = bool(limits["descriptor_flags"] & EXACT_IF_CACHED)
         self._max_items, self._max_queries = int(limits["max_items"]), int(limits["max_queries"])
         self._max_transfer_bytes = int(limits["max_transfer_bytes"])
 
     def call(
-        self, model: Model, layer, queries, sequences, starts, stops, scoring: Scoring, start: Start = at_once
+        self,
+        model: Model,
+        layer,
+        queries,
+        sequences,
+        starts,
+        stops,
+        scoring: Scoring,
+        start: Start = at_once,
+        reading: Reading = EVERYTHING,
     ) -> Call:
         """(out, lse) of checked arguments, in as many commands as the drive needs; see Store.attend."""
         limit = self._items_per_command(model, queries)
         if len(sequences) <= limit:
-            return (yield from self._command(model, layer, queries, sequences, starts, stops, scoring, start))
+            work = (model, layer, queries, sequences, starts, stops, scoring, start, reading)
+            return (yield from self._command(*work))
         answers = []
         for part in (slice(i, i + limit) for i in range(0, len(sequences), limit)):
             ranges = starts[part], stops[part], scoring.of_items(part)
-            command = self._command(model, layer, queries[part], sequences[part], *ranges, start)
+            command = self._command(model, layer, queries[part], sequences[part], *ranges, start, reading)
             answers.append(finish(command) if answers else (yield from command))
         return tuple(np.concatenate(column) for column in zip(*answers, strict=True))
 
-    def _command(self, model, layer, queries, sequences, starts, stops, scoring: Scoring, start: Start) -> Call:
+    def _command(
+        self, model, layer, queries, sequences, starts, stops, scoring: Scoring, start: Start, reading: Reading
+    ) -> Call:
         wire_queries, query_dtype = to_query(queries)
         tails = [sequence._layers[layer] for sequence in sequences]
         seen = [
@@ -77,14 +94,18 @@ class Attention:
         size = answer_bytes(*queries.shape)
         asked: Callable[[], Asked] | None = None
         if sees_flash or not sees_tail:
+            segments = segments_of(reading.sparse, sequences, seen, model.geometry.group_tokens)
             parts = [
-                DrivePart(sequence._groups, tail.num_spilled)
-                for sequence, tail in zip(sequences, tails, strict=True)
+                DrivePart(sequence._groups, tail.num_spilled, own)
+                for sequence, tail, own in zip(sequences, tails, segments, strict=True)
             ]
+            sparse = reading.sparse
+            if sparse is not None and not self._takes_exact:
+                sparse = replace(sparse, exact_if_cached=False)
             descriptor = build_descriptor(
-                model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scoring
+                model.layout, layer, wire_queries, query_dtype, parts, starts, stops, scoring, sparse
             )
-            asked = start(lambda: self._ask(descriptor, size))
+            asked = start(lambda: self._ask(descriptor, size, not sees_tail))
         try:
             yield
         except GeneratorExit:  # another drive has failed: nobody wants the answer any more
@@ -100,11 +121,15 @@ class Attention:
         answer, ticket = asked()
         if ticket is not None:
             answer = self._namespace.attention_fetch(ticket, size)
+        if reading.counts is not None:
+            reading.counts.add_answer(answer)
+        if reading.sparse is not None:
+            give_up_damaged(answer, sequences, segments)
         state = parse_answer(answer, queries.shape)
         return merge_states(*state, out, lse) if sees_tail else state
 
-    def _ask(self, descriptor: np.ndarray, size: int) -> Asked:
-        answer = self._namespace.attend_now(descriptor, size)
+    def _ask(self, descriptor: np.ndarray, size: int, may_wait: bool) -> Asked:
+        answer = self._namespace.attend_now(descriptor, size, may_wait)
         return answer, self._namespace.attention_submit(descriptor) if answer is None else None
 
     def _items_per_command(self, model: Model, queries: np.ndarray) -> int:
@@ -114,64 +139,3 @@ class Attention:
             raise InvalidArgument(f"at most {self._max_queries} queries, not {num_queries}")
         per_item = 8 * num_queries * num_heads * (head_dim + 1)
         return max(1, min(self._max_items, self._max_transfer_bytes // (2 * per_item)))
-
-
-def common_model(sequences, store) -> Model:
-    """The one model of the sequences of an attend call. Raises InvalidArgument if they do not go together."""
-    if not sequences:
-        raise InvalidArgument("attend needs at least one sequence")
-    for sequence in sequences:
-        if getattr(sequence, "_store", None) is not store:
-            raise InvalidArgument(f"{sequence!r} is not a sequence of this store")
-        sequence._check_usable()
-        if sequence.model is not sequences[0].model:
-            raise InvalidArgument(
-                f"one call attends over one model: {sequence.name!r} is of {sequence.model.name!r},"
-                f" {sequences[0].name!r} of {sequences[0].model.name!r}"
-            )
-    return sequences[0].model
-
-
-def range_array(token_ranges, num_sequences: int, num_queries: int) -> np.ndarray:
-    """int64 [num_sequences, num_queries, 2], a copy. Raises InvalidArgument for another shape or type."""
-    ranges = np.asarray(token_ranges)
-    if ranges.shape != (num_sequences, num_queries, 2) or ranges.dtype.kind not in "iu":
-        raise InvalidArgument(
-            f"token_ranges is integers of shape {(num_sequences, num_queries, 2)}, not {ranges.shape}"
-        )
-    return ranges.astype(np.int64)
-
-
-def visible(num_tokens: list[int], num_queries: int, causal: bool, token_ranges):
-    """Visible positions of each query: int64 [num_sequences, num_queries] starts and stops.
-
-    num_tokens: of the layer, in each sequence
-    """
-    limits = np.array(num_tokens, np.int64)[:, None]
-    if token_ranges is not None:
-        ranges = range_array(token_ranges, len(num_tokens), num_queries)
-        starts, stops = ranges[..., 0], ranges[..., 1]
-        if (starts < 0).any() or (stops > limits).any():
-            raise InvalidArgument(f"token_ranges lie within 0 and the layer's tokens ({int(limits.min())})")
-        return starts, stops
-    starts = np.zeros((len(num_tokens), num_queries), np.int64)
-    if not causal:
-        return starts, starts + limits
-    if num_queries > min(num_tokens):
-        raise InvalidArgument(f"{num_queries} causal queries over {min(num_tokens)} tokens")
-    return starts, limits - np.arange(num_queries - 1, -1, -1, dtype=np.int64)
-
-
-def windows(starts: np.ndarray, stops: np.ndarray, window: int | None, sink_tokens: int):
-    """The visible ranges under a sliding window, as one or two (starts, stops) that do not overlap.
-
-    Raises InvalidArgument.
-    """
-    for name, value, least in (("window", window, 1), ("sink_tokens", sink_tokens, 0)):
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
-            raise InvalidArgument(f"{name} is a whole number from {least} on, not {value!r}")
-    if window is None:
-        return [(starts, stops)]
-    recent = np.maximum(starts, stops - int(window)), stops
-    sinks = starts, np.minimum(starts + int(sink_tokens), recent[0])
-    return [recent, sinks] if (sinks[0] < sinks[1]).any() else [recent]

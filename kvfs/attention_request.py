@@ -1,35 +1,43 @@
 """Building one attention command: what the drive is asked, as the vendor command's records."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvfs.attention_scores import Scoring
+from kvfs.derived import DerivedSegment
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
+from kvfs.sparse import Sparse
 from spdk_glue.vendor_command import (
     ANSWER_HEADER,
     ATTENTION_HEADER,
     ATTENTION_ITEM,
     ATTENTION_MAGIC,
     ATTENTION_VERSION,
+    DERIVED_SEGMENT,
     DTYPE_OF_NAME,
+    EXACT_IF_CACHED,
     EXPLICIT_RANGES,
     GROUP_EXTENT,
     LINEAR_BIAS,
     TOKEN_RANGE,
+    SparseMethod,
     record_struct,
 )
 
-_HEADER, _ITEM, _EXTENT = (record_struct(of) for of in (ATTENTION_HEADER, ATTENTION_ITEM, GROUP_EXTENT))
+_HEADER, _ITEM, _EXTENT, _SEGMENT = (
+    record_struct(of) for of in (ATTENTION_HEADER, ATTENTION_ITEM, GROUP_EXTENT, DERIVED_SEGMENT)
+)
 
 
 @dataclass(frozen=True)
 class DrivePart:
-    """What one item reads on the drive: the groups that hold tokens [0, num_tokens)."""
+    """What one item reads on the drive: groups that hold tokens [0, num_tokens), derived data of some."""
 
     groups: list[GroupRow]
     num_tokens: int
+    segments: list[DerivedSegment] = field(default_factory=list)
 
 
 def _extents(groups: list[GroupRow], first_group: int, stop_group: int) -> list[tuple[int, int, int]]:
@@ -52,11 +60,13 @@ def build_descriptor(
     starts: np.ndarray,
     stops: np.ndarray,
     scoring: Scoring,
+    sparse: Sparse | None = None,
 ) -> np.ndarray:
     """uint8: the data of ATTENTION_SUBMIT.
 
     queries: [num_items, num_queries, num_query_heads, head_dim] of `query_dtype`, C-contiguous
     starts, stops: int64 [num_items, num_queries], visible positions; past num_tokens they are cut
+    sparse: of use where parts have segments
     """
     geometry = layout.geometry
     group_tokens = geometry.group_tokens
@@ -70,14 +80,23 @@ def build_descriptor(
             ranges["start"], ranges["stop"] = starts.reshape(-1), stops.reshape(-1)
     items = []
     extents: list[tuple[int, int, int]] = []
+    segments: list[tuple[int, int, int, int, int]] = []
     for part, own_starts, own_stops in zip(parts, starts.tolist(), stops.tolist(), strict=True):
         first_token = min(part.num_tokens, *own_starts)
         stop_token = min(part.num_tokens, max(0, *own_stops))
         first_group, stop_group = first_token // group_tokens, -(-stop_token // group_tokens)
+        if part.segments:  # their groups are all named, whether they are seen or not
+            first_group = min(first_group, part.segments[0].first_group)
+            stop_group = max(stop_group, part.segments[-1].first_group + part.segments[-1].num_groups)
+            segments.extend(
+                (one.base_lba, len(items), one.first_group, one.num_groups, 0) for one in part.segments
+            )
         wanted = _extents(part.groups, first_group, stop_group)
         num_tokens = min(part.num_tokens, max(stop_group, first_group) * group_tokens)
         items.append((len(extents), len(wanted), first_group, num_tokens, first_token, stop_token, 0, 0))
         extents.extend(wanted)
+    if segments and sparse.exact_if_cached:
+        flags |= EXACT_IF_CACHED
     bias = []
     if scoring.slopes is not None:
         flags |= LINEAR_BIAS
@@ -85,6 +104,7 @@ def build_descriptor(
     tables = [
         *(_ITEM.pack(*item) for item in items),
         *(_EXTENT.pack(*extent) for extent in extents),
+        *(_SEGMENT.pack(*segment) for segment in segments),
         ranges,
         *bias,
     ]
@@ -104,14 +124,27 @@ def build_descriptor(
         "num_queries": num_queries,
         "dtype": DTYPE_OF_NAME[geometry.dtype],
         "query_dtype": DTYPE_OF_NAME[query_dtype],
-        "reserved0": 0,
+        "num_segments": len(segments),
         "scale": scoring.scale,
         "softcap": scoring.softcap,
-        "reserved": b"",
+        "reserved": 0,
+        **_sparse_fields(sparse if segments else None),
     }
     header = _HEADER.pack(*(fields[name] for name in ATTENTION_HEADER.names))
     # every record is a multiple of 4 bytes long, so its parts are aligned as they follow each other
     return np.frombuffer(bytearray().join((header, *tables, queries.view(np.uint8))), np.uint8)
+
+
+def _sparse_fields(sparse: Sparse | None) -> dict:
+    if sparse is None:
+        sparse = Sparse(SparseMethod.DENSE)
+    return {
+        "sparse_method": sparse.method,
+        "channels": sparse.channels,
+        "tokens": sparse.tokens,
+        "compression": sparse.compression,
+        "target_error": sparse.target_error,
+    }
 
 
 def parse_answer(answer: np.ndarray, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:

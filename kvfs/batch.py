@@ -66,6 +66,11 @@ class Batch:
         self._db.pragma("max_page_count", num_pages)
 
     @property
+    def max_changes(self) -> int:
+        """That one transaction may have, or the log overflows."""
+        return self._max_changes
+
+    @property
     def has_changes(self) -> bool:
         return not self._is_lost and (
             self.is_open or (self.pending is not None and self.pending.num_pending() > 0)

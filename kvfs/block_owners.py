@@ -11,6 +11,8 @@ from kvfs.files.file_check import FileExtent
 from kvfs.layout import GroupLayout
 from kvfs.metadata import Catalogue, SequenceRow
 from kvfs.metadata_vfs import Volume
+from kvfs.objects.object_extent import ObjectExtent, object_extents
+from kvfs.sealing.derived_extent import DerivedExtent, derived_extents
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,9 @@ class Owner:
     """What one block holds. token_stop is exclusive; layers, tokens and what is None where it has none.
 
     area: "header", "database", "log" (of the catalogue), "tokens", "tail", "slack" (a group's block without
-        tokens that are stored; an open store may be about to name some), "file", "nothing", or "unknown" where
-        the catalogue is damaged
-    offset: of the block in the file, bytes
+        tokens that are stored; an open store may be about to name some), "file", "object", "derived" (made of
+        tokens, and not missed by them), "nothing", or "unknown" where the catalogue is damaged
+    offset: of the block in the file or object, bytes
     whole_tokens: of each sequence, by id, the tokens that remain whole without this block
     """
 
@@ -34,6 +36,8 @@ class Owner:
     whole_tokens: dict[int, int] = field(default_factory=dict)
     file: int | None = None  # inode
     offset: int | None = None
+    object: int | None = None  # the number of its row
+    segment: int | None = None  # of derived data: the number of its row
 
     def as_dict(self) -> dict:
         named = {name: value for name, value in vars(self).items() if value not in (None, ())}
@@ -96,8 +100,9 @@ def tail_record_lbas(layout: GroupLayout, num_tokens: int) -> int:
 
 
 class BlockOwners:
-    """extents: list of NamedExtent and FileExtent by LBA; files: the files' rows; unlinked: extents of groups
-    that no sequence has; broken_links: (sequence id, position) without a group or a sequence.
+    """extents: list of NamedExtent, FileExtent, ObjectExtent and DerivedExtent by LBA; files: the files' rows;
+    unlinked: extents of groups that no sequence has; broken_links: (sequence id, position) without a group or a
+    sequence.
 
     bad_models: why nothing can be said of a model's sequences, by model id: its row is missing, or gives a
     shape that none of its extents has. untold: the extents of these.
@@ -117,8 +122,10 @@ class BlockOwners:
         self.untold = [extent for extent in extents if extent.model_id in self.bad_models]
         told = [extent for extent in extents if extent.model_id not in self.bad_models]
         self.files = catalogue.files.rows()
-        self.extents: list[NamedExtent | FileExtent] = sorted(
-            told + self.files.extents(), key=lambda extent: extent.first_lba
+        others = self.files.extents() + object_extents(catalogue.objects)
+        others += derived_extents(catalogue.derived, self._named_layout)
+        self.extents: list[NamedExtent | FileExtent | ObjectExtent | DerivedExtent] = sorted(
+            told + others, key=lambda extent: extent.first_lba
         )
         self._starts = [extent.first_lba for extent in self.extents]
         self._by_sequence: dict[int, list[NamedExtent]] = {}
@@ -143,6 +150,11 @@ class BlockOwners:
             extent.shares += [share for share in shares if share[0].model_id == extent.model_id]
             found.append(extent)
         return found
+
+    def _named_layout(self, sequence_id: int) -> tuple[str, GroupLayout] | None:
+        row = self.sequences.get(sequence_id)
+        layout = None if row is None else self._layouts.get(row.model_id)
+        return None if layout is None else (row.name, layout)
 
     def _group_lbas(self, row: SequenceRow) -> int | None:
         layout = self._layouts.get(row.model_id)
@@ -192,12 +204,31 @@ class BlockOwners:
         extent = self.extents[index]
         if isinstance(extent, FileExtent):
             return self._of_file(extent, lba)
+        if isinstance(extent, ObjectExtent):
+            return self._of_object(extent, lba)
+        if isinstance(extent, DerivedExtent):
+            return self._of_derived(extent, lba)
         return self._of_tail(extent, lba) if extent.group_id is None else self._of_group(extent, lba)
 
     def _of_file(self, extent: FileExtent, lba: int) -> Owner:
         offset = (extent.first_block + lba - extent.first_lba) * self._block_bytes
         text = f"{extent.path}, bytes {offset} to {offset + self._block_bytes - 1}"
         return Owner("file", text, file=extent.inode, offset=offset)
+
+    def _of_object(self, extent: ObjectExtent, lba: int) -> Owner:
+        offset = (extent.first_block + lba - extent.first_lba) * self._block_bytes
+        text = f"{extent.name}, bytes {offset} to {offset + self._block_bytes - 1}"
+        return Owner("object", text, object=extent.object_id, offset=offset)
+
+    def _of_derived(self, extent: DerivedExtent, lba: int) -> Owner:
+        found = {"segment": extent.segment_id, "sequences": (extent.sequence,) if extent.sequence else ()}
+        if not extent.fits:
+            return Owner("derived", extent.name, **found)
+        layer, head, is_refinement = extent.place(lba)
+        start, stop = extent.first_token, extent.first_token + extent.layout.num_tokens
+        kind = "refinement" if is_refinement else "index"
+        text = f"{extent.name}, layer {layer}, tokens {start} to {stop - 1} ({kind} page of KV head {head})"
+        return Owner("derived", text, layer=layer, token_start=start, token_stop=stop, **found)
 
     def _of_group(self, extent: NamedExtent, lba: int) -> Owner:
         layout, group_tokens = extent.layout, extent.layout.geometry.group_tokens

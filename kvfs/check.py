@@ -13,11 +13,14 @@ from kvfs.allocator import Extent
 from kvfs.block_owners import BlockOwners, NamedExtent, Owner, tail_record_lbas
 from kvfs.files.file_check import FileExtent
 from kvfs.metadata import Catalogue, SequenceRow
+from kvfs.objects.object_extent import ObjectExtent
 from kvfs.scrub import verify_all
+from kvfs.sealing.derived_extent import DerivedExtent
 from spdk_glue.flash_admin import FlashAdmin
 from spdk_glue.identify import NOT_GIVEN
 from spdk_glue.namespace import Namespace
 
+AnyExtent = NamedExtent | FileExtent | ObjectExtent | DerivedExtent
 Progress = Callable[[int, int], None]  # blocks verified, of how many
 
 
@@ -36,12 +39,17 @@ class Report:
 
     whole_tokens: by sequence id, how many tokens a damaged sequence still has whole
     not_theirs: what files name outside the data area, or another file or sequence names as well
+    lost_objects, lost_segments: numbers of objects, or derived segments, whose bytes are not all there, or
+    cannot
+        be told
     leaked: LBAs on flash that nothing names; lost: LBAs that cannot be read
     """
 
     problems: list[Problem] = field(default_factory=list)
     whole_tokens: dict[int, int] = field(default_factory=dict)
     not_theirs: list[FileExtent] = field(default_factory=list)
+    lost_objects: set[int] = field(default_factory=set)
+    lost_segments: set[int] = field(default_factory=set)
     leaked: list[Extent] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
 
@@ -52,12 +60,24 @@ class Report:
     def add(self, kind: str, text: str, is_damage: bool = True) -> None:
         self.problems.append(Problem(kind, text, is_damage))
 
-    def give_up(self, extent: NamedExtent | FileExtent) -> None:
+    def give_up(self, extent: AnyExtent) -> None:
         """What an extent holds cannot be told."""
         if isinstance(extent, FileExtent):
             self.not_theirs.append(extent)
+        elif isinstance(extent, ObjectExtent):
+            self.lost_objects.add(extent.object_id)
+        elif isinstance(extent, DerivedExtent):
+            self.lost_segments.add(extent.segment_id)
         else:
             self.cut(_without(extent))
+
+    def lose(self, owner: Owner) -> None:
+        """A block cannot be read."""
+        self.cut(owner.whole_tokens)
+        if owner.object is not None:
+            self.lost_objects.add(owner.object)
+        if owner.segment is not None:
+            self.lost_segments.add(owner.segment)
 
     def cut(self, whole_tokens: dict[int, int]) -> None:
         for sequence_id, num_tokens in whole_tokens.items():
@@ -81,6 +101,14 @@ def check_flash(flash: FlashAdmin, owner: Callable[[int], Owner], report: Report
         report.add("flash", f"flash: {count - len(findings)} more findings that the drive did not list")
 
 
+def check_parity(flash: FlashAdmin, report: Report) -> None:
+    """Pages that were read with the help of parity, so far."""
+    damaged = int(flash.health()["damaged_superblocks"])
+    if damaged:
+        text = f"{damaged} superblocks have pages that only parity gives back: scrub writes them anew"
+        report.add("repairable", text, is_damage=False)
+
+
 def check_payloads(
     namespace: Namespace, owner: Callable[[int], Owner], report: Report, progress: Progress | None = None
 ) -> None:
@@ -90,7 +118,7 @@ def check_payloads(
             whose = owner(lba)
             report.lost.append(lba)
             report.add("lost", f"LBA {lba} is lost: {whose.text}", is_damage=whose.area != "nothing")
-            report.cut(whose.whole_tokens)
+            report.lose(whose)
         if progress is not None:
             progress(step.num_lbas, step.total_lbas)
 
@@ -99,6 +127,8 @@ def check_catalogue(catalogue: Catalogue, owners: BlockOwners, report: Report) -
     """The catalogue by itself. Raises what reading it raises."""
     for text in catalogue.problems():
         report.add("catalogue", text)
+    for text in catalogue.prefixes.leftovers():
+        report.add("prefixes", text, is_damage=False)
     for text in owners.files.problems():
         report.add("files", text)
     orphans = owners.files.orphans()
@@ -109,6 +139,12 @@ def check_catalogue(catalogue: Catalogue, owners: BlockOwners, report: Report) -
         row = owners.sequences.get(sequence_id)
         name = repr(row.name) if row else f"number {sequence_id}, which does not exist,"
         report.add("catalogue", f"sequence {name} links a group at {position}, which does not exist")
+    for extent in owners.extents:
+        if isinstance(extent, DerivedExtent) and extent.layout is not None and not extent.fits:
+            report.add(
+                "derived", f"{extent} are {extent.num_lbas}, not the {extent.layout.num_lbas} that it takes"
+            )
+            report.lost_segments.add(extent.segment_id)
     for row in owners.sequences.values():
         if row.model_id in owners.bad_models:
             report.add("catalogue", f"sequence {row.name!r}: {owners.bad_models[row.model_id]}")
@@ -163,7 +199,7 @@ def check_extents(
     untold = [(extent.first_lba, extent.num_lbas) for extent in owners.untold]
     for first, count in [*in_memory, *owners.unlinked, *untold]:
         named[max(first, 0) : max(first + count, 0)] = True
-    reached: NamedExtent | FileExtent | None = None  # the extent before that reaches furthest
+    reached: AnyExtent | None = None  # the extent before that reaches furthest
     for extent in owners.extents:
         if not first_data_lba <= extent.first_lba < extent.stop_lba <= namespace.num_lbas:
             report.add("extent", f"{extent} lie outside the data area")
@@ -176,7 +212,7 @@ def check_extents(
         if reached is None or extent.stop_lba > reached.stop_lba:
             reached = extent
         named[extent.first_lba : extent.stop_lba] = True
-        if isinstance(extent, NamedExtent):  # a file's blocks may be allocated and never written
+        if not isinstance(extent, FileExtent):  # a file's blocks may be allocated and never written
             _check_mapped(extent, owners, mapped, report)
     report.leaked = _runs(mapped & ~named)
     count = sum(num_lbas for _, num_lbas in report.leaked)
@@ -206,7 +242,9 @@ def _without(extent: NamedExtent) -> dict[int, int]:
     }
 
 
-def _check_mapped(extent: NamedExtent, owners: BlockOwners, mapped: np.ndarray, report: Report) -> None:
+def _check_mapped(
+    extent: NamedExtent | ObjectExtent | DerivedExtent, owners: BlockOwners, mapped: np.ndarray, report: Report
+) -> None:
     missing = [
         lbas.start + position
         for lbas in extent.expected_pages()
@@ -217,7 +255,7 @@ def _check_mapped(extent: NamedExtent, owners: BlockOwners, mapped: np.ndarray, 
     owner = owners.owner(missing[0])
     report.add("unmapped", f"{len(missing)} of {extent} are not on flash, LBA {missing[0]} first: {owner.text}")
     for lba in missing:
-        report.cut(owners.owner(lba).whole_tokens)
+        report.lose(owners.owner(lba))
 
 
 def _runs(flags: np.ndarray) -> list[Extent]:

@@ -31,7 +31,7 @@ from kvfs.errors import (
 )
 from spdk_glue.namespace import BlockNamespace, Transport
 from spdk_glue.reservation import NamespaceReserved
-from spdk_glue.status import NvmeError
+from spdk_glue.status import NvmeError, OtherAttentionVersion
 from spdk_glue.transports import url
 from spdk_glue.transports.url import is_nvme
 
@@ -123,6 +123,8 @@ def _own_errors(path: str | os.PathLike) -> Iterator[None]:
         raise NotADrive(path, _reason(error)) from error
     except flash_errors.FlashError as error:
         raise MediaFailure(f"{path}: {error}") from error
+    except OtherAttentionVersion as error:
+        raise NotADrive(path, str(error)) from error
     except NvmeError as error:
         raise MediaFailure(str(error)) from error
     except FileNotFoundError as error:

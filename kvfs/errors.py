@@ -5,8 +5,14 @@ Every error carries its facts as attributes and prints as one line that says wha
 
 import errno
 
-from spdk_glue.namespace import NotAKvfsDrive
-from spdk_glue.status import NamespaceInUse, NvmeError, NvmeStatusError, Status
+from spdk_glue.status import (
+    NamespaceInUse,
+    NotAKvfsDrive,
+    NvmeError,
+    NvmeStatusError,
+    OtherAttentionVersion,
+    Status,
+)
 from spdk_glue.transports.url import BadLocation
 
 
@@ -106,6 +112,30 @@ class CatalogueFull(OutOfSpace):
         )
 
 
+class QuotaExceeded(OutOfSpace):
+    """A cap, and nothing left that may be evicted for what is new. model, tenant: empty: all of them."""
+
+    def __init__(self, model: str, tenant: str, wanted_bytes: int, capacity_bytes: int, needed_bytes: int):
+        self.model, self.tenant = model, tenant
+        self.wanted_bytes, self.capacity_bytes, self.needed_bytes = wanted_bytes, capacity_bytes, needed_bytes
+        KvfsError.__init__(
+            self,
+            f"the cap of {quota_name(model, tenant)} is {capacity_bytes} bytes, but with {wanted_bytes} more"
+            f" {needed_bytes} would be in use: unpin or delete sequences, or raise it with kvfsctl quota set",
+        )
+
+
+class NoSuchQuota(KvfsError):
+    def __init__(self, model: str, tenant: str):
+        self.model, self.tenant = model, tenant
+        super().__init__(f"there is no cap of {quota_name(model, tenant)}: kvfsctl quota ls shows them")
+
+
+def quota_name(model: str, tenant: str) -> str:
+    whose = [f"model {model!r}"] * bool(model) + [f"tenant {tenant!r}"] * bool(tenant)
+    return " and ".join(whose) or "all models"
+
+
 class CatalogueDamaged(KvfsError):
     """Names and places that cannot be read, or contradict themselves."""
 
@@ -125,8 +155,8 @@ class ServerGone(KvfsError):
     def __init__(self, path):
         self.path = path
         super().__init__(
-            f"{path}: the process that owns the drive is gone: mount the drive again, then kvfs.open;"
-            " what was not flushed is lost"
+            f"{path}: the process that owns the drive is gone: mount the drive again (kvfsctl umount takes away"
+            " what is left of the mount), then kvfs.open; what was not flushed is lost"
         )
 
 
@@ -158,6 +188,14 @@ class NoSuchModel(KvfsError):
     def __init__(self, name: str):
         self.name = name
         super().__init__(f"no model named {name!r}: add it with store.add_model")
+
+
+class ModelInUse(KvfsError):
+    """A model with sequences is not deleted."""
+
+    def __init__(self, name: str, num_sequences: int):
+        self.name, self.num_sequences = name, num_sequences
+        super().__init__(f"model {name!r} has {num_sequences} sequences: delete them first")
 
 
 class ModelMismatch(KvfsError):
@@ -203,6 +241,14 @@ class AlreadyMounted(CannotMount):
         super().__init__(path, f"is mounted at {mountpoint} already")
 
 
+class CannotServe(KvfsError):
+    """An address at which nothing can be served."""
+
+    def __init__(self, address: str, why: str):
+        self.address, self.why = address, why
+        super().__init__(f"cannot serve at {address}: {why}")
+
+
 class CannotUnmount(KvfsError):
     def __init__(self, path, why: str):
         self.path, self.why = path, why
@@ -217,8 +263,24 @@ class InUse(KvfsError):
         super().__init__(f"{location} {why}: --force overwrites it all the same")
 
 
+class DriveLacks(KvfsError):
+    """What was asked for is not among the things that this drive can do."""
+
+    def __init__(self, what: str):
+        self.what = what
+        super().__init__(f"the drive cannot do {what}: use one that can, or do without")
+
+
 class InvalidArgument(KvfsError, ValueError):
     """A shape, dtype, layer or option that does not fit; says what was given and what is wanted."""
+
+
+class BadConfiguration(KvfsError):
+    """source: a file or a variable; field: such as open.cache_bytes, None where it is the file itself."""
+
+    def __init__(self, source, field: str | None, why: str):
+        self.source, self.field, self.why = source, field, why
+        super().__init__(f"{source}: {why}" if field is None else f"{source}: {field}: {why}")
 
 
 ERRNO = {
@@ -234,6 +296,8 @@ ERRNO = {
     NamespaceHoldsData: errno.EEXIST,
     OutOfSpace: errno.ENOSPC,
     CatalogueFull: errno.ENOSPC,
+    QuotaExceeded: errno.EDQUOT,
+    NoSuchQuota: errno.ENOENT,
     CatalogueDamaged: errno.EIO,
     StoreClosed: errno.EBADF,
     ServerGone: errno.ENOTCONN,
@@ -245,17 +309,22 @@ ERRNO = {
     ModelMismatch: errno.EEXIST,
     NoSuchSequence: errno.ENOENT,
     SequenceExists: errno.EEXIST,
+    ModelInUse: errno.ENOTEMPTY,
     EmptySequence: errno.ENODATA,
     CannotMount: errno.EINVAL,
     AlreadyMounted: errno.EBUSY,
+    CannotServe: errno.EADDRNOTAVAIL,
     CannotUnmount: errno.EBUSY,
     InUse: errno.EBUSY,
+    DriveLacks: errno.EOPNOTSUPP,
     InvalidArgument: errno.EINVAL,
+    BadConfiguration: errno.EINVAL,
     NvmeError: errno.EIO,
     NvmeStatusError: errno.EIO,
     NamespaceInUse: errno.EBUSY,
     BadLocation: errno.EINVAL,
     NotAKvfsDrive: errno.ENODEV,
+    OtherAttentionVersion: errno.EMEDIUMTYPE,
 }
 
 

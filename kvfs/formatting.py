@@ -1,9 +1,10 @@
 """Making an empty drive with an empty store on it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvfs.drive_set.opening import check_formattable, is_set, join_new, locations_of
+from kvfs.drive_set.locations import Location, is_set, locations_of
+from kvfs.drive_set.opening import check_formattable, join_new
 from kvfs.embedded_drive import (
     AttachedDrive,
     Drive,
@@ -27,8 +28,8 @@ FORMAT_CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="referenc
 
 
 def format(
-    path,
-    size=None,
+    path: Location | Sequence[Location],
+    size: int | str | None = None,
     *,
     geometry: Geometry | None = None,
     page_size: int = 4096,

@@ -1,11 +1,11 @@
 """Reading single heads of a sequence in one batch, without waiting for anyone: rows as stored, or dequantized.
 
-A head's pages in a group are consecutive, so a read is one extent per group. Where no page has slack and one
-run of rows is wanted, flash is read to where the result lies: nothing is copied.
+A head's pages in a group are consecutive, and heads and layers follow each other: pieces in that order are one
+extent per group. Where no page has slack and whole pages are wanted, flash is read to where the result lies:
+nothing is copied.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,26 +13,15 @@ import numpy as np
 from accel.quantized_pages import decode_pages
 from kvfs.errors import InvalidArgument
 from kvfs.files.buffer_pool import BufferPool
+from kvfs.head_pieces import KEYS, VALUES, HeadRows
 from kvfs.layout import GroupLayout
 from kvfs.metadata import GroupRow
 from kvfs.tail import LayerTail
 from spdk_glue.vendor_command import DTYPE_OF_NAME
 
-KEYS, VALUES = 0, 1
 KEPT_BYTES = 16 << 20  # of idle buffers of each size
 
 _buffers = BufferPool(KEPT_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRows:
-    """Rows of tokens [start, stop) of one KV head's keys (kind 0) or values (kind 1) in one layer."""
-
-    layer: int
-    kind: int
-    head: int
-    start: int
-    stop: int
 
 
 class _Run(NamedTuple):
@@ -59,19 +48,33 @@ class HeadBatch:
         self._num_rows = sum(piece.stop - piece.start for piece in pieces)
         self._runs = [run for piece in pieces for run in self._runs_of(piece, groups, layers[piece.layer])]
         # without slack, pages that follow each other are the rows that follow each other
-        self._is_direct = len(pieces) == 1 and _has_no_slack(layout)
+        self._is_direct = _has_no_slack(layout) and (len(pieces) == 1 or self._are_whole_pages())
         num_pages = sum(run.num_pages for run in self._runs)
         self._lease = _buffers.take(max(1, num_pages) * layout.page_size)
         self._pages = self._lease.reshape(-1, layout.page_size)
         self.extents: list[tuple[int, np.ndarray]] = []  # (LBA, where to read it to)
-        page = 0
+        page = first = next_lba = 0  # an extent begins at page `first`
         for run in self._runs:
-            pages = self._pages[page : page + run.num_pages]
-            if run.image is None:
-                self.extents.append((run.lba, pages))
-            else:
-                pages[:] = run.image
+            if run.lba != next_lba:
+                self._add_extent(next_lba, first, page)
+                first = page
+            if run.image is not None:
+                self._pages[page : page + run.num_pages] = run.image
             page += run.num_pages
+            next_lba = 0 if run.image is not None else run.lba + run.num_pages
+        self._add_extent(next_lba, first, page)
+
+    def _add_extent(self, end_lba: int, first: int, stop: int) -> None:
+        """Pages [first, stop) are those that end at `end_lba`; 0: they are there already."""
+        if end_lba and first < stop:
+            self.extents.append((end_lba - (stop - first), self._pages[first:stop]))
+
+    def _are_whole_pages(self) -> bool:
+        """Of all runs; the last may end within one."""
+        per_page = self._layout.tokens_per_page
+        return all(run.first_row == 0 for run in self._runs) and all(
+            run.num_rows == run.num_pages * per_page for run in self._runs[:-1]
+        )
 
     def _runs_of(self, piece: HeadRows, groups: list[GroupRow], tail: LayerTail):
         layout = self._layout

@@ -4,7 +4,7 @@ import numpy as np
 
 from accel.merge import merge_units
 from accel.page_plan import plan_units
-from accel.workers import AttentionBatch, UnitRange
+from accel.workers import UnitRange
 from kvfs.attention_scores import Scoring
 from kvfs.layout import GroupLayout
 from kvfs.tail import LayerTail
@@ -58,17 +58,11 @@ def attend_tails(
         lse = np.full((num_items, num_queries, queries.shape[2]), -np.inf, np.float32)
         return np.zeros(queries.shape, np.float32), lse
     addresses = (plan.lbas * page_size).view(np.uint64)
-    batch = AttentionBatch(
+    batch = plan.batch(
+        addresses,
         dtype=geometry.dtype,
         head_dim=geometry.head_dim,
         group_size=geometry.gqa_group_size,
-        key_pages=addresses[0],
-        value_pages=addresses[1],
-        page_first_token=plan.page_first_token,
-        page_num_tokens=plan.page_num_tokens,
-        unit_first_page=plan.unit_first_page,
-        unit_item=plan.unit_item,
-        unit_kv_head=plan.unit_kv_head,
         queries=queries,
         # rows of a page that lie before the tail are the drive's: the ranges leave them out
         visible_start=np.maximum(starts, spilled[:, None]),

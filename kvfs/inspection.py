@@ -16,6 +16,7 @@ from kvfs.check import (
     check_catalogue,
     check_extents,
     check_flash,
+    check_parity,
     check_payloads,
 )
 from kvfs.embedded_drive import CollectorOptions, DriveConfig, open_drive
@@ -99,10 +100,7 @@ class Inspection:
             except UNREADABLE as error:
                 report.add("catalogue", f"catalogue: {error}")
         check_payloads(self.namespace, self.owner, report, progress)
-        damaged = int(self.flash.health()["damaged_superblocks"])
-        if damaged:
-            text = f"{damaged} superblocks have pages that only parity gives back: scrub writes them anew"
-            report.add("repairable", text, is_damage=False)
+        check_parity(self.flash, report)
         return report
 
     def __enter__(self) -> "Inspection":

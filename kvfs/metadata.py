@@ -5,92 +5,28 @@ blocks only after their data were written. One row per token group, never one pe
 their own, see files/file_catalogue.py.
 """
 
-import itertools
-import os
-import stat
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 
-import apsw
 import numpy as np
 
 from kvfs.allocator import Extent
-from kvfs.batch import Batch
-from kvfs.catalogue_connection import CatalogueConnection
-from kvfs.errors import CatalogueDamaged, CatalogueFull, NotADrive
-from kvfs.files.file_catalogue import FILE_SCHEMA, INSERT_INODE, FileCatalogue
+from kvfs.catalogue_database import CatalogueDatabase
+from kvfs.catalogue_schema import GOING_INDEX, SCHEMA_VERSION, SET_SCHEMA, SET_VERSION
+from kvfs.catalogue_totals import CatalogueTotals
+from kvfs.files.file_catalogue import FileCatalogue
+from kvfs.free_space import FreeSpace
 from kvfs.layout import KvGeometry
-from kvfs.metadata_vfs import DATABASE_NAME, Volume, VolumeVfs
+from kvfs.metadata_vfs import Volume
+from kvfs.objects.object_catalogue import ObjectCatalogue
+from kvfs.prefix.prefix_catalogue import PrefixCatalogue
+from kvfs.sealing.derived_catalogue import DerivedCatalogue
 from kvfs.sequence_attributes import NOT_INHERITED
-from kvfs.tree import ROOT_INODE
-from spdk_glue.status import NvmeError
+from kvfs.space.space_catalogue import SpaceCatalogue
 
-SCHEMA_VERSION = 2
-OLDEST_VERSION = 1  # that is brought up to date when it is opened
-SET_VERSION = 3  # version 2 of a drive that is one of a set, and of no use alone
-SET_SCHEMA = """
-CREATE TABLE set_membership (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    record BLOB NOT NULL           -- drive_set/membership.py
-) STRICT;
-"""
-LONGEST_LOG_BYTES = 4 << 20  # of what opening after a crash has to read
-SCHEMA = """
-CREATE TABLE model (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    num_layers INTEGER NOT NULL,
-    num_query_heads INTEGER NOT NULL,
-    num_kv_heads INTEGER NOT NULL,
-    head_dim INTEGER NOT NULL,
-    dtype TEXT NOT NULL,
-    group_tokens INTEGER NOT NULL
-) STRICT;
-CREATE TABLE sequence (
-    id INTEGER PRIMARY KEY,
-    model_id INTEGER NOT NULL REFERENCES model(id),
-    name TEXT NOT NULL UNIQUE,
-    created_ns INTEGER NOT NULL,
-    changed_ns INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL,   -- complete in every layer
-    num_spilled INTEGER NOT NULL,  -- of these, in whole pages of the groups; the rest is in the tail record
-    tail_lba INTEGER NOT NULL,
-    tail_lbas INTEGER NOT NULL     -- 0: no tail record
-) STRICT;
-CREATE TABLE kv_group (
-    id INTEGER PRIMARY KEY,
-    base_lba INTEGER NOT NULL UNIQUE,
-    num_lbas INTEGER NOT NULL,
-    reference_count INTEGER NOT NULL
-) STRICT;
-CREATE TABLE sequence_group (
-    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
-    position INTEGER NOT NULL,     -- token group of the sequence
-    group_id INTEGER NOT NULL REFERENCES kv_group(id),
-    PRIMARY KEY (sequence_id, position)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE token_chunk (
-    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
-    position INTEGER NOT NULL,     -- first token of the chunk
-    token_ids BLOB NOT NULL,       -- <u4, up to TOKEN_CHUNK of them
-    PRIMARY KEY (sequence_id, position)
-) STRICT, WITHOUT ROWID;
-"""
-ADDED_IN_VERSION_2 = (
-    """
-CREATE TABLE sequence_attribute (
-    sequence_id INTEGER NOT NULL REFERENCES sequence(id),
-    name TEXT NOT NULL,            -- sequence_attributes.py
-    value BLOB NOT NULL,
-    PRIMARY KEY (sequence_id, name)
-) STRICT, WITHOUT ROWID;
-"""
-    + FILE_SCHEMA
-)
 TOKEN_CHUNK = 1024
-_vfs_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -123,138 +59,25 @@ class SequenceRow:
 
 
 _SEQUENCE_COLUMNS = "id, model_id, name, created_ns, changed_ns, num_tokens, num_spilled, tail_lba, tail_lbas"
-
-
 _LINKED = "(SELECT group_id FROM sequence_group)"
 
 
-class Catalogue:
-    """Typed access to the tables above."""
+class Catalogue(CatalogueDatabase):
+    """Typed access to the tables (catalogue_schema.py)."""
 
     def __init__(self, volume: Volume, page_size: int, path, create: bool = False):
-        self._volume = volume
-        self.is_durable = True  # whether every transaction so far survives a power cut
-        self._is_log_own = False  # whether the log was begun by this process
-        vfs_name = f"kvfs-{next(_vfs_numbers)}"
-        self._vfs = VolumeVfs(vfs_name, volume)
-        self._db: CatalogueConnection | None = None
-        self.batch: Batch | None = None
-        try:
-            version = self._open(vfs_name, page_size, create)
-        except BaseException as error:
-            self.abandon()
-            if isinstance(error, CatalogueDamaged):
-                raise NotADrive(path, f"the catalogue is damaged: {error.why}") from error
-            raise
-        if not OLDEST_VERSION <= version <= SET_VERSION:
-            self.abandon()
-            known = f"{OLDEST_VERSION} to {SET_VERSION}"
-            raise NotADrive(path, f"catalogue version {version}, but this kvfs reads {known}")
-        try:
-            if version < SCHEMA_VERSION:
-                self._upgrade()
-            pages = [file.capacity // page_size for file in (volume.database, volume.wal)]
-            self.batch = Batch(self._db, page_size, *pages, self._renew_log)  # of small changes to files
-        except BaseException:
-            self.abandon()
-            raise
+        super().__init__(volume, page_size, path, create)
         self.files = FileCatalogue(self._db.execute, self._db.executemany)
-
-    def _open(self, vfs_name: str, page_size: int, create: bool) -> int:
-        """Connect; the version of the schema."""
-        self._db = CatalogueConnection(DATABASE_NAME, vfs=vfs_name)
-        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._db.execute("PRAGMA temp_store = MEMORY")
+        self.prefixes = PrefixCatalogue(self._db, self.transaction, lambda: self.batch.free_bytes)
+        self.objects = ObjectCatalogue(self._db, self.transaction, self.batch.max_changes, page_size)
+        self.free_space = FreeSpace(self._db, self.transaction, lambda: self.batch.free_bytes)
+        self.derived = DerivedCatalogue(self._db, self.transaction)
+        self.space = SpaceCatalogue(self._db, self.transaction)
+        self.row_totals = CatalogueTotals(self._db, self.transaction, page_size)
         if create:
-            # no rollback journal file exists on a volume; the switch to WAL is the only use of one
-            self._db.execute(f"PRAGMA page_size = {min(max(page_size, 4096), 65536)}")
-            self._db.execute("PRAGMA journal_mode = MEMORY")
-        mode = self._db.execute("PRAGMA journal_mode = WAL").get
-        assert mode == "wal", mode
-        self._db.execute("PRAGMA synchronous = NORMAL")  # durability is `sync`'s, in one batch
-        # a commit that has come through must not fail because the log cannot be emptied: see _renew_log
-        self._db.execute("PRAGMA wal_autocheckpoint = 0")
-        self._db.execute("PRAGMA cache_size = -16384")
-        if create:
+            self.row_totals.make_sure()
             with self.transaction():
-                self._db.execute(SCHEMA)
-                self._upgrade()
-        return self._db.execute("PRAGMA user_version").get
-
-    def _upgrade(self) -> None:
-        """From version 1: the attributes of sequences, and files. Durable with the next sync, if one comes."""
-        with self.transaction():
-            self._db.execute(ADDED_IN_VERSION_2)
-            now = time.time_ns()
-            mode = stat.S_IFDIR | 0o755
-            root = (ROOT_INODE, ROOT_INODE, mode, 2, os.getuid(), os.getgid(), 0, 0, 0, now, now, now, None)
-            self._db.execute(INSERT_INODE, root)
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    @contextmanager
-    def transaction(self):
-        """All of what is done inside or none of it; those inside others are part of them."""
-        if self._db.in_transaction and not (self.batch and self.batch.is_open):
-            yield
-            return
-        self._end_batch()
-        self._renew_log()
-        self._db.execute("BEGIN")
-        try:
-            yield
-            self._db.execute("COMMIT")
-            self.is_durable = False
-        except BaseException as error:
-            if self._db.in_transaction:  # a full database has ended it by itself
-                self._db.execute("ROLLBACK")
-            if isinstance(error, apsw.FullError):
-                raise CatalogueFull(self._volume.database.capacity) from error
-            raise
-
-    def _end_batch(self) -> None:
-        if self.batch is not None and self.batch.has_changes:
-            self.is_durable = False
-            self.batch.end()
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether something is not durable, or not even a transaction yet."""
-        return not self.is_durable or self.batch.has_changes
-
-    def _renew_log(self) -> None:
-        """Begin the log anew, with another salt, before the first transaction and whenever it has grown long.
-
-        A power cut may have left frames of lost transactions in it. They hold once more if, under the same
-        salt, the ones before them are written again with the same bytes.
-        """
-        wal = self._volume.wal
-        if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):
-            return
-        # a drive that is full says so when the transaction is made durable
-        with suppress(apsw.IOError, NvmeError):
-            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").get
-            self._is_log_own = not busy
-
-    def sync(self) -> None:
-        """Make every transaction so far durable."""
-        self._end_batch()
-        self._volume.sync()
-        self.is_durable = True
-
-    def close(self) -> None:
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._db.close()
-        self._volume.sync()
-        self._vfs.unregister()
-
-    def abandon(self) -> None:
-        """Close without touching the drive, which has failed: what was not durable is gone."""
-        self._volume.detached = True
-        with suppress(apsw.Error, NvmeError):
-            if self._db is not None:
-                self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                self._db.close()
-        self._vfs.unregister()
+                self._db.execute(GOING_INDEX)
 
     # the set of drives that this is one of
 
@@ -271,9 +94,10 @@ class Catalogue:
             if record is None:
                 if is_member:
                     self._db.execute("DROP TABLE set_membership")
-                    self._db.execute(
-                        "DELETE FROM model WHERE instr(name, '/')"
-                    )  # of parts, of which none is left
+                    # of parts, of which none is left
+                    parts = "(SELECT id FROM model WHERE instr(name, '/'))"
+                    self._db.execute(f"DELETE FROM prefix_scope WHERE model_id IN {parts}")
+                    self._db.execute(f"DELETE FROM model WHERE id IN {parts}")
             else:
                 if not is_member:
                     self._db.execute(SET_SCHEMA)
@@ -300,11 +124,33 @@ class Catalogue:
             )
             return ModelRow(self._db.last_insert_rowid(), name, geometry)
 
+    def delete_model(self, model_id: int) -> None:
+        """One without sequences: what may be found of it, and what is made of it, goes too."""
+        with self.transaction():
+            self.prefixes.forget_model(model_id)
+            self.space.forget_model(model_id)
+            self._db.execute("DELETE FROM model WHERE id = ?", (model_id,))
+
     # sequences
 
-    def sequences(self) -> list[SequenceRow]:
-        rows = self._db.execute(f"SELECT {_SEQUENCE_COLUMNS} FROM sequence ORDER BY name")
+    def sequences(self, after: str = "", limit: int = -1, model_id: int | None = None) -> list[SequenceRow]:
+        """In order of names, those behind `after`; limit: below 0: all; model_id: only this model's."""
+        rows = self._db.execute(
+            f"SELECT {_SEQUENCE_COLUMNS} FROM sequence WHERE name > ?1 AND (?3 IS NULL OR model_id = ?3)"
+            " ORDER BY name LIMIT ?2",
+            (after, limit, model_id),
+        )
         return [SequenceRow(*row) for row in rows]
+
+    def newest_sequences(self, limit: int) -> list[SequenceRow]:
+        """Those made last, the newest first."""
+        rows = self._db.execute(f"SELECT {_SEQUENCE_COLUMNS} FROM sequence ORDER BY id DESC LIMIT ?", (limit,))
+        return [SequenceRow(*row) for row in rows]
+
+    def totals(self) -> tuple[int, int]:
+        """(number of sequences, of their tokens)"""
+        found = self.row_totals.sequences().values()
+        return sum(each.num_rows for each in found), sum(each.num_tokens for each in found)
 
     def sequence(self, name: str) -> SequenceRow | None:
         row = self._db.execute(f"SELECT {_SEQUENCE_COLUMNS} FROM sequence WHERE name = ?", (name,)).fetchone()
@@ -357,6 +203,7 @@ class Catalogue:
                 (row.changed_ns, row.num_tokens, row.num_spilled, row.tail_lba, row.tail_lbas, row.id),
             )
             self._store_tokens(row.id, tokens, first_new_token)
+            self.prefixes.publish(row.id, tokens)
         return stored, freed
 
     def _link_group(self, sequence_id: int, position: int, group: GroupRow) -> GroupRow:
@@ -377,7 +224,8 @@ class Catalogue:
         return group
 
     def _release_groups(self, sequence_id: int, first_position: int) -> list[Extent]:
-        """Unlink groups from `first_position` on; the extents of those that nothing links any more."""
+        """Unlink groups from `first_position` on; the extents of those that nothing links any more, and of what
+        was derived of them."""
         of_sequence = "SELECT group_id FROM sequence_group WHERE sequence_id = ?1 AND position >= ?2"
         arguments = (sequence_id, first_position)
         self._db.execute(
@@ -387,9 +235,11 @@ class Catalogue:
             f"SELECT id, base_lba, num_lbas FROM kv_group WHERE reference_count = 0 AND id IN ({of_sequence})",
             arguments,
         )
+        freed = [(base_lba, num_lbas) for _, base_lba, num_lbas in unused]
+        freed += [extent for group_id, _, _ in unused for extent in self.derived.drop_ending_in(group_id)]
         self._db.execute("DELETE FROM sequence_group WHERE sequence_id = ? AND position >= ?", arguments)
         self._db.executemany("DELETE FROM kv_group WHERE id = ?", [(group_id,) for group_id, _, _ in unused])
-        return [(base_lba, num_lbas) for _, base_lba, num_lbas in unused]
+        return freed
 
     def delete_sequence(self, row: SequenceRow) -> list[Extent]:
         """Forget a sequence. Returns the extents that nothing names any more."""
@@ -451,10 +301,9 @@ class Catalogue:
             )
 
     def values_of(self, name: str) -> dict[int, bytes]:
-        """An attribute of all sequences that have it, by their ids."""
-        return dict(
-            self._db.execute("SELECT sequence_id, value FROM sequence_attribute WHERE name = ?", (name,))
-        )
+        """An attribute of all sequences that have it, by their ids. name: a constant, for GOING_INDEX."""
+        query = f"SELECT sequence_id, value FROM sequence_attribute WHERE name = '{name}'"
+        return dict(self._db.execute(query))
 
     def inherit_attributes(self, child_id: int, parent_id: int) -> None:
         """What a fork takes over from its parent."""
@@ -467,10 +316,10 @@ class Catalogue:
             )
 
     def sequences_with(self, attribute: str) -> list[SequenceRow]:
+        """attribute: a constant, for GOING_INDEX."""
         rows = self._db.execute(
             f"SELECT {_SEQUENCE_COLUMNS} FROM sequence"
-            " WHERE id IN (SELECT sequence_id FROM sequence_attribute WHERE name = ?)",
-            (attribute,),
+            f" WHERE id IN (SELECT sequence_id FROM sequence_attribute WHERE name = '{attribute}')"
         )
         return [SequenceRow(*row) for row in rows]
 
@@ -479,8 +328,23 @@ class Catalogue:
     def used_extents(self) -> Iterable[Extent]:
         """Every extent that a row names."""
         yield from self.files.used_extents()
+        yield from self.objects.used_extents()
+        yield from self.derived.used_extents()
         yield from self._db.execute("SELECT base_lba, num_lbas FROM kv_group")
         yield from self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
+
+    def used_extents_array(self) -> np.ndarray:
+        """The same, int64 [any number, 2], in a fifth of the time."""
+        pairs = [
+            chain.from_iterable(self.files.used_extents()),
+            chain.from_iterable(self.derived.used_extents()),
+            chain.from_iterable(self._db.execute("SELECT base_lba, num_lbas FROM kv_group")),
+            chain.from_iterable(
+                self._db.execute("SELECT tail_lba, tail_lbas FROM sequence WHERE tail_lbas > 0")
+            ),
+        ]
+        arrays = [np.fromiter(each, np.int64).reshape(-1, 2) for each in pairs]
+        return np.concatenate([*arrays, self.objects.used_extents_array()])
 
     def links(self) -> Iterable[tuple[int, int, int, int | None, int | None]]:
         """(sequence id, position, group id, base LBA, number of LBAs), the last two None without a group."""
@@ -505,13 +369,15 @@ class Catalogue:
                 self._db.execute(f"DELETE FROM {table} WHERE sequence_id NOT IN (SELECT id FROM sequence)")
             nowhere = "position < 0 OR group_id NOT IN (SELECT id FROM kv_group)"
             self._db.execute(f"DELETE FROM sequence_group WHERE {nowhere}")
-            num_broken = self._db.total_changes() - start
+            num_broken = self._db.total_changes() - start + self.prefixes.mend()
             freed = list(self.unlinked_groups())
             self._db.execute(f"DELETE FROM kv_group WHERE id NOT IN {_LINKED}")
             before = self._db.total_changes()
             links = "(SELECT count(*) FROM sequence_group WHERE group_id = kv_group.id)"
             self._db.execute(f"UPDATE kv_group SET reference_count = {links} WHERE reference_count != {links}")
-            return num_broken, self._db.total_changes() - before, freed
+            num_wrong = self._db.total_changes() - before
+            self.row_totals.mend()
+            return num_broken, num_wrong, freed
 
     def problems(self) -> list[str]:
         """What contradicts itself in the catalogue, one line each; empty when all is well."""
@@ -534,4 +400,10 @@ class Catalogue:
         ):
             if -(-tokens // group_tokens) != groups:
                 found.append(f"sequence {name!r} has {tokens} tokens in groups but {groups} groups")
-        return found
+        return (
+            found
+            + self.prefixes.problems()
+            + self.objects.problems()
+            + self.derived.problems()
+            + self.row_totals.problems()
+        )

@@ -19,7 +19,7 @@ import numpy as np
 from kvfs.errors import NotADrive
 from spdk_glue import dma
 from spdk_glue.namespace import Namespace
-from spdk_glue.status import NvmeError
+from spdk_glue.status import NvmeError, NvmeStatusError, Status
 
 VOLUME_HEADER = np.dtype(
     [
@@ -44,11 +44,13 @@ CACHED_BLOCKS = 2048  # clean blocks kept for reading: a WAL between checkpoints
 
 
 def metadata_area(num_lbas: int) -> tuple[int, int]:
-    """(database_lbas, wal_lbas): 1/32 of the volume, at 4 KiB blocks 4 MiB to 256 MiB, halved between them.
+    """(database_lbas, wal_lbas): 1/32 of the volume, at 4 KiB blocks 4 MiB to 2 GiB, halved between them.
 
-    The log is as large as the database, so that no transaction is too large for it.
+    From 512 GiB on 1/256: the token ids of a million groups take 1 GiB. A million short sequences take 520 MB
+    (tools/bench/many_sequences.py). The log is as large as the database, so that no transaction is too large
+    for it.
     """
-    total = min(max(num_lbas // 32, 1024), 1 << 16)
+    total = min(max(num_lbas // 32, 1024), max(1 << 19, num_lbas // 256))
     return total // 2, total // 2
 
 
@@ -63,18 +65,23 @@ class BlockFile:
         self.size = size
         self._dirty: dict[int, bytearray] = {}
         self._clean: OrderedDict[int, bytes] = OrderedDict()
+        self._next = 0  # the block behind the last one that was asked for
 
     def _block(self, index: int) -> bytes | bytearray:
+        is_in_order, self._next = index == self._next, index + 1
         if index in self._dirty:
             return self._dirty[index]
         if index in self._clean:
             self._clean.move_to_end(index)
             return self._clean[index]
-        return self._read_ahead(index)
+        return self._read_ahead(index, READ_AHEAD_BLOCKS if is_in_order else 1)
 
-    def _read_ahead(self, index: int) -> bytes:
-        """Read a block, and with it those behind it that are not in memory."""
-        stop = min(index + READ_AHEAD_BLOCKS, -(-self.size // self._block_bytes))
+    def _read_ahead(self, index: int, num_blocks: int) -> bytes:
+        """Read a block, and with it those of so many behind it that are not in memory.
+
+        Not for who looks here and there: on flash, neighbours lie apart, as they were written.
+        """
+        stop = min(index + num_blocks, -(-self.size // self._block_bytes))
         known = (i for i in range(index + 1, stop) if i in self._dirty or i in self._clean)
         count = max(1, next(known, stop) - index)
         data = self._namespace.read(self.first_lba + index, count).tobytes()
@@ -91,6 +98,8 @@ class BlockFile:
     def read(self, amount: int, offset: int) -> bytes:
         """Up to `amount` bytes; short at the end of the file, as SQLite expects."""
         amount = max(0, min(amount, self.size - offset))
+        if amount == self._block_bytes and offset % amount == 0:  # as SQLite reads all but the header
+            return bytes(self._block(offset // amount))
         pieces = []
         while amount > 0:
             index, start = divmod(offset, self._block_bytes)
@@ -103,13 +112,14 @@ class BlockFile:
     def write(self, data: bytes, offset: int) -> None:
         if offset + len(data) > self.capacity:
             raise apsw.FullError(f"the metadata area of {self.capacity} bytes is full")
+        known_blocks = -(-self.size // self._block_bytes)  # what lies behind them is nobody's
         self.size = max(self.size, offset + len(data))
         view = memoryview(data)
         while view:
             index, start = divmod(offset, self._block_bytes)
             count = min(len(view), self._block_bytes - start)
             if index not in self._dirty:
-                whole = count == self._block_bytes
+                whole = count == self._block_bytes or index >= known_blocks
                 self._dirty[index] = bytearray(self._block_bytes) if whole else bytearray(self._block(index))
                 self._clean.pop(index, None)
             self._dirty[index][start : start + count] = view[:count]
@@ -234,6 +244,9 @@ class _OpenFile:
         try:
             self._volume.sync()
         except NvmeError as error:
+            is_status = isinstance(error, NvmeStatusError)
+            if is_status and error.status == Status.NAMESPACE_WRITE_PROTECTED:
+                return  # opened to be looked into: what an upgrade has changed stays in memory
             raise apsw.IOError(str(error)) from error
 
     def xFileSize(self):

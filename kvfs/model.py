@@ -1,6 +1,7 @@
 """A model known to a store, and what it and its sequences may be called."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvfs.errors import InvalidArgument, ModelMismatch
 from kvfs.layout import GroupLayout, KvGeometry
@@ -17,7 +18,7 @@ class Model:
     geometry: KvGeometry
     layout: GroupLayout
 
-    def __getattr__(self, field: str):
+    def __getattr__(self, field: str) -> Any:
         # num_layers, head_dim and so on read as the model's own; the geometry stays the one truth
         if field.startswith("_"):
             raise AttributeError(field)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 PLACEMENT_IDS = 1 << 16  # NVMe: DSPEC has 16 bits
 PLACEMENT_FILES = 2  # ordinary files
+PLACEMENT_OBJECTS = 3  # keyed objects, of which those written together mostly go together
 DEATH_CLASSES = 24  # windows ahead that are told apart: each keeps a unit open, of 64 that a drive offers
 REMAINDER_IDS = 8  # so that two remainders that are written at one time seldom mix
 

@@ -33,12 +33,18 @@ def _mend_catalogue(inspection: Inspection, report: Report) -> list[str]:
             num_tokens = _cut(inspection, row, num_tokens)
             done.append(f"truncated sequence {row.name!r} from {row.num_tokens} to {num_tokens} tokens")
         num_broken, num_counts, freed = catalogue.mend_references()
+        num_objects = catalogue.objects.mend(report.lost_objects)
+        num_segments = catalogue.derived.mend(report.lost_segments)
         done += owners.files.remove_extents(report.not_theirs)
         done += owners.files.mend()
     if num_broken:
         done.append(f"removed {num_broken} rows of the catalogue that led nowhere")
     if num_counts:
         done.append(f"counted the references of {num_counts} groups anew")
+    if num_objects:
+        done.append(f"dropped {num_objects} objects whose bytes are not all there")
+    if num_segments:
+        done.append(f"dropped {num_segments} derived segments that are not whole: they can be made again")
     if freed:
         blocks = sum(num_lbas for _, num_lbas in freed)
         done.append(f"gave back {len(freed)} groups of {blocks} blocks that no sequence has")
@@ -59,6 +65,8 @@ def _cut(inspection: Inspection, row: SequenceRow, num_tokens: int) -> int:
         num_tokens = num_groups * group_tokens
         groups = groups[:num_groups]
     tokens = catalogue.tokens(row.id)[:num_tokens]
+    if num_tokens % group_tokens:  # what is appended next changes the last group
+        catalogue.derived.drop_ending_in(groups[-1].id)
     cut = replace(
         row,
         changed_ns=time.time_ns(),

@@ -7,36 +7,46 @@ filled group is read back into the tail: blocks that durable metadata names are 
 import time
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvfs import head_rows, tail_record, token_rows
-from kvfs.arrays import check_finite, float_array, to_storage, token_id_array
+from kvfs.arrays import Pair, output_arrays
+from kvfs.derived import DerivedSegment
 from kvfs.errors import InvalidArgument
-from kvfs.head_rows import HeadBatch, HeadRows
-from kvfs.layout import GroupLayout
+from kvfs.growing_sequence import GrowingSequence
+from kvfs.head_pieces import HeadRows
+from kvfs.head_rows import HeadBatch
+from kvfs.layout import GroupLayout, KvGeometry
 from kvfs.metadata import GroupRow, SequenceRow
-from kvfs.sequence_attributes import check_attribute, check_names
+from kvfs.model import Model
+from kvfs.prefix.reuse import PublishedSequence, suspecting
+from kvfs.sealing.interface import SealedSequence
+from kvfs.sequence_attributes import TENANT, check_attribute, check_names
 from kvfs.sequence_version import History, Version
-from kvfs.tail import LayerTail, Spill
-from spdk_glue.namespace import QUEUE_DEPTH
+from kvfs.tail import LayerTail
+from kvfs.telemetry.requests import request
+
+if TYPE_CHECKING:
+    from kvfs.store import Store
 
 PLACEMENT_TAIL = 1
-PLACEMENT_KV = 3  # and up: see placement.py
-SPILL_BATCH_BYTES = 8 << 20  # written by one: long runs on flash, few hand-overs
-SPILL_BATCH_EXTENTS = QUEUE_DEPTH // 2  # the rest for a group that goes out by head
+PLACEMENT_KV = 4  # and up: see placement.py
 
 
-class Sequence:
+class Sequence(GrowingSequence, PublishedSequence, SealedSequence):
     """Made by Store.create_sequence, Store.sequence and fork; valid until deleted or the store closes."""
 
-    def __init__(self, store, model, row: SequenceRow):
+    def __init__(self, store: "Store", model: Model, row: SequenceRow):
         self._store = store
         self.model = model
         self._row = row
         self._layout: GroupLayout = model.layout
         self._groups: list[GroupRow] = store._catalogue.groups(row.id)
         self._groups_changed_from = len(self._groups)  # positions from here on differ from the catalogue
+        self._unnamed_segments: list[DerivedSegment] = []  # of groups that may have no row yet
+        self._known_segments: tuple[int, dict] = (-1, {})  # see derived_segments
         self._tokens = store._catalogue.tokens(row.id)
         self._tokens_changed_from = len(self._tokens)
         self._layers: list[LayerTail] | None = None  # None: not in memory, all of it is on flash
@@ -50,11 +60,11 @@ class Sequence:
         return f"<Sequence {self.name!r} of {self.model.name!r}, {self.num_tokens} tokens>"
 
     @property
-    def _geometry(self):
+    def _geometry(self) -> KvGeometry:
         return self.model.geometry
 
     @property
-    def store(self):
+    def store(self) -> "Store":
         """The store that it is in."""
         return self._store
 
@@ -153,152 +163,18 @@ class Sequence:
             tail.clear()
         self._layers = None
 
-    # growing
-
-    def append(self, layer: int, keys, values) -> None:
-        """Add tokens to one layer.
-
-        keys, values: [num_tokens, num_kv_heads, head_dim], NumPy or torch, any float type; rounded to the
-        model's dtype; quantized later, page by page, if that has codes. NaN and infinity are stored as they
-        are, and refused where they have no code. Writing to flash goes on in the background.
-
-        Raises InvalidArgument for a wrong layer, shape, dtype or number; OutOfSpace with nothing appended.
-        """
-        with self._store._lock:
-            self._use()
-            layer = self._geometry.check_layer(layer)
-            shape = (None, self._geometry.num_kv_heads, self._geometry.head_dim)
-            meaning = "[num_tokens, num_kv_heads, head_dim]"
-            keys = float_array(keys, "keys", shape, meaning)
-            values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
-            dtype = self._geometry.numpy_dtype
-            if self._geometry.is_quantized:
-                keys, values = to_storage(keys, dtype), to_storage(values, dtype)
-                check_finite(keys, "keys", self._geometry.dtype)
-                check_finite(values, "values", self._geometry.dtype)
-            tail = self._layers[layer]
-            self._reserve_groups(tail.num_tokens + len(keys))
-            self._changed()
-            group_tokens = self._geometry.group_tokens
-            start = 0
-            due: list[tuple[int, np.ndarray]] = []
-            while start < len(keys):
-                count = min(group_tokens - tail.num_tokens % group_tokens, len(keys) - start)
-                part = slice(start, start + count)
-                tail.pack(to_storage(keys[part], dtype), to_storage(values[part], dtype))
-                due.extend(self._due_extents(layer, tail))
-                if len(due) * self._layout.image_bytes >= SPILL_BATCH_BYTES or len(due) >= SPILL_BATCH_EXTENTS:
-                    self._spill(layer, tail, due)
-                    due = []
-                start += count
-            if due:
-                self._spill(layer, tail, due)
-
-    def append_tokens(self, token_ids) -> None:
-        """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
-        with self._store._lock:
-            self._check_usable()
-            self._tokens = np.concatenate([self._tokens, token_id_array(token_ids)])
-            self._changed()
-
-    def _reserve(self, layer: int, num_tokens: int) -> None:
-        """Make sure of space for so many more tokens of a layer, that are to come in several appends."""
-        with self._store._lock:
-            self._use()
-            self._reserve_groups(self._layers[self._geometry.check_layer(layer)].num_tokens + num_tokens)
-
-    def _reserve_ahead(self, layer: int, num_bytes: int) -> int:
-        """Have groups of up to so many bytes ready, where plenty are free; what nobody needs goes back with the
-        next flush. Returns how many more tokens a layer takes without new space."""
-        with self._store._lock:
-            if self._deleted:  # by another since its tokens came
-                return 0
-            num_tokens, group_lbas = self.layer_tokens(layer), self._layout.group_lbas
-            if len(self._groups) <= self._groups_of(num_tokens):
-                num_lbas = min(num_bytes // self._store._namespace.block_bytes, self._store._plenty_of_lbas)
-                self._groups.extend(self._store._allocate_now(num_lbas // group_lbas, group_lbas))
-            # a part group that waits in the tail needs no space yet
-            part_group = 0 if self._groups_of(1) else self._geometry.group_tokens - 1
-            return len(self._groups) * self._geometry.group_tokens + part_group - num_tokens
-
-    @property
-    def _writeback_tokens(self) -> int:
-        """Tokens of a layer that are worth a spill: by default a whole group."""
-        return self._store._writeback_tokens or self._geometry.group_tokens
-
-    def _groups_of(self, num_tokens: int) -> int:
-        """How many `num_tokens` tokens need: a part group waits in the tail, unless it is spilled early."""
-        if self._writeback_tokens < self._geometry.group_tokens:
-            return -(-num_tokens // self._geometry.group_tokens)
-        return num_tokens // self._geometry.group_tokens
-
-    def _reserve_groups(self, num_tokens: int) -> None:
-        """Allocate the groups that `num_tokens` tokens fill, all or none."""
-        missing = self._groups_of(num_tokens) - len(self._groups)
-        self._groups.extend(self._store._allocate_groups(missing, self._layout.group_lbas))
-
-    def _due_extents(self, layer: int, tail: LayerTail) -> list[tuple[int, np.ndarray]]:
-        """What of the tail is due for writing, as (LBA, buffer); noted as submitted."""
-        due = tail.spillable(self._writeback_tokens)
-        if due is None:
-            return []
-        position, first_page, stop_page, tail.num_submitted = due
-        base = self._groups[position].base_lba + layer * self._layout.layer_lbas
-        return tail.extents(base, position, first_page, stop_page)
-
-    def _spill(self, layer: int, tail: LayerTail, extents: list[tuple[int, np.ndarray]]) -> None:
-        """Start writing a batch that ends at num_submitted."""
-        num_bytes = sum(buffer.nbytes for _, buffer in extents)
-        self._store._spills.make_room(num_bytes)
-        pending = self._store._namespace.submit_write(extents, self._placement_id)
-        spill = Spill(pending, tail.num_submitted, num_bytes)
-        tail.spills.append(spill)
-        self._bytes_spilled += num_bytes
-        self._store._spills.note(self, layer, spill)
-
-    @property
-    def _placement_id(self) -> int:
-        num_bytes = len(self._groups) * self._layout.group_lbas * self._store._namespace.block_bytes
-        # nothing says yet when a sequence will be deleted
-        placement = self._store._placement.place(self._row.id, num_bytes, now=0, expected_death=None)
-        return placement.identifier(self._bytes_spilled)
-
-    def _end_finished_spills(self, layer: int) -> None:
-        """Take note of what has reached the flash, without waiting."""
-        spills = self._layers[layer].spills
-        while spills and self._store._namespace.is_done(spills[0].pending):
-            self._complete_oldest_spill(layer)
-
-    def _complete_spills(self, layer: int) -> None:
-        while self._layers[layer].spills:
-            self._complete_oldest_spill(layer)
-
-    def _complete_oldest_spill(self, layer: int) -> None:
-        """Wait for a layer's oldest spill, if there is one. A failed one is tried again by the next append."""
-        tail = self._layers[layer] if self._layers else None
-        if tail is None or not tail.spills:
-            return
-        spill = tail.take_oldest_spill()
-        try:
-            self._store._namespace.complete(spill.pending)
-        except Exception:
-            # what did not reach the flash stays in its images, and what was to follow it goes with it
-            while tail.spills:
-                self._store._namespace.wait(tail.take_oldest_spill().pending)
-            tail.num_submitted = tail.num_spilled
-            raise
-        tail.completed(spill)
-
-    def _wait_for_spills(self) -> None:
-        for layer in range(self._geometry.num_layers):
-            self._complete_spills(layer)
-
     # reading
 
-    def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    @request("read", of="_store")
+    @suspecting
+    def read(
+        self, layer: int, start: int = 0, stop: int | None = None, out: Pair | None = None
+    ) -> tuple[Any, Any]:
         """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored.
 
-        Of a quantized model float16: what is on flash, or on its way there, as its codes say it.
+        out: the caller's arrays (keys, values) to be written to, of the model's dtype, writable and contiguous;
+        they are returned. Without it NumPy arrays are. Of a quantized model float16: what is on flash, or on
+        its way there, as its codes say it.
         """
         with self._store._lock:
             self._use()
@@ -307,9 +183,13 @@ class Sequence:
             stop = limit if stop is None else stop
             if not 0 <= start <= stop <= limit:
                 raise InvalidArgument(f"tokens [{start}, {stop}) of a layer that has {limit}")
+            shape = (stop - start, self._geometry.num_kv_heads, self._geometry.head_dim)
+            targets = output_arrays(out, ("keys", "values"), (shape, shape), self._geometry.numpy_dtype)
             self._complete_spills(layer)
-            return self._read_layer(layer, start, stop)
+            self._read_into(layer, start, stop, *targets)
+            return tuple(targets if out is None else out)
 
+    @suspecting
     def read_heads(self, pieces: Items[HeadRows]) -> memoryview:
         """The rows of each piece one after another, as bytes of the storage dtype.
 
@@ -325,15 +205,20 @@ class Sequence:
             if not batch.extents:
                 return batch.rows()
             self._store._namespace.read_scattered(batch.extents)
-            with self._store._lock:
-                self._check_usable()
-                if self._history.epoch == epoch:  # or the blocks may have become another's
-                    return batch.rows()
+            # Without the lock, which an attention may hold: what is cut off or deleted is noted before its
+            # blocks are let go, and they become another's after the next sync only.
+            self._check_usable()
+            if self._history.epoch == epoch:
+                return batch.rows()
 
     def _read_layer(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        tail = self._layers[layer]
         shape = (stop - start, self._geometry.num_kv_heads, self._geometry.head_dim)
         keys, values = (np.empty(shape, self._geometry.numpy_dtype) for _ in range(2))
+        self._read_into(layer, start, stop, keys, values)
+        return keys, values
+
+    def _read_into(self, layer: int, start: int, stop: int, keys: np.ndarray, values: np.ndarray) -> None:
+        tail = self._layers[layer]
         on_flash = min(stop, tail.num_spilled)
         if start < on_flash:
             drive = self._store._namespace
@@ -341,7 +226,6 @@ class Sequence:
         if on_flash < stop:
             first = max(start, on_flash)
             tail.read(first, stop, keys[first - start :], values[first - start :])
-        return keys, values
 
     # attributes
 
@@ -357,16 +241,23 @@ class Sequence:
             self._check_usable()
             check_attribute(name, value)
             check_names({*self._store._catalogue.attributes(self._row.id), name})
+            if name == TENANT:
+                self._store._space.reserve_move(self, value.decode())
             self._store._catalogue.set_attribute(self._row.id, name, value)
+            self._store._space.moved(self)
 
     def remove_attribute(self, name: str) -> None:
         """Forget an attribute if there is one."""
         with self._store._lock:
             self._check_usable()
+            if name == TENANT:
+                self._store._space.reserve_move(self, "")
             self._store._catalogue.remove_attribute(self._row.id, name)
+            self._store._space.moved(self)
 
     # durability
 
+    @request("flush", of="_store")
     def flush(self) -> None:
         """Everything appended so far, in complete tokens, survives a kill or a power cut from here on."""
         with self._store._lock:
@@ -411,7 +302,11 @@ class Sequence:
         self._state_notes.clear()
         for extent in freed:
             self._store._allocator.hold(*extent)
-        self._drop_groups(max(self._groups_of(tail.num_tokens) for tail in self._layers))
+        # a part group may be on flash though this store spills none: another writeback_tokens, or a repair
+        on_flash = -(-max(tail.num_spilled for tail in self._layers) // group_tokens)
+        self._drop_groups(max(on_flash, *(self._groups_of(tail.num_tokens) for tail in self._layers)))
+        self._store._sealing.groups_stored(self)
+        self._store._space.settle(self)
         self._dirty = False
 
     def _write_tail_record(self, start: int, stop: int) -> tuple[int, int]:
@@ -441,6 +336,9 @@ class Sequence:
             self._use()
             if not isinstance(num_tokens, (int, np.integer)) or not 0 <= num_tokens <= self.num_tokens:
                 raise InvalidArgument(f"a sequence of {self.num_tokens} tokens cannot keep {num_tokens!r}")
+            # the record of what is left of a group may be larger than the group, of quantized models
+            num_groups = num_tokens // self._geometry.group_tokens
+            self._store._space.reserve(self, num_groups, [num_tokens])
             self._keep(num_tokens, self._cut_layers(num_tokens))
 
     def _cut_layers(self, num_tokens: int) -> list[LayerTail]:
@@ -469,6 +367,8 @@ class Sequence:
         return tail
 
     def _drop_groups(self, keep: int) -> None:
+        if len(self._groups) > keep:
+            self._store._sealing.groups_dropped(self, keep)
         for group in self._groups[keep:]:
             if group.id is None:  # no metadata ever named it, so none will give it back
                 self._store._allocator.hold(group.base_lba, group.num_lbas)
@@ -489,6 +389,8 @@ class Sequence:
             self._store._check_new_name(name)
             if self._dirty:
                 self._store_state()  # gives the shared groups their rows
+            tenant = attributes.get(TENANT, self.attributes().get(TENANT, b"")).decode()
+            self._store._space.reserve_new(self.model, tenant, self.num_tokens, self.id)
             child = None
             try:
                 with self._store._catalogue.transaction():  # the name and what it holds, or neither
@@ -497,11 +399,13 @@ class Sequence:
                     for attribute, value in attributes.items():
                         self._store._catalogue.set_attribute(row.id, attribute, value)
                     child = Sequence(self._store, self.model, row)
+                    self._store._space.begin(child)
                     child._take_tokens(self)
                     child._store_state()
             except BaseException:
                 if child is not None:
                     child._clear_tails()
+                    self._store._space.forget(child)
                     if child._row.tail_lbas:  # written, and then the catalogue was full
                         self._store._allocator.hold(child._row.tail_lba, child._row.tail_lbas)
                 raise
@@ -534,6 +438,7 @@ class Sequence:
         for tail in self._layers or ():
             while tail.spills:  # whether they come to a good end is of no interest any more
                 self._store._namespace.wait(tail.take_oldest_spill().pending)
+        self._store._sealing.groups_dropped(self, 0)
         for group in self._groups:
             if group.id is None:
                 self._store._allocator.hold(group.base_lba, group.num_lbas)

@@ -7,14 +7,16 @@ ones are the user's. Names without `user.` are kvfs's own and not shown.
 from collections.abc import Callable, Iterable
 
 from kvfs.errors import InvalidArgument
+from kvfs.owner_process import is_owner
 
 KVFS = "user.kvfs."
 PINNED, TTL, TENANT = KVFS + "pinned", KVFS + "ttl", KVFS + "tenant"
+OWNER = KVFS + "owner"  # the process that a temporary sequence goes with: owner_process.py
 MODE, UID, GID = "mode", "uid", "gid"  # of the sequence's folder in a mount
 IMPORTING = "importing"  # not yet complete: gone if the drive is opened again with it
 SET_PART, SET_STATE = "set.part", "set.state"  # of a sequence that is part of one: drive_set/part_record.py
 # how long a sequence is to be kept says nothing of its forks; which part it is they say themselves
-NOT_INHERITED = (PINNED, TTL, IMPORTING, SET_PART, SET_STATE)
+NOT_INHERITED = (PINNED, TTL, OWNER, IMPORTING, SET_PART, SET_STATE)
 MAX_NAME_BYTES = 255
 MAX_VALUE_BYTES = 65536
 MAX_NAMES_BYTES = 65536  # of all names of a sequence with a NUL each: what listxattr(2) can return
@@ -32,7 +34,7 @@ def _check_number(value: bytes) -> bool:
     return value.isdigit() and len(value) <= 10
 
 
-def _check_tenant(value: bytes) -> bool:
+def is_tenant(value: bytes) -> bool:
     try:
         return 0 < len(value) <= 255 and value.decode().isprintable()
     except UnicodeDecodeError:
@@ -42,7 +44,8 @@ def _check_tenant(value: bytes) -> bool:
 _KNOWN: dict[str, tuple[Callable[[bytes], bool], str]] = {
     PINNED: (_check_pinned, "0 or 1"),
     TTL: (_check_ttl, "a number of seconds from 1 to 2**32 - 1"),
-    TENANT: (_check_tenant, "1 to 255 bytes of printable UTF-8"),
+    TENANT: (is_tenant, "1 to 255 bytes of printable UTF-8"),
+    OWNER: (is_owner, "of a process, as kvfs.owner_process.this_process has it"),
     MODE: (_check_number, "a number"),
     UID: (_check_number, "a number"),
     GID: (_check_number, "a number"),
@@ -61,7 +64,8 @@ def check_attribute(name: str, value: bytes) -> None:
     if not is_name:
         raise InvalidArgument(f"an attribute's name is 1 to {MAX_NAME_BYTES} bytes without NUL, not {name!r}")
     if not isinstance(value, bytes) or len(value) > MAX_VALUE_BYTES:
-        raise InvalidArgument(f"the value of {name} is at most {MAX_VALUE_BYTES} bytes")
+        given = f"{len(value)} bytes" if isinstance(value, bytes) else type(value).__name__
+        raise InvalidArgument(f"the value of {name} is at most {MAX_VALUE_BYTES} bytes, as bytes, not {given}")
     if name not in _KNOWN:
         if name.startswith("user.") and not name.startswith(KVFS):
             return

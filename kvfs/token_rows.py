@@ -27,7 +27,9 @@ def read(
 ) -> None:
     """Fill keys and values [num_tokens, num_kv_heads, head_dim] with tokens [start, stop), all on flash."""
     group_tokens = layout.geometry.group_tokens
-    groups = groups[: -(-stop // group_tokens)]
+    num_groups = -(-stop // group_tokens)
+    assert len(groups) >= num_groups, f"{len(groups)} groups for {stop} tokens"  # or memory as it was
+    groups = groups[:num_groups]
     batch = max(1, BATCH_BYTES // layout.image_bytes)
     for first in range(start // group_tokens, len(groups), batch):
         bases = [g.base_lba + layer * layout.layer_lbas for g in groups[first : first + batch]]

@@ -1,6 +1,6 @@
 """The counters of a set: sums over its drives, and what each one is and does."""
 
-SUMMED = ("link", "space", "memory", "attention")
+SUMMED = ("link", "space", "memory", "attention", "sealing")
 SUMMED_OF_FLASH = ("bytes_read", "bytes_written", "host_bytes_written", "num_pages", "mapped_pages")
 MICROSECONDS = 1e6
 
@@ -18,6 +18,9 @@ def set_counters(drive_set) -> dict:
         found[layer] = _sum([counters[layer] for counters in of_live.values()])
     flash = [counters["flash"] for counters in of_live.values()]
     found["flash"] = {name: sum(each[name] for each in flash) for name in SUMMED_OF_FLASH}
+    found["objects"] = drive_set._objects.counters([counters["objects"] for counters in of_live.values()])
+    found["eviction"] = drive_set._space.counters()
+    found["prefix"] = drive_set._prefixes.counters.as_dict()
     found["drives"] = [_of_drive(drive_set, member, of_live.get(member.drive_id)) for member in members]
     return found
 
@@ -44,6 +47,7 @@ def _of_drive(drive_set, member, counters: dict | None) -> dict:
         "num_kv_heads": member.num_heads,
         "capacity_bytes": space.get("capacity_bytes"),
         "free_bytes": space.get("free_bytes"),
+        "derived_bytes": space.get("derived_bytes"),
         "attend_latency_us": member.latency.seconds * MICROSECONDS,
         "latency_ratio": member.latency.compare(others),
         "waf": counters["waf"]["total"] if counters else None,

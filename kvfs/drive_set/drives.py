@@ -58,6 +58,7 @@ class Drives:
             if member.lost is None:
                 self._write_to(member, membership)
         self._set.membership = membership
+        self._set._objects.share()
         self._set._on_change(membership)
 
     def _write_to(self, member: Member, membership: Membership | None) -> None:
@@ -68,7 +69,8 @@ class Drives:
 
     def _next(self, **changes) -> Membership:
         membership = self._set.membership
-        return replace(membership, generation=membership.generation + 1, **changes)
+        changed = replace(membership, generation=membership.generation + 1, **changes)
+        return replace(changed, behind=tuple(drive for drive in changed.behind if drive in changed.drives))
 
     # adding
 
@@ -91,11 +93,14 @@ class Drives:
                 raise
             membership = self._next(drives={**self._set.membership.drives, member.drive_id: location})
             self._set._members[member.drive_id] = member
+            self._set._look_after(member)
             try:
                 self._write_to(member, membership)
                 self._write(membership)
                 for model in self._set._models.values():
                     store._add_model(model.name, model.geometry)
+                self._set._take_policies(member)
+                self._set._objects.add(member)
             except BaseException:
                 if self._set.membership is not membership:
                     del self._set._members[member.drive_id]
@@ -113,12 +118,16 @@ class Drives:
                 drive_id = known.drive_id  # a crash while it was added has left it the only one to know
             for part in found_parts(drive_id, store._catalogue):
                 store.delete_sequence(part.row.name)  # it has left: what a crash has kept on it is elsewhere
-        if store.catalogue_rows() or store._catalogue.files.num_inodes() > 1:
+            store.drop_objects()
+            store.flush()  # before the record of the set, or a crash may bring them back with that
+        has_objects = any(usage.objects for usage in store.object_usage())
+        if store.catalogue_rows() or has_objects or store._catalogue.files.num_inodes() > 1:
             raise NotInSet(location, "is not empty: move what is on it away, or format it")
         block_bytes = store._namespace.block_bytes
         if block_bytes != self._set._block_bytes:
             why = f"has blocks of {block_bytes} bytes, this set's drives have {self._set._block_bytes}"
             raise NotInSet(location, why)
+        store.drop_prefixes()  # whose they were, and of which heads, counts no more
         return Member(drive_id, location, store)
 
     # draining
@@ -237,6 +246,7 @@ class Drives:
         self._write(self._next(drives=drives, files=files, leaving=leaving))
         del self._set._members[member.drive_id]
         with member.in_use("nothing any more") as store:
+            store.drop_objects()
             store.flush()
             self._write_to(member, None)
             store.close()
@@ -285,7 +295,13 @@ class Drives:
             except BaseException:
                 store.close()
                 raise
-            member.come_back(store)
+            with self._set._objects.lock:
+                try:
+                    self._set._objects.rejoin(member, store)
+                except BaseException:
+                    store._abandon()
+                    raise
+                member.come_back(store)
             member.location = location
             self._set._rejoin(member)
 

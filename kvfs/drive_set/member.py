@@ -1,7 +1,7 @@
 """One drive of an open set: its store while it can be used, and why it cannot any more."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvfs.drive_set.latency import Latency
@@ -32,7 +32,9 @@ def _is_gone(error: Exception) -> bool:
 
 
 class Member:
-    """lost: why it cannot be used, None while it can. num_heads: KV heads of all sequences that it holds."""
+    """lost: why it cannot be used, None while it can. num_heads: KV heads of all sequences that it holds.
+    on_lost: called once it is.
+    """
 
     def __init__(self, drive_id: str, location: str, store: Store | None, lost: str | None = None):
         self.drive_id = drive_id
@@ -40,6 +42,7 @@ class Member:
         self._store = store
         self.lost = lost
         self.num_heads = 0
+        self.on_lost: Callable[[], None] = lambda: None
         self.latency = Latency()
 
     @property
@@ -62,15 +65,25 @@ class Member:
                 raise DriveLost(self.location, what, self.lost) from error
             if isinstance(error, OutOfSpace) and not str(error).startswith(self.location):
                 error.args = (f"{self.location}: {error}",)
-            elif isinstance(error, NvmeStatusError) and self.location not in error.detail:
-                error.detail = "; ".join(filter(None, [error.detail, f"drive {self.location}"]))
+            elif isinstance(error, NvmeStatusError):
+                self._tell(error)
             raise
+
+    def _tell(self, error: NvmeStatusError) -> None:
+        """On which drive it was; what could not be read is no prefix for anybody."""
+        if self.location not in error.detail:
+            error.detail = "; ".join(filter(None, [error.detail, f"drive {self.location}"]))
+        if error.lba is not None:
+            with self._store._lock:
+                self._store._prefixes.suspect(error.lba)
 
     def lose(self, error: Exception) -> None:
         """Nothing more is asked of the drive until it is brought back."""
         if self.lost is None:
-            self.lost = " ".join(str(error).split()) or type(error).__name__
+            said = " ".join(str(error).split()) or type(error).__name__
+            self.lost = said.removeprefix(f"{self.location.partition('?')[0]}: ")
             log.error("drive %s is lost: %s; sequences without parts on it go on", self.location, self.lost)
+            self.on_lost()
 
     def let_go(self) -> None:
         """Let go of what a lost drive holds in memory."""

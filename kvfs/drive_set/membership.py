@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from kvfs.errors import NotInSet
+from kvfs.space.background_policy import OFF, Background
+from kvfs.space.space_catalogue import Quota
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Membership:
     """set_id, drive_id: random; generation: of the set's changes, from 1 on
     drives: id to location, as last known, in the order in which heads are dealt out
     files: id of the drive with the ordinary files; leaving: ids of drives that get nothing new
+    behind: ids of drives that were away when objects were deleted
+    quotas, background: see space/set_caps.py
     """
 
     set_id: str
@@ -26,16 +30,28 @@ class Membership:
     drives: dict[str, str]
     files: str
     leaving: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
+    quotas: tuple[Quota, ...] = ()
+    background: Background = OFF
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        fields = asdict(self)
+        for name in ("behind", "quotas"):  # absent as those know it who know no such things
+            if not fields[name]:
+                del fields[name]
+        if not self.background.is_on:
+            del fields["background"]
+        return json.dumps(fields).encode()
 
     @classmethod
     def decode(cls, record: bytes, location: str) -> "Membership":
         """Raises NotInSet for a record that makes no sense."""
         try:
             fields = json.loads(record)
-            return cls(**{**fields, "leaving": tuple(fields["leaving"])})
+            tuples = {name: tuple(fields.get(name, ())) for name in ("leaving", "behind")}
+            quotas = tuple(Quota(**quota) for quota in fields.get("quotas", ()))
+            background = Background(**fields.get("background", {}))
+            return cls(**{**fields, **tuples, "quotas": quotas, "background": background})
         except (ValueError, TypeError, KeyError) as error:
             raise NotInSet(location, f"its record of the set makes no sense: {error}") from error
 

@@ -9,42 +9,17 @@ from pathlib import Path
 
 from kvfs.drive_set import set_file
 from kvfs.drive_set.drive_set import DriveSet
+from kvfs.drive_set.locations import locations_of
 from kvfs.drive_set.member import Member
 from kvfs.drive_set.membership import Membership, agree, new_set
 from kvfs.errors import DriveBusy, DriveExists, DriveMissing, InvalidArgument, KvfsError, NotInSet
+from kvfs.sealing.set_sealing import take_policies
 from kvfs.store import Store
 from spdk_glue.status import NvmeError
 from spdk_glue.transports.url import is_nvme
 
 log = logging.getLogger(__name__)
 UNAVAILABLE = (KvfsError, NvmeError)
-
-
-def is_set(path) -> bool:
-    """Whether this names a set of drives: its file, or several locations."""
-    return set_file.is_set_file(path) or (
-        isinstance(path, Sequence) and not isinstance(path, str | bytes | os.PathLike)
-    )
-
-
-def locations_of(path) -> list[str]:
-    """Raises NotADrive, NotInSet."""
-    if set_file.is_set_file(path):
-        found = set_file.read(path)
-    else:
-        try:
-            found = [os.fspath(location) for location in path]
-        except TypeError as error:
-            raise InvalidArgument(f"a set of drives is named by their locations: {error}") from error
-    known: dict[str, str] = {}
-    for location in found:
-        real = location if is_nvme(location) else os.path.realpath(location)
-        if real in known:
-            raise NotInSet(location, f"named twice, as {known[real]} too: a set has each drive once")
-        known[real] = location
-    if not found:
-        raise NotInSet("a set of drives", "names none: it takes at least one")
-    return found
 
 
 def open_set(path, open_drive: Callable[[str], Store], degraded: bool = False, **options) -> DriveSet:
@@ -120,14 +95,18 @@ def _members(membership: Membership, stores: dict[str, Store], failed: dict[str,
 
 
 def _catch_up(membership: Membership, members: list[Member]) -> None:
-    """What a crash has kept from some drives, or where they have been moved to."""
-    for member in members:
-        if member.lost is None:
-            wanted = membership.of(member.drive_id)
-            if _membership(member.store, member.location) != wanted:
-                with member.store._lock:
-                    member.store._catalogue.set_membership(wanted.encode())
-                    member.store._sync_if_needed()
+    """What a crash or their absence has kept from some drives, or where they have been moved to."""
+    live = [member for member in members if member.lost is None]
+    known = {member.drive_id: _membership(member.store, member.location) for member in live}
+    newest = next(m for m in live if known[m.drive_id].generation == membership.generation)
+    for member in live:
+        wanted = membership.of(member.drive_id)
+        if known[member.drive_id] != wanted:
+            if known[member.drive_id].generation < membership.generation:
+                take_policies(member.store, newest.store)
+            with member.store._lock:
+                member.store._catalogue.set_membership(wanted.encode())
+                member.store._sync_if_needed()
 
 
 def join_new(locations: Sequence[str], open_drive: Callable[[str], Store]) -> None:

@@ -28,6 +28,9 @@ class PartPlace(NamedTuple):
     copy: int = 0
 
 
+Layout = tuple[PartPlace, ...]  # all heads of a sequence, in their order; of what no copy counts: copy 0
+
+
 @dataclass(frozen=True)
 class PartRecord:
     """uid: of the sequence, whatever it is called; index: which of the parts this is."""
@@ -43,6 +46,11 @@ class PartRecord:
     def member_name(self) -> str:
         """What the part is called on its drive."""
         return f"{self.uid:016x}-{self.index}-{self.copy}"
+
+    @property
+    def layout(self) -> Layout:
+        """Where a sequence would be that has its groups."""
+        return tuple(place._replace(copy=0) for place in self.parts)
 
     @property
     def is_first(self) -> bool:
@@ -142,8 +150,8 @@ def in_common(states: Sequence[PartState]) -> Common:
     newest = max(range(len(states)), key=lambda index: states[index].order)
     start = states[oldest]
     unseen = [cut for cut in states[newest].history.cuts if cut.epoch > start.history.epoch]
-    # what was left grows along the list: the first cut is the deepest
-    if unseen and unseen[0].num_tokens < start.num_tokens:
+    # what was left grows along the list: the first cut is the deepest; it may have taken token ids only
+    if unseen and unseen[0].num_tokens <= start.num_tokens:
         return Common(unseen[0].num_tokens, unseen[0].num_token_ids, newest)
     return Common(start.num_tokens, start.num_token_ids, oldest)
 

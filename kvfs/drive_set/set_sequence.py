@@ -1,33 +1,49 @@
 """A sequence of a set of drives: parts with some of the KV heads each, kept at one length."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfs.arrays import check_finite, float_array, to_storage, token_id_array
+from kvfs.arrays import Array, Pair, check_finite, float_array, output_arrays, to_storage, token_id_array
 from kvfs.drive_set.part_record import History, PartPlace, PartRecord, new_uid
+from kvfs.drive_set.part_settings import part_settings
 from kvfs.errors import DriveLost, InvalidArgument
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.model import Model
+from kvfs.prefix.hashing import settings_text
+from kvfs.prefix.match import check_tenant
+from kvfs.sealing.set_sealing import SealedSetSequence
 from kvfs.sequence import Sequence
-from kvfs.sequence_attributes import SET_PART, SET_STATE
+from kvfs.sequence_attributes import SET_PART, SET_STATE, TENANT, check_attribute
 from kvfs.sequence_version import History as Versions
 from kvfs.sequence_version import Version
+from kvfs.telemetry.requests import request
+
+if TYPE_CHECKING:
+    from kvfs.drive_set.drive_set import DriveSet
 
 _OWN_ATTRIBUTES = (SET_PART, SET_STATE)
 
 
-class SetSequence:
+class SetSequence(SealedSetSequence):
     """As kvfs.Sequence. Made by DriveSet; valid until deleted or the set closes.
 
     record: of its first part; parts: in the order of their heads, None where the drive is missing
     """
 
-    def __init__(self, store, model: Model, record: PartRecord, parts: list[Sequence | None], history: History):
+    def __init__(
+        self,
+        store: "DriveSet",
+        model: Model,
+        record: PartRecord,
+        parts: list[Sequence | None],
+        history: History,
+    ):
         self._store = store
         self.model = model
         self._record = record
@@ -45,7 +61,7 @@ class SetSequence:
     # facts
 
     @property
-    def store(self):
+    def store(self) -> "DriveSet":
         """The store that it is in."""
         return self._store
 
@@ -126,6 +142,7 @@ class SetSequence:
         self._check_whole()
         if self._is_uneven:
             self._cut_to(self.num_tokens, self.tokens)
+        self._store._space.used(self.id)
 
     def _on_parts(self, job: Callable[[Sequence, PartPlace], object]) -> list:
         """What a job gives for every part, on all drives at once."""
@@ -139,7 +156,8 @@ class SetSequence:
 
     # growing
 
-    def append(self, layer: int, keys, values) -> None:
+    @request("append", of="_store")
+    def append(self, layer: int, keys: Array, values: Array) -> None:
         """As kvfs.Sequence.append: all drives take the tokens, or none does."""
         with self._store._lock:
             self._use()
@@ -147,8 +165,8 @@ class SetSequence:
             layer = geometry.check_layer(layer)
             shape = (None, geometry.num_kv_heads, geometry.head_dim)
             meaning = "[num_tokens, num_kv_heads, head_dim]"
-            keys = float_array(keys, "keys", shape, meaning)
-            values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
+            keys = float_array(keys, "keys", shape, meaning, geometry.numpy_dtype)
+            values = float_array(values, "values", (len(keys), *shape[1:]), meaning, geometry.numpy_dtype)
             if geometry.is_quantized:
                 keys, values = (to_storage(rows, geometry.numpy_dtype) for rows in (keys, values))
                 check_finite(keys, "keys", geometry.dtype)
@@ -161,7 +179,7 @@ class SetSequence:
                     part.append(layer, keys[:, heads], values[:, heads])
             self._is_uneven = False
 
-    def append_tokens(self, token_ids) -> None:
+    def append_tokens(self, token_ids: Array) -> None:
         """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
         with self._store._lock:
             self._use()
@@ -173,6 +191,7 @@ class SetSequence:
         """Make sure of space for so many more tokens of a layer, that are to come in several appends."""
         with self._store._lock:
             self._use()
+            self._store._space.reserve(self, self.model.geometry.check_layer(layer), num_tokens)
             for part, place in zip(self._parts, self._record.parts, strict=True):
                 with self._store._member(place).in_use(self._holding(place)):
                     part._reserve(layer, num_tokens)
@@ -180,7 +199,7 @@ class SetSequence:
     def _reserve_ahead(self, layer: int, num_bytes: int) -> int:
         """As Sequence._reserve_ahead."""
         with self._store._lock:
-            if self._deleted:
+            if self._deleted or self._store._space.quotas:
                 return 0
             self._use()
             share = num_bytes // len(self._parts)
@@ -188,7 +207,10 @@ class SetSequence:
 
     # reading
 
-    def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    @request("read", of="_store")
+    def read(
+        self, layer: int, start: int = 0, stop: int | None = None, out: Pair | None = None
+    ) -> tuple[Any, Any]:
         """As kvfs.Sequence.read, of all drives at once."""
         with self._store._lock:
             self._use()
@@ -199,16 +221,16 @@ class SetSequence:
             if not 0 <= start <= stop <= limit:
                 raise InvalidArgument(f"tokens [{start}, {stop}) of a layer that has {limit}")
             if len(self._parts) == 1:
-                return self._on_parts(lambda part, _: part.read(layer, start, stop))[0]
+                return self._on_parts(lambda part, _: part.read(layer, start, stop, out))[0]
             shape = (stop - start, geometry.num_kv_heads, geometry.head_dim)
-            keys, values = (np.empty(shape, geometry.numpy_dtype) for _ in range(2))
+            keys, values = output_arrays(out, ("keys", "values"), (shape, shape), geometry.numpy_dtype)
 
             def read(part, place):
                 heads = slice(place.first_head, place.stop_head)
                 keys[:, heads], values[:, heads] = part.read(layer, start, stop)
 
             self._on_parts(read)
-            return keys, values
+            return (keys, values) if out is None else tuple(out)
 
     def read_heads(self, pieces: Items[HeadRows]) -> memoryview:
         """As kvfs.Sequence.read_heads. The set is free for others while flash is read."""
@@ -274,17 +296,27 @@ class SetSequence:
         with self._store._lock:
             if name in _OWN_ATTRIBUTES:
                 raise InvalidArgument(f"attribute {name} is the set's own")
-            self._first().set_attribute(name, value)
+            first = self._first()
+            check_attribute(name, value)
+            if name == TENANT:
+                self._store._space.reserve_move(self, value.decode())
+            first.set_attribute(name, value)
+            self._store._space.note_attributes(self)
 
     def remove_attribute(self, name: str) -> None:
         """Forget an attribute if there is one."""
         with self._store._lock:
             if name in _OWN_ATTRIBUTES:
                 raise InvalidArgument(f"attribute {name} is the set's own")
-            self._first().remove_attribute(name)
+            first = self._first()
+            if name == TENANT:
+                self._store._space.reserve_move(self, "")
+            first.remove_attribute(name)
+            self._store._space.note_attributes(self)
 
     # durability
 
+    @request("flush", of="_store")
     def flush(self) -> None:
         """Everything appended so far, in complete tokens, survives a kill or a power cut from here on."""
         with self._store._lock:
@@ -294,6 +326,7 @@ class SetSequence:
     def _settled(self) -> None:
         """All parts have stored what is now."""
         self._part_history.settled()
+        self._store._space.settle(self)
 
     # shortening and sharing
 
@@ -303,6 +336,7 @@ class SetSequence:
             self._use()
             if not isinstance(num_tokens, (int, np.integer)) or not 0 <= num_tokens <= self.num_tokens:
                 raise InvalidArgument(f"a sequence of {self.num_tokens} tokens cannot keep {num_tokens!r}")
+            self._store._space.reserve_cut(self, int(num_tokens))
             self._cut_to(int(num_tokens), self.tokens[:num_tokens])
 
     def _cut_to(self, num_tokens: int, token_ids: np.ndarray) -> None:
@@ -345,14 +379,27 @@ class SetSequence:
         with self._store._lock:
             self._use()
             self._store._check_new_name(name)
-            places = tuple(place._replace(copy=0) for place in self._record.parts)
-            record = PartRecord(new_uid(), name, self.model.name, 0, 0, places)
+            record = PartRecord(new_uid(), name, self.model.name, 0, 0, self._record.layout)
+            tenant = self.attributes().get(TENANT, b"").decode()
+            self._store._space.reserve_new(self.model, record.layout, tenant, self.num_tokens, {self.id})
 
             def fork(index: int, part_record: PartRecord) -> Sequence:
                 attributes = {SET_PART: part_record.encode()}
                 return self._parts[index]._fork(part_record.member_name, attributes)
 
             return self._store._make(self.model, record, fork)
+
+    def publish(self, tenant: str | None = None, settings: Mapping[str, Any] | None = None) -> int:
+        """As kvfs.Sequence.publish: each drive notes what it has. What is found is what all of them have."""
+        settings_json = settings_text(settings)
+        with self._store._lock:
+            self._use()
+            if tenant is None:
+                tenant = self.attributes().get(TENANT, b"").decode()
+            check_tenant(tenant)
+            return min(
+                self._on_parts(lambda part, place: part._publish(tenant, part_settings(place, settings_json)))
+            )
 
     def compact(self) -> None:
         """Have each drive rewrite its part's whole groups so that each layer reads in long runs."""

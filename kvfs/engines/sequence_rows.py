@@ -20,9 +20,9 @@ def find_rows(store, name):
     return rows
 
 
-def create_rows(store, model, name, num_rows):
+def create_rows(store, model, name, num_rows, attributes):
     """New empty sequences for a batch of `num_rows`."""
-    return [store.create_sequence(model, row_name) for row_name in row_names(name, num_rows)]
+    return [store.create_sequence(model, row_name, attributes) for row_name in row_names(name, num_rows)]
 
 
 def check_same_model(rows):
@@ -33,7 +33,7 @@ def check_same_model(rows):
     return rows[0].model
 
 
-def rearranged_rows(store, name, rows, sources):
+def rearranged_rows(store, name, rows, sources, attributes):
     """Make row r of the new batch a copy of row sources[r] of the old one (beams, candidates, selections).
 
     Copies are forks and share their stored groups. Rows that stay where they are are not touched; the others
@@ -47,7 +47,9 @@ def rearranged_rows(store, name, rows, sources):
         if rows[source].name != names[target]:
             temporary = f"{names[target]}.rearranging"
             _delete_if_there(store, temporary)  # left by a killed process
-            rows[source].fork(temporary)
+            fork = rows[source].fork(temporary)
+            for attribute, value in attributes.items():
+                fork.set_attribute(attribute, value)
             forks[target] = temporary
     kept = {names[target] for target in range(len(sources)) if target not in forks}
     for row in rows:

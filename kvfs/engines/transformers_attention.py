@@ -15,11 +15,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from accel.merge import merge_states
+from kvfs.engines.compiled_attention import attend_handed_over, was_handed_over
 from kvfs.engines.errors import UnsupportedMask, UnsupportedModel
 from kvfs.engines.fresh_tokens import StandIn
 from kvfs.engines.host_arrays import host_array
 from kvfs.engines.torch_attention import attend_ranges, rounded, with_sinks
-from kvfs.engines.visibility import causal_ranges
+from kvfs.engines.visibility import causal_ranges, ranges_of_mask
 
 # Queries of one command: bounds the memory of a long prompt's continuation; each command reads the past once.
 QUERIES_PER_COMMAND = 1024
@@ -34,17 +35,29 @@ def kvfs_attention(module, query, key, value, attention_mask, scaling=None, drop
     Raises UnsupportedModel or UnsupportedMask, with the reason, for everything that it would get wrong.
     """
     _check_supported(module, query, dropout, kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        options = (kwargs.get(name) for name in ("softcap", "s_aux", "position_ids"))
+        return attend_handed_over(query, attention_mask, scaling, *options), None
     fresh = key.fresh
     if fresh is None or type(value) is not StandIn:
         raise UnsupportedModel(
             f"{type(module).__name__} rearranges the keys and values that its cache returned"
         )
+    return attend_fresh(module, query, fresh, attention_mask, scaling, kwargs), None
+
+
+def attend_fresh(module, query, fresh, attention_mask, scaling, kwargs):
+    """Append a layer's fresh tokens and attend; returns what kvfs_attention does first."""
     _check_new_positions(fresh, attention_mask, kwargs.get("position_ids"))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     fresh.cache.append(fresh, module, query)
-    found = _attend(module, query, fresh, attention_mask, scaling, kwargs)
+    out = _attend(module, query, fresh, attention_mask, scaling, kwargs)
     fresh.cache.attended(fresh)
-    return found
+    return out
+
+
+def _is_ours(key):
+    return was_handed_over() if torch.compiler.is_compiling() else type(key) is StandIn
 
 
 def _attend(module, query, fresh, attention_mask, scaling, kwargs):
@@ -57,12 +70,12 @@ def _attend(module, query, fresh, attention_mask, scaling, kwargs):
         out, lse = _continue(query, fresh, attention_mask, scaling, softcap)
     if sinks is not None:
         out = with_sinks(out, lse, sinks)
-    return out.to(query.dtype), None
+    return out.to(query.dtype)
 
 
 def _prefill(module, query, fresh, attention_mask, scaling, kwargs):
     keys, values = (rounded(tensor, fresh.cache.torch_dtype) for tensor in (fresh.keys, fresh.values))
-    return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(module, query, keys, values, attention_mask, scaling=scaling, **kwargs)[0]
 
 
 def _decode(query, fresh, attention_mask, scaling, softcap):
@@ -70,7 +83,7 @@ def _decode(query, fresh, attention_mask, scaling, softcap):
     ranges = None
     if attention_mask is not None:
         ranges = fresh.cache.mask_ranges(attention_mask, query.shape[0], 1, fresh.num_past)
-    return _attend_on_drive(query, fresh, scaling, softcap, ranges)
+    return fresh.cache.attend_stored(query, fresh, scaling, softcap, ranges)
 
 
 def _continue(query, fresh, attention_mask, scaling, softcap):
@@ -86,7 +99,7 @@ def _continue(query, fresh, attention_mask, scaling, softcap):
     if not past:
         return out, lse
     stored = [
-        _attend_on_drive(query[:, :, part], fresh, scaling, softcap, ranges[:, part].clip(max=past))
+        fresh.cache.attend_stored(query[:, :, part], fresh, scaling, softcap, ranges[:, part].clip(max=past))
         for part in _slices(num_queries, QUERIES_PER_COMMAND)
     ]
     stored_out, stored_lse = (torch.cat(column, dim=1) for column in zip(*stored, strict=True))
@@ -101,19 +114,6 @@ def _merged(out, lse, stored_out, stored_lse):
     """accel's merge, on the host; tensors on the device of `out`."""
     arrays = (host_array(tensor) for tensor in (out, lse, stored_out, stored_lse))
     return tuple(torch.from_numpy(array).to(out.device) for array in merge_states(*arrays))
-
-
-def _attend_on_drive(query, fresh, scaling, softcap, ranges):
-    """out, lse as torch tensors on the query's device, both float32, laid out as attend_ranges returns them."""
-    out, lse = fresh.cache.store.attend(
-        fresh.layer,
-        host_array(query.transpose(1, 2)),
-        fresh.cache.sequences,
-        token_ranges=ranges,
-        scale=scaling,
-        softcap=softcap,
-    )
-    return torch.from_numpy(out).to(query.device), torch.from_numpy(lse).to(query.device)
 
 
 def _check_supported(module, query, dropout, kwargs):
@@ -137,30 +137,42 @@ def _check_new_positions(fresh, attention_mask, position_ids):
     """
     if attention_mask is not None or position_ids is None or not fresh.num_past or fresh.layer:
         return
-    if position_ids.ndim == 2 and int(position_ids[0, -1]) < fresh.num_past:
+    last = fresh.num_past + fresh.keys.shape[2] - 1
+    if position_ids.ndim == 2 and int(position_ids[0, -1]) < last:
         raise UnsupportedMask(
             f"new tokens at positions up to {int(position_ids[0, -1])}, but {fresh.num_past} tokens are "
-            "stored: pass the ids of the whole sequence (stored and new), or crop() the cache first"
+            f"stored, so that they go up to {last}: pass the ids of the whole sequence (stored and new) to "
+            "generate, without assisted decoding, or crop() the cache first"
         )
 
 
 def sdpa_or_kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs):
     """Registered as "sdpa": ours for K/V of a KvfsCache, Transformers' own, untouched, for all others."""
-    if type(key) is StandIn:
+    if _is_ours(key):
         return kvfs_attention(module, query, key, value, attention_mask, *args, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
 
-def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, **kwargs):
-    """Registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa."""
-    if type(key) is StandIn:
-        return kvfs_attention(module, query, key, value, attention_mask, **kwargs)
-    for option, what in (("s_aux", "attention sinks"), ("softcap", "soft-capped scores")):
-        if kwargs.get(option) is not None:
-            raise UnsupportedModel(
-                f"{what} with attn_implementation='kvfs' need past_key_values=KvfsCache(...)"
-            )
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+def kvfs_or_sdpa_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Registered as "kvfs", for models whose default is eager; without a KvfsCache it is sdpa, or in float32
+    what sdpa has not: soft caps and sinks."""
+    if _is_ours(key):
+        return kvfs_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    if sinks is None and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    _check_supported(module, query, dropout, kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_sequences, _, num_queries, _ = query.shape
+    num_past = key.shape[2] - num_queries
+    if attention_mask is None:
+        ranges = causal_ranges(num_sequences, num_queries, num_past)
+    else:
+        ranges = ranges_of_mask(attention_mask, num_sequences, num_queries, num_past)
+    out, lse = attend_ranges(query, key, value, ranges, scaling, softcap)
+    return (out if sinks is None else with_sinks(out, lse, sinks)).to(query.dtype), None
 
 
 def register():

@@ -49,7 +49,7 @@ def ranges_of_mask(mask, num_sequences, num_queries, num_past):
         )
     ranges = np.stack([np.where(empty, 0, first), np.where(empty, 0, end)], axis=-1).astype(np.int64)
     _check_queries_see_themselves(ranges, num_past)
-    return np.broadcast_to(ranges, (num_sequences, num_queries, 2))
+    return np.broadcast_to(ranges, (num_sequences, num_queries, 2)).copy()  # torch wants it writable
 
 
 class RangesMemo:

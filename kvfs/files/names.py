@@ -198,6 +198,8 @@ class Names:
                 raise FileError(errno.EINVAL)
             self._exchange(folder, name, source, new_folder, new_name, target)
         else:
+            if target is not None and target.is_folder and self._is_within(folder, target):
+                raise FileError(errno.ENOTEMPTY)  # before what it is, as Linux has it
             self._check_replacing(source, target)
             self._move(folder, name, source, new_folder, new_name, target)
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.kv_tree.attend import AttendContent
 from kvfs.kv_tree.early_content import EarlyContent
 from kvfs.kv_tree.nodes import File, Folder, Mounted, OpenContent, Permissions, file_attributes

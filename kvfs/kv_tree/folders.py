@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 
 from kvfs.errors import InvalidArgument, NoSuchSequence, SequenceExists
@@ -17,9 +18,9 @@ from kvfs.kv_tree.files import (
     UploadFile,
     json_text,
 )
+from kvfs.kv_tree.listing import Listing
 from kvfs.kv_tree.nodes import DEFAULT_MODE, Folder, Mounted, Node, Permissions, folder_attributes
 from kvfs.kv_tree.npy_format import HEADER_BYTES
-from kvfs.kv_tree.prometheus import metrics_text
 from kvfs.kv_tree.safetensors_format import KINDS, layer_name
 from kvfs.kv_tree.snapshot import Snapshot
 from kvfs.kv_tree.transfer import SafetensorsReader, import_sequence
@@ -35,6 +36,7 @@ MAX_MODEL_JSON_BYTES = 65536
 MAX_UPLOADS = 64  # of a folder, being written or waiting for their names
 SAFETENSORS, JSON = ".safetensors", ".json"
 MODEL_JSON = "model.json"
+PAGE_ROWS = 10_000  # of names that are in memory while a folder is listed
 
 
 class TopFolder(Folder):
@@ -68,9 +70,11 @@ class ControlFolder(TopFolder):
         if name == "connect":
             return ConnectFile(self, self._mounted.permissions, self._mounted)
         if name == "stats.json":
-            data = json_text(self._mounted.store.counters())
+            data = json_text(self._mounted.counters())
         else:
-            data = metrics_text(self._mounted.store.counters()).encode()
+            from kvfs.telemetry.metrics import metrics_text  # prometheus_client takes a while to import
+
+            data = metrics_text(self._mounted.telemetry())
         return TextFile(self, name, self._mounted.permissions, time.time_ns(), data)
 
 
@@ -193,9 +197,19 @@ class ModelFolder(UploadsFolder):
         return f"{self.parent.path}/{self.model.name}"
 
     def names(self) -> list[str]:
-        rows = self._mounted.store.catalogue_rows()
-        names = [row.name for row in rows if row.model_id == self.model.id]
-        return list(dict.fromkeys([MODEL_JSON, *names, *self._upload_names()]))
+        return list(dict.fromkeys(name for page in self._pages() for name in page))
+
+    def listing(self) -> Listing:
+        """There may be very many: not all at once."""
+        return Listing(self._pages)
+
+    def _pages(self) -> Iterator[list[str]]:
+        yield [MODEL_JSON]
+        after = ""
+        while rows := list(self._mounted.store.sequence_rows(after, PAGE_ROWS, model=self.model.name)):
+            yield [row.name for row in rows]
+            after = rows[-1].name
+        yield self._upload_names()
 
     def child(self, name: str) -> Node:
         if name == MODEL_JSON:

@@ -9,9 +9,11 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvfs.kv_tree.listing import Listing
 from kvfs.sequence import Sequence
 from kvfs.sequence_attributes import GID, MODE, UID
 from kvfs.store import Store
+from kvfs.telemetry.visible_store import nothing_of_tenants
 from kvfs.tree import AttributeChanges, Attributes, Caller, FileError
 
 STABLE_SECONDS = 60.0  # how long the kernel may believe what cannot change
@@ -52,12 +54,27 @@ class Permissions:
 
 @dataclass(frozen=True)
 class Mounted:
-    """What all nodes share. invite: what `.kvfs/connect` holds for who opens it, None for no such file."""
+    """What all nodes share. invite: what `.kvfs/connect` holds for who opens it, None for no such file.
+
+    is_shared: users besides the one who mounted see it, and nothing in it may tell of tenants and of caches
+    """
 
     store: Store
     permissions: Permissions  # of all that has none noted
     mounted_ns: int
     invite: Callable[[Caller], bytes] | None = None
+    is_shared: bool = False
+
+    def counters(self) -> dict:
+        """The store's, as whoever sees the mount may know them."""
+        return self._for_all(self.store.counters())
+
+    def telemetry(self) -> dict:
+        """The same of Store.telemetry."""
+        return self._for_all(self.store.telemetry())
+
+    def _for_all(self, found: dict) -> dict:
+        return {**found, **nothing_of_tenants()} if self.is_shared else found
 
 
 class Node:
@@ -101,6 +118,11 @@ class Folder(Node):
 
     def names(self) -> list[str]:
         raise NotImplementedError
+
+    def listing(self) -> Listing:
+        """Its names while somebody lists them: as they are now."""
+        names = self.names()
+        return Listing(lambda: iter([names]))
 
     def make_folder(self, name: str, mode: int, caller: Caller) -> Node:
         raise FileError(errno.EPERM, f"{self.path} takes no folders: sequences are made as kv/MODEL/SEQUENCE")

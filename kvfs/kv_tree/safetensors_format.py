@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from math import prod
 
 from kvfs.errors import InvalidArgument
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.layout import KvGeometry
 
 PAGE_BYTES = 4096

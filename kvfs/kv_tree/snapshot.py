@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvfs.errors import InvalidArgument
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.sequence import Sequence
 from kvfs.sequence_version import Version
 from kvfs.tree import FileError

@@ -54,7 +54,7 @@ def _reported(operation: Callable) -> Callable:
 class KvTree:
     """A kvfs.tree.Tree. uid, gid: whose everything is that has no owner noted, by default this process's.
 
-    invite: what `.kvfs/connect` holds for who opens it; None for no such file.
+    invite: what `.kvfs/connect` holds for who opens it; None for no such file. is_shared: see nodes.Mounted.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class KvTree:
         uid: int | None = None,
         gid: int | None = None,
         invite: Callable[[Caller], bytes] | None = None,
+        is_shared: bool = False,
     ):
         mounted = Mounted(
             store,
             Permissions(DEFAULT_MODE, os.getuid() if uid is None else uid, os.getgid() if gid is None else gid),
             time.time_ns(),
             invite,
+            is_shared,
         )
         self._top: dict[str, Folder] = {
             "kv": KvFolder(mounted, "kv"),
@@ -269,13 +271,13 @@ class KvTree:
     def open_folder(self, inode: int, caller: Caller) -> int:
         folder = self._folder(inode)
         handle = next(self._next_handle)
-        self._folder_handles[handle] = folder, folder.names()
+        self._folder_handles[handle] = folder, folder.listing()
         return handle
 
     def read_folder(self, handle: int, start_id: int) -> Iterator[tuple[bytes, Attributes, int]]:
-        """Those of the names at opening that are still there."""
-        folder, names = self._folder_handles[handle]
-        for position, name in enumerate(names[start_id:], start_id + 1):
+        """Those of the names that are still there when it is their turn."""
+        folder, listing = self._folder_handles[handle]
+        for name, position in listing.behind(start_id):
             try:
                 attributes = self._entry(folder, name)
             except FileError as error:

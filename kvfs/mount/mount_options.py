@@ -9,6 +9,11 @@ OF_OPENING = {
     "num_workers": int,
     "collection": str,
 }
+OF_MOUNTING = {  # also of kvfs
+    "metrics": str,
+    "metrics_token": str,
+}
+KNOWN = OF_OPENING | OF_MOUNTING
 FOR_THE_KERNEL = {"nosuid", "nodev", "noexec", "noatime", "sync", "dirsync"}
 # what mount(8) keeps for itself, or what is so anyway
 IGNORED = {
@@ -24,9 +29,9 @@ def parse_options(text: str) -> dict:
     flags = set()
     for option in filter(None, text.split(",")):
         name, has_value, value = option.partition("=")
-        if name in OF_OPENING and value:
+        if name in KNOWN and value:
             try:
-                arguments[name] = OF_OPENING[name](value)
+                arguments[name] = KNOWN[name](value)
             except ValueError as error:
                 raise InvalidArgument(f"option {name}: {value!r} is not a number") from error
         elif option == "ro":
@@ -37,7 +42,7 @@ def parse_options(text: str) -> dict:
             flags.add(option)
         elif not (option in IGNORED or name.startswith(("x-", "X-")) or (name == "comment" and has_value)):
             known = ", ".join(
-                ["ro", "allow_other", "degraded", *(f"{name}=" for name in OF_OPENING), *sorted(FOR_THE_KERNEL)]
+                ["ro", "allow_other", "degraded", *(f"{name}=" for name in KNOWN), *sorted(FOR_THE_KERNEL)]
             )
             raise InvalidArgument(f"unknown mount option {option!r}; known are {known}")
     return {**arguments, "flags": frozenset(flags)} if flags else arguments

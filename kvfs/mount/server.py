@@ -19,6 +19,7 @@ from kvfs.mount.fuse_glue import lib, pyfuse3
 from kvfs.mount.mountpoints import check_fuse, check_mountpoint, last_line, mount_at, source_name, unmount
 from kvfs.mount.operations import MountOperations
 from kvfs.mount.trees import Trees
+from kvfs.telemetry.events import EVENTS
 
 READ_AHEAD_KIB = 4096  # four requests of the largest size; the kernel's 128 KiB leave the drive waiting
 DRAIN_SECONDS = 60.0
@@ -109,7 +110,7 @@ async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
     with suppress(OSError):  # unmounted meanwhile
         await trio.to_thread.run_sync(os.stat, mountpoint)
         _read_far_ahead(mountpoint)
-    log.info("serving %s", mountpoint)
+    EVENTS.note("mounted", f"serving {mountpoint}", mountpoint=mountpoint)
     ready()
     service_manager.notify("READY=1")
 

@@ -5,6 +5,9 @@ import os
 import socket
 import sys
 
+from kvfs.telemetry.json_log import JsonFormatter
+from spdk_glue.request_id import current, request_name
+
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
@@ -20,17 +23,19 @@ def notify(state: str) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """With a time, or for a journal, which knows it, with the priority (sd-daemon(3))."""
+    """With a time, or for a journal, which knows it, with the priority (sd-daemon(3)); and with the request."""
 
     def format(self, record: logging.LogRecord) -> str:
+        request = request_name(current.request)
+        text = super().format(record) + (f" [{request}]" if request else "")
         if "JOURNAL_STREAM" in os.environ:
-            return f"<{_PRIORITIES.get(record.levelno, 5)}>{record.name}: {super().format(record)}"
-        return f"{self.formatTime(record)} {record.levelname.lower()} {record.name}: {super().format(record)}"
+            return f"<{_PRIORITIES.get(record.levelno, 5)}>{record.name}: {text}"
+        return f"{self.formatTime(record)} {record.levelname.lower()} {record.name}: {text}"
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
+def log_to_stderr(level: int = logging.INFO, as_json: bool = False) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(JsonFormatter() if as_json else _Formatter())
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level)

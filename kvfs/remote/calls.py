@@ -2,16 +2,23 @@
 
 from dataclasses import asdict
 
+from kvfs.administration.remote_care import care
 from kvfs.errors import InvalidArgument, NotPermitted
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.model import Model
+from kvfs.objects import remote_objects
+from kvfs.prefix import remote_reuse
 from kvfs.remote.rights import Client
-from kvfs.sequence_attributes import GID, IMPORTING, MODE, UID
+from kvfs.sealing import remote_sealing
+from kvfs.sequence_attributes import GID, IMPORTING, MODE, OWNER, UID
 from kvfs.sequence_version import Version
+from kvfs.space import remote_space
+from kvfs.telemetry import remote_telemetry
 
 BYTES_AS_TEXT = "latin-1"
 USER_PREFIX = "user."  # other attributes are kvfs's own: the owner of a sequence is one
 NEW_SEQUENCE_MODE = b"%d" % 0o755
+GOES_ALONG = frozenset((IMPORTING, OWNER))  # a sequence with one of these, with the client that made it so
 
 
 def model_facts(model: Model) -> dict:
@@ -26,10 +33,14 @@ def model_facts(model: Model) -> dict:
 # of the store
 
 
-def add_model(session, name, geometry: dict) -> dict:
-    if name not in [known.name for known in session.store.models()]:
+def add_model(session, name, geometry: dict, seal: list | None = None) -> dict:
+    is_new = name not in [known.name for known in session.store.models()]
+    if is_new:
         session.check_writable()
-    return model_facts(session.store.add_model(name, **geometry))
+    model = session.store.add_model(name, **geometry)
+    if seal is not None:
+        remote_sealing.seal_new_model(session, model, is_new, seal)
+    return model_facts(model)
 
 
 def model(session, name) -> dict:
@@ -47,8 +58,8 @@ def create_sequence(session, model, name, attributes: dict) -> dict:
     values = {attribute: _bytes(value) for attribute, value in attributes.items()}
     model = session.store.model(model)
     sequence = session.store.create_sequence(model, name, _ownership(session.client) | values)
-    if IMPORTING in values:
-        session.importing.add(sequence)
+    if GOES_ALONG.intersection(values):
+        session.going_along.add(sequence)
     return session.hold(sequence)
 
 
@@ -78,9 +89,10 @@ def catalogue_rows(session) -> list[dict]:
     return [asdict(row) for row in session.store.catalogue_rows()]
 
 
-def delete_sequence(session, name) -> None:
-    session.check_may_change(session.store.sequence(name))
-    session.store.delete_sequence(name)
+def delete_sequences(session, names) -> None:
+    for name in names:
+        session.check_may_change(session.store.sequence(name))
+    session.store.delete_sequences(names)
 
 
 def rename_sequence(session, old_name, new_name) -> None:
@@ -93,8 +105,15 @@ def flush_store(session) -> None:
     session.check_posted()
 
 
-def counters(session) -> dict:
-    return session.store.counters()
+def restore_prefix(session, name, attributes: dict, **asked) -> dict:
+    session.check_writable()
+    for attribute in attributes:
+        _check_attribute_is_users(session, attribute)
+    values = {attribute: _bytes(value) for attribute, value in attributes.items()}
+    sequence = remote_reuse.restored(
+        session, **asked, name=name, attributes=_ownership(session.client) | values
+    )
+    return session.hold(sequence)
 
 
 def check(session) -> list[str]:
@@ -136,15 +155,18 @@ def attributes(session, handle) -> dict[str, str]:
 
 def set_attribute(session, handle, name, value) -> None:
     _check_attribute_is_users(session, name)
-    session.writable(handle).set_attribute(name, _bytes(value))
+    sequence = session.writable(handle)
+    sequence.set_attribute(name, _bytes(value))
+    if name in GOES_ALONG:
+        session.going_along.add(sequence)
 
 
 def remove_attribute(session, handle, name) -> None:
     _check_attribute_is_users(session, name)
     sequence = session.writable(handle)
     sequence.remove_attribute(name)
-    if name == IMPORTING:
-        session.importing.discard(sequence)
+    if not GOES_ALONG.intersection(sequence.attributes()):
+        session.going_along.discard(sequence)
 
 
 def _check_attribute_is_users(session, name) -> None:
@@ -184,12 +206,16 @@ CALLS = {
         sequence,
         sequences,
         catalogue_rows,
-        delete_sequence,
+        delete_sequences,
         rename_sequence,
         flush_store,
-        counters,
         check,
         drives,
+        care,
+        remote_reuse.find_prefix,
+        restore_prefix,
+        remote_reuse.prefix_usage,
+        remote_reuse.drop_prefixes,
         facts,
         version,
         holds,
@@ -201,5 +227,10 @@ CALLS = {
         truncate,
         fork,
         compact,
+        remote_reuse.publish,
+        *remote_objects.CALLS,
+        *remote_sealing.CALLS,
+        *remote_telemetry.CALLS,
+        *remote_space.CALLS,
     )
 }

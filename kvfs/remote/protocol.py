@@ -24,7 +24,10 @@ TOKEN_BYTES = 32
 MAX_BODY_BYTES = 1 << 20  # of a request
 RECEIVED_BYTES = 64 << 10  # at once, by the owner
 # arguments of Store.attend that few models need
-ATTEND_OPTIONS = {"window", "sink_tokens", "softcap", "alibi_slopes", "query_positions", "sinks"}
+ATTEND_OPTIONS = {
+    *("window", "sink_tokens", "softcap", "alibi_slopes", "query_positions", "sinks"),
+    *("compression", "target_error", "sparf", "exact_if_cached", "counts"),
+}
 ARRAY_ALIGNMENT = 64  # of arrays in the shared memory
 
 HELLO = np.dtype([("magic", "<u4"), ("version", "<u4"), ("token", f"V{TOKEN_BYTES}")])
@@ -65,7 +68,7 @@ class Operation(IntEnum):
     CALL = 1  # body: JSON {"call": name, "arguments": {...}}; reply: JSON
     APPEND = 2  # keys, then values [count, num_kv_heads, head_dim]; value: see `APPEND` below
     # queries, then with RANGES int64 [num_sequences, count, 2]; answer: out, then lse. Body: `start` bytes of
-    # handles, then, unless there are none, ATTEND_OPTIONS as JSON
+    # handles, then, unless there are none, ATTEND_OPTIONS as JSON. Reply with `counts`: PageCounts as JSON
     ATTEND = 3
     READ = 4  # tokens [start, stop); answer: keys, then values; value: tokens given, stop: where it ends
     NUM_TOKENS = 5  # value: of the layer, or of all layers with ALL_LAYERS

@@ -4,17 +4,24 @@ import operator
 import weakref
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvfs.arrays import float_array, token_id_array
+from kvfs.arrays import Array, Pair, float_array, output_arrays, token_id_array
 from kvfs.errors import KvfsError
-from kvfs.head_rows import HeadRows
+from kvfs.head_pieces import HeadRows
 from kvfs.model import Model
+from kvfs.prefix.remote_reuse import RemotePublishedSequence
 from kvfs.remote.calls import BYTES_AS_TEXT
 from kvfs.remote.protocol import Flag, Operation, aligned
+from kvfs.sealing.remote_sealing import RemoteSealedSequence
 from kvfs.sequence_attributes import check_attribute
 from kvfs.sequence_version import Version
+from kvfs.telemetry.requests import request
+
+if TYPE_CHECKING:
+    from kvfs.remote.remote_store import RemoteStore
 
 APPEND_PART_BYTES = 1 << 20  # keys or values of one request: the owner packs a part while the next is copied
 READ_HEADS_BYTES = 8 << 20  # of one reply
@@ -32,10 +39,10 @@ class Reference:
         self._connection.drop(self.handle, self.count)
 
 
-class RemoteSequence:
+class RemoteSequence(RemotePublishedSequence, RemoteSealedSequence):
     """As kvfs.Sequence. Made by RemoteStore; valid until deleted or the store closes."""
 
-    def __init__(self, store, model: Model, reference: Reference, name: str):
+    def __init__(self, store: "RemoteStore", model: Model, reference: Reference, name: str):
         self._store = store
         self._connection = store._connection
         self.model = model
@@ -61,7 +68,7 @@ class RemoteSequence:
     # facts
 
     @property
-    def store(self):
+    def store(self) -> "RemoteStore":
         """The store that it belongs to."""
         return self._store
 
@@ -121,7 +128,8 @@ class RemoteSequence:
 
     # growing
 
-    def append(self, layer: int, keys, values) -> None:
+    @request("append", of="_store")
+    def append(self, layer: int, keys: Array, values: Array) -> None:
         """As kvfs.Sequence.append.
 
         Tokens that space waits for are posted: the owner takes them while this process goes on. Should it fail
@@ -132,8 +140,8 @@ class RemoteSequence:
         layer = geometry.check_layer(layer)
         shape = (None, geometry.num_kv_heads, geometry.head_dim)
         meaning = "[num_tokens, num_kv_heads, head_dim]"
-        keys = float_array(keys, "keys", shape, meaning)
-        values = float_array(values, "values", (len(keys), *shape[1:]), meaning)
+        keys = float_array(keys, "keys", shape, meaning, geometry.numpy_dtype)
+        values = float_array(values, "values", (len(keys), *shape[1:]), meaning, geometry.numpy_dtype)
         row_bytes = geometry.num_kv_heads * geometry.head_dim * geometry.numpy_dtype.itemsize
         # of keys and values at once two parts fit, one for either side
         part_tokens = max(1, min(APPEND_PART_BYTES, self._connection.memory.num_bytes // 4) // row_bytes)
@@ -177,7 +185,7 @@ class RemoteSequence:
                     target[...] = rows
         return offset
 
-    def append_tokens(self, token_ids) -> None:
+    def append_tokens(self, token_ids: Array) -> None:
         """Keep token ids beside the KV: what a later prefill needs to know which tokens are here."""
         self._check_usable()
         ids = token_id_array(token_ids)
@@ -188,34 +196,38 @@ class RemoteSequence:
 
     # reading
 
-    def read(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, values) of tokens [start, stop) of a layer: [num_tokens, num_kv_heads, head_dim] as stored."""
+    @request("read", of="_store")
+    def read(
+        self, layer: int, start: int = 0, stop: int | None = None, out: Pair | None = None
+    ) -> tuple[Any, Any]:
+        """As kvfs.Sequence.read."""
         self._check_usable()
         geometry = self.model.geometry
         layer = geometry.check_layer(layer)
         start = operator.index(start)
         flags = Flag.TO_END if stop is None else 0
         stop = 0 if stop is None else operator.index(stop)
-        parts = []
+        targets: list[np.ndarray] = []
+        done = 0
         while True:
             with self._connection as connection:
                 fields = {"sequence": self._handle, "layer": layer, "start": start, "stop": stop}
                 reply, _ = connection.ask(Operation.READ, flags=flags, **fields)
-                parts.append(self._take(connection, reply.value))
+                if not targets:  # the first part says where the end is
+                    shape = (reply.stop - start, geometry.num_kv_heads, geometry.head_dim)
+                    targets = output_arrays(out, ("keys", "values"), (shape, shape), geometry.numpy_dtype)
+                self._take(connection, *(array[done : done + reply.value] for array in targets))
+            done += reply.value
             start, stop, flags = start + reply.value, reply.stop, 0
             if start == stop:
-                break
-        if len(parts) == 1:
-            return parts[0]
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+                return tuple(targets if out is None else out)
 
-    def _take(self, connection, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of keys and values that the owner has put into the shared memory."""
-        geometry = self.model.geometry
-        shape = (num_tokens, geometry.num_kv_heads, geometry.head_dim)
-        keys = connection.memory.array(0, shape, geometry.numpy_dtype)
-        values = connection.memory.array(aligned(keys.nbytes), shape, geometry.numpy_dtype)
-        return keys.copy(), values.copy()
+    def _take(self, connection, keys: np.ndarray, values: np.ndarray) -> None:
+        """Copy out the keys and values that the owner has put into the shared memory."""
+        offset = 0
+        for target in (keys, values):
+            target[...] = connection.memory.array(offset, target.shape, target.dtype)
+            offset += aligned(target.nbytes)
 
     def read_heads(self, pieces: Items[HeadRows]) -> memoryview:
         """The rows of each piece one after another, as bytes of the storage dtype."""
@@ -248,6 +260,7 @@ class RemoteSequence:
 
     # durability, shortening and sharing
 
+    @request("flush", of="_store")
     def flush(self) -> None:
         """Everything appended so far, in complete tokens, survives a kill or a power cut from here on."""
         self._call("flush_sequence")

@@ -3,28 +3,40 @@
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from kvfs.arrays import as_numpy, float_array, to_query
-from kvfs.attention import common_model, range_array, visible
+from kvfs.arrays import Array, Pair, as_numpy, float_array, give, to_query
 from kvfs.errors import InvalidArgument
 from kvfs.layout import DEFAULT_GROUP_TOKENS, GroupLayout, KvGeometry
 from kvfs.metadata import SequenceRow
 from kvfs.model import Model
+from kvfs.objects.remote_objects import RemoteObjectStore
+from kvfs.prefix.remote_reuse import RemotePrefixReuse
 from kvfs.remote.calls import BYTES_AS_TEXT
 from kvfs.remote.connection import Connection
 from kvfs.remote.protocol import ARRAY_ALIGNMENT, Flag, Operation, aligned
 from kvfs.remote.remote_sequence import Reference, RemoteSequence
+from kvfs.sealing.interface import derives_of, names_of
+from kvfs.sealing.remote_sealing import RemoteSealingStore
 from kvfs.sequence_attributes import check_attribute
+from kvfs.space.remote_space import RemoteSpaceStore
+from kvfs.sparse import PageCounts, reading_of
+from kvfs.telemetry.remote_telemetry import RemoteVisibleStore
+from kvfs.telemetry.requests import Requests, request
+from kvfs.visible_tokens import common_model, range_array, visible
 from spdk_glue.vendor_command import DTYPE_OF_NAME
 
 _FLOAT32 = np.dtype("<f4")
 
 
-class RemoteStore:
+class RemoteStore(
+    RemotePrefixReuse, RemoteObjectStore, RemoteSealingStore, RemoteSpaceStore, RemoteVisibleStore
+):
     """As kvfs.Store; raises ServerGone when the owner is. Safe to call from several threads.
 
     A process that was forked from one with a store opens its own.
@@ -35,19 +47,21 @@ class RemoteStore:
         self.path = os.fspath(path)
         self._connection = Connection(self.path)
         self._models: dict[str, Model] = {}
+        self._requests = Requests("client")
         # by handle, as long as anyone holds them: one object for a sequence
         self._sequences: weakref.WeakValueDictionary[int, RemoteSequence] = weakref.WeakValueDictionary()
 
     def __enter__(self) -> "RemoteStore":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _call(self, name: str, /, **arguments):
         with self._connection as connection:
             return connection.call(name, **arguments)
 
+    @request("flush")
     def flush(self) -> None:
         """Everything appended to any sequence so far survives a kill or a power cut from here on.
 
@@ -84,13 +98,15 @@ class RemoteStore:
         head_dim: int,
         dtype: str = "float16",
         group_tokens: int | None = None,
+        seal: Iterable[str] | None = None,
     ) -> Model:
         """See Store.add_model."""
         tokens = DEFAULT_GROUP_TOKENS if group_tokens is None else group_tokens
         geometry = asdict(KvGeometry(num_layers, num_query_heads, num_kv_heads, head_dim, dtype, tokens))
         if group_tokens is None:
             del geometry["group_tokens"]  # its owner knows the default
-        return self._model(self._call("add_model", name=name, geometry=geometry))
+        asked = {} if seal is None else {"seal": names_of(derives_of(seal))}
+        return self._model(self._call("add_model", name=name, geometry=geometry, **asked))
 
     def model(self, name: str) -> Model:
         return self._model(self._call("model", name=name))
@@ -136,13 +152,17 @@ class RemoteStore:
         with self._connection as connection:
             return [self._named(facts) for facts in connection.call("sequences")]
 
-    def catalogue_rows(self):
+    def catalogue_rows(self) -> list[SequenceRow]:
         """The catalogue's row of every sequence, as of its last flush (metadata.SequenceRow)."""
         return [SequenceRow(**row) for row in self._call("catalogue_rows")]
 
     def delete_sequence(self, name: str) -> None:
         """Forget a sequence; its blocks are free once the catalogue is durable. Raises NoSuchSequence."""
-        self._call("delete_sequence", name=name)
+        self.delete_sequences([name])
+
+    def delete_sequences(self, names: Iterable[str]) -> None:
+        """The same of many, together much faster. Raises NoSuchSequence with nothing deleted."""
+        self._call("delete_sequences", names=list(dict.fromkeys(names)))
 
     def rename_sequence(self, old_name: str, new_name: str) -> None:
         """Raises NoSuchSequence, SequenceExists."""
@@ -150,33 +170,41 @@ class RemoteStore:
 
     # attention
 
+    @request("attend")
     def attend(
         self,
         layer: int,
-        queries,
-        sequences,
+        queries: Array,
+        sequences: "RemoteSequence | Items[RemoteSequence]",
         *,
-        causal=True,
-        token_ranges=None,
-        window=None,
-        sink_tokens=0,
-        scale=None,
-        softcap=None,
-        alibi_slopes=None,
-        query_positions=None,
-        sinks=None,
-    ):
+        causal: bool = True,
+        token_ranges: Array | None = None,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Array | None = None,
+        query_positions: Array | None = None,
+        sinks: Array | None = None,
+        compression: float | None = None,
+        target_error: float | None = None,
+        sparf: tuple[int, int] | None = None,
+        exact_if_cached: bool = True,
+        counts: PageCounts | None = None,
+        out: Pair | None = None,
+    ) -> tuple[Any, Any]:
         """As kvfs.Store.attend; a batch that the shared memory does not hold goes in several requests."""
         self._connection.check_open()
         sequences = [sequences] if isinstance(sequences, RemoteSequence) else list(sequences)
         geometry = common_model(sequences, self).geometry
         shape = (len(sequences), None, geometry.num_query_heads, geometry.head_dim)
         meaning = "[num_sequences, num_queries, num_query_heads, head_dim]"
-        queries, dtype = to_query(float_array(queries, "queries", shape, meaning))
+        queries, dtype = to_query(float_array(queries, "queries", shape, meaning, geometry.numpy_dtype))
         layer = geometry.check_layer(layer)
         ranges = None
         if token_ranges is not None:
             ranges = range_array(token_ranges, *queries.shape[:2])
+        reading_of(geometry, compression, target_error, sparf, exact_if_cached, counts)
         scale = geometry.head_dim**-0.5 if scale is None else float(scale)
         flags = Flag.CAUSAL if causal else 0
         fields = {"layer": layer, "dtype": DTYPE_OF_NAME[dtype], "scale": scale}
@@ -187,16 +215,21 @@ class RemoteStore:
             "alibi_slopes": alibi_slopes,
             "query_positions": query_positions,
             "sinks": sinks,
+            "compression": compression,
+            "target_error": target_error,
+            "sparf": None if sparf is None else list(sparf),
+            "exact_if_cached": None if exact_if_cached else False,
+            "counts": None if counts is None else True,
         }
         options = {name: value for name, value in options.items() if value is not None}
-        return self._attend(sequences, queries, ranges, options, flags, fields)
+        return give(self._attend(sequences, queries, ranges, options, flags, fields, counts), out)
 
-    def _attend(self, sequences, queries, ranges, options, flags, fields):
+    def _attend(self, sequences, queries, ranges, options, flags, fields, counts):
         """(out, lse), by halves of the batch, then of the queries, until a request fits."""
         num_sequences, num_queries = queries.shape[:2]
         num_bytes = _attend_bytes(queries)
         if num_bytes <= self._connection.memory.num_bytes or queries.shape[:2] == (1, 1):
-            return self._attend_at_once(sequences, queries, ranges, options, flags, fields, num_bytes)
+            return self._attend_at_once(sequences, queries, ranges, options, flags, fields, counts, num_bytes)
         if num_sequences > 1:
             axis, half = 0, num_sequences // 2
             batches = sequences[:half], sequences[half:]
@@ -213,10 +246,10 @@ class RemoteStore:
             _split_options(options, half, axis),
             strict=True,
         )
-        answers = [self._attend(*part, flags, fields) for part in parts]
+        answers = [self._attend(*part, flags, fields, counts) for part in parts]
         return tuple(np.concatenate(column, axis) for column in zip(*answers, strict=True))
 
-    def _attend_at_once(self, sequences, queries, ranges, options, flags, fields, num_bytes):
+    def _attend_at_once(self, sequences, queries, ranges, options, flags, fields, counts, num_bytes):
         with self._connection as connection:
             memory = connection.memory
             offset = connection.place(num_bytes)
@@ -234,7 +267,7 @@ class RemoteStore:
             lse = np.empty(queries.shape[:3], _FLOAT32)
             shared_out = memory.array(answer_offset, out.shape, _FLOAT32)
             shared_lse = memory.array(answer_offset + aligned(out.nbytes), lse.shape, _FLOAT32)
-            connection.ask(
+            _, told = connection.ask(
                 Operation.ATTEND,
                 handles + (json.dumps(options, default=_plain_numbers).encode() if options else b""),
                 flags,
@@ -246,6 +279,8 @@ class RemoteStore:
                 **fields,
             )
             out[:], lse[:] = shared_out, shared_lse
+            if counts is not None:
+                counts.add(PageCounts(**json.loads(told)))
             return out, lse
 
     # what can be seen

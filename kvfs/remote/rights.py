@@ -6,7 +6,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvfs.errors import KvfsError
+from kvfs.errors import KvfsError, NotPermitted
 from kvfs.sequence_attributes import GID, MODE, UID
 
 _SO_PEERGROUPS = 59  # Linux; the socket module has no name for it
@@ -36,6 +36,25 @@ class Client:
     def is_administrator(self) -> bool:
         """root, or whoever runs the mount."""
         return self.uid in (0, os.geteuid())
+
+    def check_sees_others(self) -> None:
+        """Raises NotPermitted for who may not see what other users have and do."""
+        if not self.is_administrator:
+            raise NotPermitted("what other users do is for the drive's owner to see")
+
+    def own_name(self, name: str) -> str:
+        """What the store calls something whose names count within a user: other users' never meet."""
+        return name if self.is_administrator else f"{self._prefix}{name}"
+
+    def known_name(self, own_name: str) -> str | None:
+        """What the client calls it; None where it is another user's."""
+        if self.is_administrator:
+            return own_name
+        return own_name.removeprefix(self._prefix) if own_name.startswith(self._prefix) else None
+
+    @property
+    def _prefix(self) -> str:
+        return f"user {self.uid}: "
 
 
 def may(client: Client, sequence, write: bool) -> bool:

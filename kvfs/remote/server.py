@@ -21,6 +21,7 @@ from kvfs.remote.session import May, Session
 from kvfs.remote.shared_memory import SharedMemory
 from kvfs.remote.socket_folder import listen, new_socket_path
 from kvfs.store import Store
+from kvfs.telemetry.events import EVENTS
 from kvfs.tree import Caller
 
 HANDSHAKE_SECONDS = 5.0
@@ -154,11 +155,12 @@ class RemoteServer:
         try:
             memory = self._shake_hands(connection, client)
             if memory is not None:
-                log.info("process %d of user %d is connected", client.pid, client.uid)
+                who = f"process {client.pid} of user {client.uid}"
+                EVENTS.note("client_connected", f"{who} is connected", pid=client.pid, uid=client.uid)
                 self._run(
                     Session(self._store, connection, memory, client, self._may, self._read_only, self.settle)
                 )
-                log.info("process %d of user %d is gone", client.pid, client.uid)
+                EVENTS.note("client_gone", f"{who} is gone", pid=client.pid, uid=client.uid)
         except OSError as error:  # the client was killed, or never said anything
             log.info("process %d of user %d is gone: %s", client.pid, client.uid, error)
         finally:

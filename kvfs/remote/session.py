@@ -8,12 +8,13 @@ import json
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from kvfs.errors import InvalidArgument, KvfsError, NotPermitted, ReadOnly
 from kvfs.layout import NUMPY_DTYPE
+from kvfs.objects.remote_objects import ClientCaches
 from kvfs.remote.calls import CALLS, model_facts
 from kvfs.remote.protocol import (
     ARRAY_ALIGNMENT,
@@ -38,6 +39,7 @@ from kvfs.remote.protocol import (
 from kvfs.remote.rights import Client
 from kvfs.remote.shared_memory import SharedMemory
 from kvfs.sequence import Sequence
+from kvfs.sparse import PageCounts
 from kvfs.store import Store
 from spdk_glue.status import NvmeError
 from spdk_glue.vendor_command import DTYPE_NAME
@@ -98,28 +100,34 @@ class Session:
         self._handles: dict[int, Handle] = {}
         self._handle_of: dict[Sequence, Handle] = {}
         self._next_handle = 1
+        self.is_tracing = False
         self._settle = settle
-        self.importing: set[Sequence] = set()  # that this client makes, and has not completed
+        self.going_along: set[Sequence] = set()  # with this client: half imports, and what names its owner
+        self.objects = ClientCaches()
         self._failures: dict[int, bytes] = {}  # by handle: of posted requests, encoded, until a reply has told
         self.served = 0  # the number of the last request that was
         self._not_believed = 0  # to be posted, up to this number
 
     def run(self) -> None:
-        """Serve until the client goes. What it leaves behind is the store's; half an import goes, too."""
+        """Serve until the client goes. What it leaves is the store's; its pins, half an import and what is
+        temporary go, too."""
         try:
             self._run()
         finally:
-            for sequence in self.importing:
-                self._remove_half(sequence)
+            self.objects.unpin_all()
+            if self.is_tracing:
+                self.store._stop_trace_spans()
+            for sequence in self.going_along:
+                self._remove_left(sequence)
 
-    def _remove_half(self, sequence: Sequence) -> None:
+    def _remove_left(self, sequence: Sequence) -> None:
         """What cannot be removed now goes when the drive is opened the next time."""
         try:
             if not sequence.is_deleted:
-                log.info("process %d is gone, half-way through importing %s", self.client.pid, sequence.name)
+                log.info("process %d is gone, and %s goes with it", self.client.pid, sequence.name)
                 self.store.delete_sequence(sequence.name)
         except (KvfsError, NvmeError) as error:
-            log.warning("half of %s stays until the drive is opened again: %s", sequence.name, error)
+            log.warning("what is left of %s stays until the drive is opened again: %s", sequence.name, error)
 
     def _run(self) -> None:
         with reader(self._connection) as messages:
@@ -183,7 +191,7 @@ class Session:
             case Operation.APPEND:
                 return b"", {"value": self._append(request)}
             case Operation.ATTEND:
-                self._attend(request, body)
+                return self._attend(request, body), {}
             case Operation.NUM_TOKENS:
                 sequence = self.readable(request.sequence)
                 every = request.flags & Flag.ALL_LAYERS
@@ -279,7 +287,7 @@ class Session:
         sequence.append(request.layer, keys, values)
         return 0 if request.flags & Flag.POSTED else sequence._reserve_ahead(request.layer, RESERVED_BYTES)
 
-    def _attend(self, request: Request, body: bytes) -> None:
+    def _attend(self, request: Request, body: bytes) -> bytes:
         handles, options = body[: max(0, request.start)], body[max(0, request.start) :]
         if len(handles) % _HANDLE.itemsize:
             raise InvalidArgument(f"handles in {len(handles)} bytes")
@@ -297,6 +305,8 @@ class Session:
         out = self.memory.array(request.answer_offset, shape, _FLOAT32)
         lse = self.memory.array(request.answer_offset + aligned(out.nbytes), shape[:3], _FLOAT32)
         causal = bool(request.flags & Flag.CAUSAL)
+        options = _attend_options(options)
+        counts = options["counts"] = PageCounts() if options.get("counts") else None
         out[:], lse[:] = self.store.attend(
             request.layer,
             queries,
@@ -304,8 +314,9 @@ class Session:
             causal=causal,
             token_ranges=ranges,
             scale=request.scale,
-            **_attend_options(options),
+            **options,
         )
+        return b"" if counts is None else json.dumps(asdict(counts)).encode()
 
     def _read(self, request: Request) -> dict:
         """As many of the tokens as the shared memory takes; the client asks again for the rest."""
@@ -320,7 +331,7 @@ class Session:
         room = self.memory.num_bytes - request.answer_offset - 2 * ARRAY_ALIGNMENT
         count = min(stop - start, max(1, room // token_bytes))
         keys, values = self._kv_views(sequence, request.answer_offset, count)
-        keys[:], values[:] = sequence.read(request.layer, start, start + count)
+        sequence.read(request.layer, start, start + count, out=(keys, values))
         return {"value": count, "stop": stop}
 
     # calls that come seldom

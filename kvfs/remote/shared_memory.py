@@ -62,7 +62,8 @@ class SharedMemory:
 
     def _new_array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
-        if offset % ARRAY_ALIGNMENT or offset + size > self.num_bytes:
+        is_inside = 0 <= offset <= self.num_bytes - size and min(shape, default=0) >= 0
+        if offset % ARRAY_ALIGNMENT or not is_inside:
             raise InvalidArgument(
                 f"an array of {size} bytes at {offset} of the {self.num_bytes} bytes of shared memory"
             )

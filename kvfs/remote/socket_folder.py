@@ -33,6 +33,12 @@ def new_socket_path(for_everyone: bool) -> Path:
     return folder / f"{secrets.token_hex(8)}.sock"
 
 
+def socket_folders() -> list[Path]:
+    """Where sockets of this user's servers are."""
+    folders = {_folder(for_everyone) for for_everyone in (False, True)}
+    return sorted(folder for folder in folders if folder.is_dir())
+
+
 def _folder(for_everyone: bool) -> Path:
     if os.geteuid() == 0:
         return Path("/run/kvfs")

@@ -1,0 +1,1 @@
+"""What an administrator does with drives, mounted or not."""
