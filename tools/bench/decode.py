@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,14 @@ def _write(shape: Shape, folder: Path, status: Callable[[str], None]) -> dict[st
         LayerFile(shape, paths[FLEXGEN], is_head_major=False),
         LayerFile(shape, paths[DIRECT], is_head_major=True),
     ]
+    write_prompt(shape, writers, status)
+    for path in paths.values():
+        drop_from_page_cache(path)
+    return paths | {IN_MEMORY: paths[DIRECT], LMCACHE: folder / LMCACHE}
+
+
+def write_prompt(shape: Shape, writers: Iterable, status: Callable[[str], None]) -> None:
+    """All layers to all writers, which are closed in the end."""
     for layer in range(shape.num_layers):
         status(f"layer {layer + 1} of {shape.num_layers} is written for all")
         keys, values = prompt(shape, layer)
@@ -114,9 +122,6 @@ def _write(shape: Shape, folder: Path, status: Callable[[str], None]) -> dict[st
             writer.write(layer, keys, values)
     for writer in writers:
         writer.close()
-    for path in paths.values():
-        drop_from_page_cache(path)
-    return paths | {IN_MEMORY: paths[DIRECT], LMCACHE: folder / LMCACHE}
 
 
 def _written_range(path: Path) -> tuple[int, int]:
@@ -173,15 +178,23 @@ def _relative_error(out: np.ndarray, expected: np.ndarray) -> float:
 
 
 def measure_shape(
-    shape: Shape, directory: Path, turns: int, status: Callable[[str], None]
+    shape: Shape,
+    directory: Path,
+    turns: int,
+    status: Callable[[str], None],
+    classes: dict[str, type] = CLASSES,
+    write: Callable[[Shape, Path, Callable[[str], None]], dict[str, Path]] = _write,
 ) -> tuple[dict[str, Run], Disk, dict[str, str]]:
-    """(what each contender did, the disk, settings in words), files made in `directory` and removed."""
+    """(what each contender did, the disk, settings in words), files made in `directory` and removed.
+
+    classes: contenders by name, KVFS among them; write: makes their files
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix="kvfs-bench-")))
-        paths = _write(shape, folder, status)
+        paths = write(shape, folder, status)
         disk = Disk(paths[KVFS])
         runs = {}
-        for name, contender in CLASSES.items():
+        for name, contender in classes.items():
             if name == LMCACHE and not decode_lmcache.is_installed():
                 continue
             status(f"{name} is set up")
@@ -199,7 +212,8 @@ def measure_shape(
                 run.take_turn(1 if turn else WARM_UP_STEPS, STEPS_PER_TURN - 1)
         peaks = {name: run.cap.peak_bytes() for name, run in runs.items() if run.cap is not None}
         settings = {name: run.process.setting for name, run in runs.items()}
-        settings.setdefault(LMCACHE, "not installed: pip install lmcache")
+        if LMCACHE in classes:
+            settings.setdefault(LMCACHE, "not installed: pip install lmcache")
         settings["memory cap"] = _cap_in_words(shape, peaks)
         settings["disk"] = disk.setting
     return runs, disk, settings

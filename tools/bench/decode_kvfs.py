@@ -51,6 +51,11 @@ class Kvfs:
 
     DTYPE = "float16"
 
+    @staticmethod
+    def options(shape: Shape) -> dict:
+        """More of Store.attend's, for subclasses."""
+        return {}
+
     @classmethod
     def tune(cls, shape: Shape, path: Path) -> int:
         """The cap less a tail per layer and what else the process keeps; compiles the kernels by the way."""
@@ -64,11 +69,18 @@ class Kvfs:
                 sequence.append(0, *prompt(small, 0))
                 sequence.flush()
                 sequence.append(0, *(array[:1] for array in prompt(small, 0)))
-                store.attend(0, np.zeros((1, 1, NUM_QUERY_HEADS, HEAD_DIM), np.float16), sequence)
+                queries = np.zeros((1, 1, NUM_QUERY_HEADS, HEAD_DIM), np.float16)
+                store.attend(0, queries, sequence)
+                cls.compile(store, sequence, queries, cls.options(small))
         tail_bytes = shape.num_layers * model.group_tokens * shape.layer_bytes // shape.num_tokens
         return max(8 << 20, shape.cap_bytes - tail_bytes - OVERHEAD_BYTES)
 
+    @staticmethod
+    def compile(store, sequence, queries, options: dict) -> None:
+        """What a subclass compiles beside this, on a small drive."""
+
     def __init__(self, shape: Shape, path: Path, cache_bytes: int):
+        self._options = self.options(shape)
         self._store = kvfs.open(path, cache_bytes=cache_bytes)
         self._sequence = self._store.sequence(SEQUENCE)
         in_words = f"{self.DTYPE} pages, drive's cache {cache_bytes >> 20} MiB"
@@ -76,7 +88,7 @@ class Kvfs:
 
     def attend(self, layer: int, token: DecodedToken) -> np.ndarray:
         self._sequence.append(layer, token.keys, token.values)
-        out, _ = self._store.attend(layer, token.queries[None, None], self._sequence)
+        out, _ = self._store.attend(layer, token.queries[None, None], self._sequence, **self._options)
         return out[0, 0]
 
     def close(self) -> None:

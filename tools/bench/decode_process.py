@@ -38,7 +38,7 @@ def _disk_bytes_read() -> int:
 
 
 def _decode(contender, shape: Shape, step: int) -> Step:
-    tokens = [decoded(step, layer) for layer in range(shape.num_layers)]
+    tokens = [decoded(step, layer, shape) for layer in range(shape.num_layers)]
     disk_bytes, cpu, start = _disk_bytes_read(), time.process_time(), time.perf_counter()
     for layer, token in enumerate(tokens):
         out = contender.attend(layer, token)

@@ -11,18 +11,17 @@ drives' caches are emptied before each token, so every byte comes from flash onc
 
 import itertools
 import statistics
-import threading
 import time
 
 import numpy as np
 
 from accel.drive import Drive, DriveConfig, Geometry
-from ftl.media_memory import MemoryMedia
 from ftl.translation import FlashTranslationLayer
 from kvfs.drive_set.opening import join_new, open_set
 from kvfs.formatting import format_volume
 from kvfs.store import Store
 from kvfs_bench.figures import Figure
+from kvfs_bench.limited import LimitedMedia
 
 NUM_DRIVES = (1, 2, 8)
 GOALS = {2: 1.8, 8: 7.0}
@@ -31,26 +30,6 @@ NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 4, 8, 4, 128
 NUM_TOKENS = 4096
 ROUNDS = 3
 CACHE_BYTES = 8 << 20
-
-
-class LimitedMedia(MemoryMedia):
-    """Flash that delivers bytes_per_second, once `limit` is set."""
-
-    def __init__(self, geometry: Geometry, bytes_per_second: float):
-        super().__init__(geometry)
-        self._bytes_per_second = bytes_per_second
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-        self.is_limited = False
-
-    def read(self, pages: np.ndarray, addresses: np.ndarray) -> np.ndarray:
-        found = super().read(pages, addresses)
-        if self.is_limited:
-            seconds = len(pages) * self.geometry.page_size / self._bytes_per_second
-            with self._lock:
-                self._free_at = done = max(self._free_at, time.monotonic()) + seconds
-            time.sleep(max(0.0, done - time.monotonic()))
-        return found
 
 
 class Contender:

@@ -33,7 +33,8 @@ PATTERNS = (
 )
 GOALS = {"read_128k": 0.6, "random_read_4k": 0.15}
 NQN = "nqn.2026-11.io.kvfs:bench"
-ATTENTION_ROUNDS = 400
+ATTENTION_ROUNDS = 1200
+ATTENTION_TURNS = 3
 ATTENTION_GOAL_US = 150
 IN_PROCESS_GOAL_US = 30
 
@@ -84,7 +85,7 @@ class OwnTarget:
 def measure(seconds: float, rounds: int) -> Iterator[Figure]:
     """Figures of each medium, and of attention."""
     yield from beside_spdk("target", OwnTarget, GOALS, seconds, rounds)
-    yield from attention(ATTENTION_ROUNDS if rounds > 1 else ATTENTION_ROUNDS // 4)
+    yield from attention(ATTENTION_ROUNDS if rounds > 1 else ATTENTION_ROUNDS // 8)
 
 
 def beside_spdk(
@@ -169,7 +170,8 @@ def _compare(label, how, goals, nsid, ours, theirs, seconds, rounds) -> Iterator
 
 
 def attention(num_commands: int) -> Iterator[Figure]:
-    """One attention command, in process and through SPDK over TCP: its time without that of the computation."""
+    """One attention command, in process and over TCP by our own host and by SPDK's: its time without that of
+    the computation. The two hosts take turns: the speed of a shared machine drifts."""
     from accel.drive import Drive, DriveConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,21 +180,33 @@ def attention(num_commands: int) -> Iterator[Figure]:
         with closing(Drive.open(drive, DriveConfig(cache_bytes=16 << 20))) as here:
             over_here, _ = _times(here.transport, descriptor, answer_bytes, num_commands)
         np.save(Path(folder) / "descriptor.npy", descriptor)
+        hosts = {"initiator": [], "target": []}
         with closing(OwnTarget(drive, cpu=None)) as target:
-            call = f"attention_times({target.transport_id!r}, {folder!r}, {answer_bytes}, {num_commands})"
-            done = subprocess.run(
-                [sys.executable, "-c", f"from kvfs_bench.nvme_target import attention_times; print({call})"],
-                capture_output=True,
-                text=True,
-            )
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip()[-1000:])
-        over, kernel = json.loads(done.stdout)
+            locations = f"nvme+tcp://127.0.0.1:{target.port}/{NQN}", f"spdk:{target.transport_id}"
+            for _ in range(ATTENTION_TURNS):
+                for times, location in zip(hosts.values(), locations, strict=True):
+                    how = (location, folder, answer_bytes, num_commands // ATTENTION_TURNS)
+                    times.append(_in_a_process(*how))
     yield Figure(
         "attention.in_process.over_kernel", over_here, "us", goal=IN_PROCESS_GOAL_US, goal_is_maximum=True
     )
-    yield Figure("target.attention.kernel", kernel, "us")
-    yield Figure("target.attention.over_kernel", over, "us", goal=ATTENTION_GOAL_US, goal_is_maximum=True)
+    for name, times in hosts.items():
+        over, kernel = (statistics.median(column) for column in zip(*times, strict=True))
+        yield Figure(f"{name}.attention.kernel", kernel, "us")
+        yield Figure(f"{name}.attention.over_kernel", over, "us", goal=ATTENTION_GOAL_US, goal_is_maximum=True)
+
+
+def _in_a_process(*arguments) -> tuple[float, float]:
+    """What attention_times returns."""
+    call = f"attention_times({', '.join(map(repr, arguments))})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from kvfs_bench.nvme_target import attention_times; print({call})"],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-1000:])
+    return tuple(json.loads(done.stdout))
 
 
 def _descriptor(drive: Path) -> tuple[np.ndarray, int]:
@@ -217,12 +231,12 @@ def _descriptor(drive: Path) -> tuple[np.ndarray, int]:
     return found[0], found[1]
 
 
-def attention_times(transport_id: str, folder: str, answer_bytes: int, num_commands: int) -> str:
+def attention_times(location: str, folder: str, answer_bytes: int, num_commands: int) -> str:
     """JSON [median us of a command over its kernel's time, that time]; in a process of its own."""
     from spdk_glue.transports.url import open_transport
 
     descriptor = np.load(Path(folder) / "descriptor.npy")
-    return json.dumps(_times(open_transport(f"spdk:{transport_id}"), descriptor, answer_bytes, num_commands))
+    return json.dumps(_times(open_transport(location), descriptor, answer_bytes, num_commands))
 
 
 def _times(transport, descriptor: np.ndarray, answer_bytes: int, num_commands: int) -> tuple[float, float]:

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from kvfsctl.opening import drives_of, open_inspection, open_store
-from kvfsctl.output import EXIT_DAMAGED, DriveArgument, JsonOption, print_json, progress_bar
+from kvfsctl.opening import drives_of, mount_folder, open_inspection, open_store
+from kvfsctl.output import EXIT_DAMAGED, JsonOption, StoreArgument, fail, print_json, progress_bar
 
 
 def check(
-    drive: DriveArgument,
+    drive: StoreArgument,
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend what is safe to mend, and say each thing that was done.")
     ] = False,
@@ -24,8 +24,15 @@ def check(
     anew, pages that only parity could read written anew, and a sequence with lost blocks keeps its tokens up
     to the first page that is lost. Each is said in one line, and what then remains is listed.
 
-    Exit code 3 when something is damaged (and stays so); each problem is one line.
+    A mounted drive stays in use while it is checked, and is unmounted to be repaired. Exit code 3 when
+    something is damaged (and stays so); each problem is one line.
     """
+    folder = mount_folder(drive)
+    if folder is not None:
+        if repair:
+            fail(f"{drive} is in use: kvfsctl umount {folder}, then repair it")
+        _check_mounted(drive, folder, json_output)
+        return
     drives = drives_of(drive)
     if len(drives) > 1:
         _check_set(drive, drives, repair, json_output)
@@ -44,6 +51,51 @@ def check(
         print_report(drive, found, done, report, num_sequences)
     if report.is_damaged:
         sys.exit(EXIT_DAMAGED)
+
+
+def _check_mounted(place: Path, folder: Path, json_output: bool) -> None:
+    """As _check_set and check_and_mend, through the process that has the drives open."""
+    import kvfs
+    from kvfs.administration.remote_care import remote_cares
+
+    results = []
+    with kvfs.open(folder) as store:
+        num_sequences = len(store.catalogue_rows())
+        for drive, care in remote_cares(store).items():
+            results.append({"drive": drive, "problems": _problems_of(care)})
+    found = [problem for result in results for problem in result["problems"]]
+    if json_output:
+        fields = {"problems": found} if len(results) == 1 else {"drives": results}
+        print_json(
+            "check", drive=str(place), num_sequences=num_sequences, **fields, repaired=[], remaining=None
+        )
+    else:
+        for problem in found:
+            print(problem["text"])
+    if any(problem["is_damage"] for problem in found):
+        sys.exit(EXIT_DAMAGED)
+    if not json_output:
+        print(_all_is_well(place, num_sequences))
+
+
+def _problems_of(care) -> list[dict]:
+    from kvfs.administration.scrubbing import read_all
+
+    with progress_bar("checking") as progress:
+        found = care.check_rows()
+        _, lost = read_all(care, progress)
+    return found + [
+        {
+            "kind": "lost",
+            "text": f"LBA {block['lba']} is lost: {block['text']}",
+            "is_damage": block["area"] != "nothing",
+        }
+        for block in lost
+    ]
+
+
+def _all_is_well(place, num_sequences: int) -> str:
+    return f"{place}: no errors; {num_sequences} sequences, every page matches its checksum"
 
 
 def _check_set(place: Path, drives: list[Path], repair: bool, json_output: bool) -> None:
@@ -95,7 +147,7 @@ def print_report(drive: Path, found, done: list[str], report, num_sequences: int
     for problem in report.problems if done else ():
         print(f"remains: {problem.text}")
     if not report.is_damaged:
-        print(f"{drive}: no errors; {num_sequences} sequences, every page matches its checksum")
+        print(_all_is_well(drive, num_sequences))
 
 
 def _examine(inspection):

@@ -58,6 +58,9 @@ def demo(
 
     Exit code: 0 when all tokens are identical to Transformers', 1 when one differs or the demo cannot run.
     """
+    from kvfs.configuration import export, load
+
+    export(load(), "fpga")  # the phases' processes have this one's environment
     try:
         outcome, points = _run(
             context, tokens, more_tokens, dtype.value, worker=worker, drive=drive, model=model, plot_path=plot

@@ -239,6 +239,7 @@ def _decode_on(store, model, ids, task):
         link_bytes_from_drive_per_token=link["bytes_from_drive"] / max(1, task.new_tokens - 1),
         commands_per_token=link["commands"] / max(1, task.new_tokens - 1),
         flash=after["flash"],
+        attention=after["attention"],
         num_query_heads=sequence.model.num_query_heads,
         num_kv_heads=sequence.model.num_kv_heads,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from kvfs_bench.figures import Figure
+from kvfsctl.core_speed import core_line
 
 # Less than this does not show in tokens/s.
 CPUS_ELSEWHERE_WORTH_A_NOTE = 0.2
@@ -199,6 +200,9 @@ def summary(outcome):
         f"Link bytes per token: {outcome.link_bytes_ratio:,.0f} times fewer than offloading "
         f"(goal 0.5 S / (g + 1) = {outcome.link_bytes_goal:,.0f}: {reached})"
     )
+    for name, column in (("", outcome.kvfs), (" after reopening", outcome.continued)):
+        if (line := core_line(column["attention"])) is not None:
+            yield line.replace("cores", f"cores{name}", 1)
     for name, column in _by_phase(outcome).items():
         if column["cpus_elsewhere"] > CPUS_ELSEWHERE_WORTH_A_NOTE:
             yield (

@@ -1,4 +1,4 @@
-"""`kvfsctl df`: how full mounted drives are."""
+"""`kvfsctl df`: how full drives are, and what with."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,44 @@ import typer
 from kvfsctl.opening import open_store
 from kvfsctl.output import JsonOption, fail, print_json, print_table
 
+BLOCKS = {
+    "groups": "KV of sequences, in whole groups",
+    "tails": "records of tokens that fill no group yet",
+    "derived": "made of groups for sparse attention; given up when space is short",
+    "objects": "keyed objects of engines",
+    "files": "ordinary files",
+    "catalogue": "header, catalogue and its log, used or not",
+    "given_up": "deleted; free after the next flush",
+    "free": "to be written",
+    "reserved": "beyond the logical blocks: parity, map, spare",
+}
+PAGES = {
+    "live": "hold what blocks above do",
+    "garbage": "overwritten or deleted; waits for collection",
+    "open": "in superblocks being written: room and garbage",
+    "erased": "ready to be written",
+    "map": "the translation layer's own",
+    "parity": "to give back lost pages",
+    "bad": "worn out or broken",
+}
+
 
 def df(
     place: Annotated[
-        Path | None, typer.Argument(metavar="[MOUNTPOINT|DRIVE]", help="All that is mounted, if left out.")
+        Path | None, typer.Argument(metavar="MOUNTPOINT|DRIVE", help="All that is mounted, if left out.")
     ] = None,
     json_output: JsonOption = False,
 ):
-    """Show size, use and room of a drive, mounted or not."""
+    """Show size, use and room of a drive, mounted or not; of one that is named also what takes its flash.
+
+    Blocks are what is stored, and flash is what state its pages are in: each comes to all flash of the drive.
+    """
     from kvfs.sizes import format_size
 
     rows = [row for mount in _mounts_at(place) for row in _of_mount(mount)] or _of_drive(place)
+    kinds = [] if place is None else _kinds(place)
     if json_output:
-        print_json("df", drives=rows)
+        print_json("df", drives=rows, kinds=kinds)
         return
     print_table(
         "kvfs drives",
@@ -36,6 +61,24 @@ def df(
             for row in rows
         ],
     )
+    for usage in kinds:
+        for what, meanings in (("blocks", BLOCKS), ("pages", PAGES)):
+            print_table(
+                f"{usage['drive']}: {format_size(usage['media_bytes'])} of flash, by {what}",
+                [what, "meaning", "size", "share"],
+                [
+                    [kind, meanings[kind], format_size(size), f"{size / usage['media_bytes']:.1%}"]
+                    for kind, size in usage[what].items()
+                ],
+                left=2,
+            )
+
+
+def _kinds(place: Path) -> list[dict]:
+    from dataclasses import asdict
+
+    with open_store(place) as store:
+        return [asdict(usage) for usage in store.space_usage()]
 
 
 def _mounts_at(place: Path | None) -> list:
@@ -56,7 +99,7 @@ def _mounts_at(place: Path | None) -> list:
 
 
 def _of_mount(mount) -> list[dict]:
-    from kvfs.drive_set.opening import is_set
+    from kvfs.drive_set.locations import is_set
 
     if is_set(mount.source):
         return _of_drive(Path(mount.mountpoint), mount.mountpoint)

@@ -73,6 +73,8 @@ def native_code(machine: Machine) -> list[Finding]:
     """Whether kvfs with its compiled parts can be imported."""
     try:
         import kvfs
+
+        _ = kvfs.Store  # loads all that a drive takes
     except ImportError as error:
         return [Finding("kvfs", MISSING, f"does not load: {error}", "install it again: make setup")]
     return [Finding("kvfs", OK, f"{kvfs.__version__}, compiled parts load")]
@@ -105,6 +107,15 @@ def fuse(machine: Machine) -> list[Finding]:
     ]
 
 
+def leftovers(machine: Machine, found: Callable[[], list] | None = None) -> list[Finding]:
+    """What killed servers have left here."""
+    if found is None:
+        from kvfs.administration.leftovers import machine_leftovers as found
+    left = found()
+    text = ", ".join(f"{each.kind} {each.path}" for each in left) or "nothing"
+    return [verdict("leftovers", not left, text, "remove them: kvfsctl leftovers --clean")]
+
+
 def fio(machine: Machine) -> list[Finding]:
     path = machine.which("fio")
     return [verdict("fio", path is not None, path or "not found", "limits in benchmarks: apt-get install fio")]
@@ -128,4 +139,4 @@ def _spdk_version(machine: Machine) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-CHECKS = [kernel, python, packages, native_code, io_uring, fuse, spdk, fio]
+CHECKS = [kernel, python, packages, native_code, io_uring, fuse, spdk, fio, leftovers]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import JsonOption, print_json, print_table, progress_bar
+from kvfsctl.output import JsonOption, fail, print_json, print_table, progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="The drives of a set: which there are, adding and draining them.")
 
@@ -113,16 +113,24 @@ def bring_back(
 def remove(
     place: SetArgument,
     drive: OneArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be lost, change nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete the sequences with parts on it.")] = False,
     json_output: JsonOption = False,
 ):
     """Go on without a drive that is lost for good: the sequences with parts on it are deleted."""
-    if not yes:
+    if not yes and not dry_run:
         raise typer.BadParameter("sequences are deleted by this: say --yes")
     with _drives(place) as drives:
-        drives.remove_lost(_location(drive))
+        lost = [each for each in drives.states() if _location(drive) in (each["drive"], each["id"])]
+        num_heads = sum(each["num_kv_heads"] for each in lost)
+        if dry_run and not any(each["is_lost"] for each in lost):
+            fail(f"{drive} is no lost drive of {place}: kvfsctl drive list shows which are")
+        if not dry_run:
+            drives.remove_lost(_location(drive))
     if json_output:
-        print_json("drive remove", set=str(place), removed=drive)
+        print_json("drive remove", set=str(place), removed=drive, dry_run=dry_run, num_kv_heads=num_heads)
+    elif dry_run:
+        print(f"would go on without {drive}: {num_heads} KV heads of sequences are on it")
     else:
         print(f"{place} goes on without {drive}")
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvfsctl.opening import open_store
 from kvfsctl.output import DriveArgument, JsonOption, print_json
 
 SET_SUFFIX = ".kvfs-set"
@@ -54,7 +55,7 @@ def format_drive(
         _format_set(drive, drives or [], size, options)
     else:
         kvfs.format(drive, size, **options)
-    with kvfs.open(drive, cache_bytes="8MiB") as store:
+    with open_store(drive) as store:
         space = store.counters()["space"]
     if json_output:
         print_json("format", drive=str(drive), **space)

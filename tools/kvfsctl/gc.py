@@ -4,18 +4,21 @@ from typing import Annotated
 
 import typer
 
-from kvfsctl.opening import open_inspection
-from kvfsctl.output import DriveArgument, JsonOption, print_json
+from kvfsctl.opening import each_drive, mount_folder
+from kvfsctl.output import JsonOption, StoreArgument, print_json
 
 
 def gc(
-    drive: DriveArgument,
+    drive: StoreArgument,
     superblocks: Annotated[
         int | None, typer.Option(min=1, help="At most so many; all that gain something by default.")
     ] = None,
     collection: Annotated[
-        str, typer.Option(help="How victims are chosen: greedy, cost-benefit or d-choices.")
-    ] = "greedy",
+        str | None,
+        typer.Option(
+            help="How victims are chosen: greedy, cost-benefit or d-choices. A mount has chosen already."
+        ),
+    ] = None,
     json_output: JsonOption = False,
 ):
     """Collect garbage now: empty superblocks that hold deleted data, so that later writes need not wait.
@@ -25,24 +28,36 @@ def gc(
     """
     from kvfs.errors import InvalidArgument
 
+    if collection is not None and mount_folder(drive) is not None:
+        raise typer.BadParameter("chosen when the drive is mounted: -o collection=", param_hint="--collection")
+    options = {} if collection is None else {"collection": collection}
     try:
-        inspection = open_inspection(drive, read_only=False, collection=collection)
+        found = [
+            _collect(one, care, superblocks) for one, care in each_drive(drive, read_only=False, **options)
+        ]
     except InvalidArgument as error:
+        if collection is None:
+            raise
         raise typer.BadParameter(str(error), param_hint="--collection") from error
-    with inspection:
-        before = int(inspection.flash.health()["free_superblocks"])
-        count = inspection.flash.collect(superblocks or 0)
-        health = inspection.flash.health()
-        inspection.namespace.flush()
-    after, copied = int(health["free_superblocks"]), int(health["gc_pages_written"])
     if json_output:
-        print_json(
-            "gc",
-            drive=str(drive),
-            superblocks_collected=count,
-            pages_copied=copied,
-            free_superblocks_before=before,
-            free_superblocks=after,
+        print_json("gc", **(found[0] if len(found) == 1 else {"set": str(drive), "drives": found}))
+        return
+    for one in found:
+        print(
+            f"{one['drive']}: collected {one['superblocks_collected']} superblocks,"
+            f" copied {one['pages_copied']} pages; {one['free_superblocks']} free,"
+            f" {one['free_superblocks_before']} before"
         )
-    else:
-        print(f"{drive}: collected {count} superblocks, copied {copied} pages; {after} free, {before} before")
+
+
+def _collect(drive, care, superblocks: int | None) -> dict:
+    before = care.health()
+    count = care.collect(superblocks or 0)
+    after = care.health()
+    return {
+        "drive": str(drive),
+        "superblocks_collected": count,
+        "pages_copied": after["gc_pages_written"] - before["gc_pages_written"],
+        "free_superblocks_before": before["free_superblocks"],
+        "free_superblocks": after["free_superblocks"],
+    }

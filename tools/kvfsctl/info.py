@@ -1,8 +1,11 @@
 """`kvfsctl info`: what a drive is and how full."""
 
+from dataclasses import asdict
+
 from kvfsctl.drive import print_drives
 from kvfsctl.opening import open_store
 from kvfsctl.output import JsonOption, StoreArgument, print_json, print_table
+from kvfsctl.seal import print_derived
 
 WAF_PARTS = ("host", "garbage_collection", "wear_levelling", "padding", "parity", "metadata")
 
@@ -18,8 +21,9 @@ def info(drive: StoreArgument, json_output: JsonOption = False):
             for model in store.models()
         ]
         num_sequences = len(store.catalogue_rows())
+        derived = [{**asdict(usage), "share": usage.share} for usage in store.derived_usage()]
     if "drives" in counters:
-        _info_of_set(drive, counters, models, num_sequences, json_output)
+        _info_of_set(drive, counters, models, num_sequences, derived, json_output)
         return
     space, flash = counters["space"], counters["flash"]
     if json_output:
@@ -48,6 +52,7 @@ def info(drive: StoreArgument, json_output: JsonOption = False):
             drive=str(drive),
             num_sequences=num_sequences,
             models=models,
+            derived=derived,
             space=space,
             flash={name: flash[name] for name in fields + wear},
             waf=counters["waf"],
@@ -71,10 +76,12 @@ def info(drive: StoreArgument, json_output: JsonOption = False):
             *_waf_rows(counters["waf"]),
         ],
     )
-    _print_models(models)
+    _print_models(models, derived)
 
 
-def _info_of_set(drive, counters: dict, models: list[dict], num_sequences: int, json_output: bool) -> None:
+def _info_of_set(
+    drive, counters: dict, models: list[dict], num_sequences: int, derived: list[dict], json_output: bool
+) -> None:
     """Of several drives: what they are together, then each."""
     from kvfs.sizes import format_size
 
@@ -83,6 +90,7 @@ def _info_of_set(drive, counters: dict, models: list[dict], num_sequences: int, 
         fields = {
             "num_sequences": num_sequences,
             "models": models,
+            "derived": derived,
             "space": space,
             "drives": counters["drives"],
         }
@@ -99,10 +107,10 @@ def _info_of_set(drive, counters: dict, models: list[dict], num_sequences: int, 
         ],
     )
     print_drives(drive, counters["drives"])
-    _print_models(models)
+    _print_models(models, derived)
 
 
-def _print_models(models: list[dict]) -> None:
+def _print_models(models: list[dict], derived: list[dict]) -> None:
     from kvfs.sizes import format_size
 
     if not models:
@@ -123,6 +131,8 @@ def _print_models(models: list[dict]) -> None:
             for model in models
         ],
     )
+    if derived:
+        print_derived("derived for sparse attention", derived)
 
 
 def _wear_rows(flash: dict) -> list[list[str]]:

@@ -1,68 +1,46 @@
 """kvfsctl: make, look into, check and measure kvfs drives. One verb per module."""
 
+import os
 import sys
+from typing import Annotated
 
 import typer
 
-from kvfsctl import (
-    bench,
-    check,
-    demo,
-    df,
-    doctor,
-    drive,
-    export,
-    fork,
-    format,
-    gc,
-    import_file,
-    info,
-    ls,
-    mount,
-    mv,
-    nvme,
-    rm,
-    scrub,
-    serve,
-    stats,
-    tree,
-    umount,
-    wear,
-)
-from kvfsctl.output import EXIT_FAILED, fail
+from kvfsctl.output import EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail
+from kvfsctl.verbs import VerbGroup
+
+_EXIT_CODES = ", ".join(f"{code} {short}" for code, (short, _) in EXIT_CODES.items())
 
 app = typer.Typer(
     name="kvfsctl",
+    cls=VerbGroup,
     help="Administer kvfs drives: the KV cache of language models on flash, with attention in the drive.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the drive has errors. Sizes read as 500MB or 8GiB.",
+    epilog=f"Exit codes: {_EXIT_CODES}. Sizes read as 500MB or 8GiB.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("format")(format.format_drive)
-app.command("info")(info.info)
-app.command("ls")(ls.ls)
-app.command("stats")(stats.stats)
-app.command("rm")(rm.rm)
-app.command("tree")(tree.tree)
-app.command("export")(export.export)
-app.command("import")(import_file.import_file)
-app.command("mv")(mv.mv)
-app.command("fork")(fork.fork)
-app.command("check")(check.check)
-app.command("scrub")(scrub.scrub)
-app.command("wear")(wear.wear)
-app.command("gc")(gc.gc)
-app.command("mount")(mount.mount)
-app.command("umount")(umount.umount)
-app.command("serve")(serve.serve)
-app.command("df")(df.df)
-app.add_typer(drive.app, name="drive")
-app.add_typer(nvme.app, name="nvme")
-app.add_typer(bench.app, name="bench")
-app.command("demo")(demo.demo)
-app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from kvfs import __version__
+
+        print(f"kvfsctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_verb(
+    no_color: Annotated[bool, typer.Option("--no-color", help="Print plain text; so does NO_COLOR=1.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print kvfs's version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    if no_color:
+        os.environ["NO_COLOR"] = "1"  # which rich looks at
 
 
 def run() -> None:
@@ -70,12 +48,16 @@ def run() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
+        # whoever read has gone: nothing is left to say, and the interpreter is not to say so either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except Exception as error:
-        from kvfs.errors import ERRNO  # only now: importing kvfs starts threads, and `mount` forks
+        from kvfs.errors import ERRNO, BadConfiguration
 
+        if isinstance(error, OSError) and error.filename is not None:
+            fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
         if not isinstance(error, tuple(ERRNO)):
             raise
-        fail(str(error))
+        fail(str(error), EXIT_USAGE if isinstance(error, BadConfiguration) else EXIT_FAILED)

@@ -2,7 +2,7 @@
 
 import typer
 
-from kvfsctl import nvme_blocks, nvme_describe, nvme_dhchap_key, nvme_list, nvme_passthru
+from kvfsctl import nvme_blocks, nvme_describe, nvme_dhchap_key, nvme_discover, nvme_list, nvme_passthru
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -10,6 +10,7 @@ app = typer.Typer(
     " LOCATION is a kvfs drive's file (inproc:FILE), spdk:ADDRESS, nvme+tcp://..., /dev/ng0n1 or /dev/nvme0n1.",
 )
 app.command("list")(nvme_list.list_devices)
+app.command("discover")(nvme_discover.discover)
 app.command("identify")(nvme_describe.identify)
 app.command("smart-log")(nvme_describe.smart_log)
 app.command("read")(nvme_blocks.read)

@@ -1,12 +1,11 @@
 """`kvfsctl rm`: delete sequences."""
 
-import sys
 from typing import Annotated
 
 import typer
 
 from kvfsctl.opening import open_store
-from kvfsctl.output import JsonOption, StoreArgument, print_json
+from kvfsctl.output import JsonOption, StoreArgument, confirm, print_json
 
 
 def rm(
@@ -28,15 +27,14 @@ def rm(
     from kvfs.drive_set.remote_drives import drives_of
 
     with open_store(drive, degraded=lost) as store:
-        delete = drives_of(store).forget if lost else store.delete_sequence
         num_tokens = {name: store.sequence(name).num_tokens for name in dict.fromkeys(sequences)}
         if not dry_run:
-            if not yes and not sys.stdin.isatty():
-                raise typer.BadParameter("nothing is deleted without --yes when nobody can be asked")
-            if not yes:
-                typer.confirm(f"Delete {', '.join(num_tokens)}?", abort=True)
-            for name in num_tokens:
-                delete(name)
+            confirm(f"Delete {', '.join(num_tokens)}?", yes, "deleted")
+            if lost:
+                for name in num_tokens:
+                    drives_of(store).forget(name)
+            else:
+                store.delete_sequences(num_tokens)
     if json_output:
         print_json("rm", drive=str(drive), dry_run=dry_run, deleted=list(num_tokens))
         return

@@ -15,24 +15,26 @@ from kvfsctl.output import DriveArgument, JsonOption, fail, print_json
 LOOK_SECONDS = 0.5  # whether SPDK still runs
 
 
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
 class Stack(StrEnum):
     OWN = "own"
     SPDK = "spdk"
 
 
-LOOK_SECONDS = 0.5
-
-
 def serve(
     drive: DriveArgument,
     listen: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Where hosts reach the drive; port 0 takes a free one. SPDK's stack takes vfio-user:FOLDER "
-            "and rdma:HOST:PORT, too, and several with commas between.",
+            help="Where hosts reach the drive, by default 127.0.0.1:4420; port 0 takes a free one. SPDK's "
+            "stack takes vfio-user:FOLDER and rdma:HOST:PORT, too, and several with commas between.",
         ),
-    ] = "127.0.0.1:4420",
+    ] = None,
     stack: Annotated[Stack, typer.Option(help="Whose target: kvfs's own, or SPDK's where it is installed.")] = (
         Stack.OWN
     ),
@@ -46,16 +48,38 @@ def serve(
             metavar="FILE", help="Which hosts may connect, and their keys; off loopback it must be there."
         ),
     ] = None,
-    max_connections: Annotated[int, typer.Option(min=2, help="Queues of all hosts together.")] = 256,
-    cache_bytes: Annotated[str, typer.Option(help="The drive's cache in memory, such as 1GiB.")] = "256MiB",
-    worker: Annotated[str, typer.Option(help="What computes attention: numba or reference.")] = "numba",
+    max_connections: Annotated[
+        int | None, typer.Option(min=2, help="Queues of all hosts together; by default 256.")
+    ] = None,
+    cache_bytes: Annotated[
+        str | None, typer.Option(help="The drive's cache in memory, such as 1GiB; 256MiB by default.")
+    ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(help="What computes attention: numba (the default), reference or fpga."),
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Compute threads; by default one for each CPU.")
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Let no host change anything.")] = False,
     spin_us: Annotated[
-        int, typer.Option(min=0, help="Look so long for the next command before sleeping; takes CPU time.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Look so long for the next command before sleeping, while they come so soon; by default 200.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="PORT", help="Prometheus metrics and a status page at 127.0.0.1:PORT, by HTTP."),
+    ] = None,
+    metrics_token: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Who shows what is in it sees all; needed off loopback."),
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of the log's lines: json has request identifiers as fields.")
+    ] = LogFormat.TEXT,
     debug: Annotated[bool, typer.Option("--debug", help="Log more.")] = False,
     json_output: JsonOption = False,
 ):
@@ -64,14 +88,29 @@ def serve(
     It stays until SIGTERM or Ctrl-C, and closes the drive in order. Hosts of other machines must prove who they
     are: see `kvfsctl nvme gen-dhchap-key`. The data are not encrypted on the wire.
     """
+    from kvfs.configuration import export, load
     from kvfs.mount.service_manager import log_to_stderr
+    from kvfs.serving import SPIN_US
     from kvfs.serving import serve as serve_drive
     from kvfs.serving_spdk import serve_by_spdk
 
+    foreign = {"--max-connections": max_connections, "--spin-us": spin_us} if stack == Stack.SPDK else {}
+    if stack == Stack.SPDK:
+        foreign |= {"--metrics": metrics, "--metrics-token": metrics_token}
+    foreign |= {"--poll": poll or None} if stack == Stack.OWN else {}
+    for name, value in foreign.items():
+        if value is not None:
+            raise typer.BadParameter(f"--stack {stack} has no {name}", param_hint=name)
+    configured = load()
+    export(configured, "fpga")
+    listen = configured["serve.listen"] if listen is None else listen
+    worker = configured["serve.worker"] if worker is None else worker
+    cache_bytes = configured["open.cache_bytes"] if cache_bytes is None else cache_bytes
+    num_workers = configured["open.num_workers"] if num_workers is None else num_workers
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    log_to_stderr(logging.DEBUG if debug else logging.INFO)
+    log_to_stderr(logging.DEBUG if debug else logging.INFO, as_json=log_format == LogFormat.JSON)
     if stack == Stack.SPDK:
         with (
             scan_progress() as progress,
@@ -104,12 +143,14 @@ def serve(
             listen,
             nqn=nqn,
             host_access=host_access,
-            max_connections=max_connections,
+            **({} if max_connections is None else {"max_connections": max_connections}),
             cache_bytes=cache_bytes,
             num_workers=num_workers,
             worker=worker,
             read_only=read_only,
-            spin_us=spin_us,
+            spin_us=SPIN_US if spin_us is None else spin_us,
+            metrics=metrics,
+            metrics_token=metrics_token,
             progress=progress,
         ) as (server, subsystems),
     ):

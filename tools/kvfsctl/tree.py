@@ -2,14 +2,18 @@
 
 from kvfsctl.opening import open_store
 from kvfsctl.output import JsonOption, StoreArgument, print_json
+from kvfsctl.paging import AfterOption, LimitOption, pages, say_more
 
 
-def tree(drive: StoreArgument, json_output: JsonOption = False):
+def tree(
+    drive: StoreArgument, limit: LimitOption = None, after: AfterOption = "", json_output: JsonOption = False
+):
     """Show models with their shapes, and below them sequences with tokens, size and attributes."""
     from kvfs.sizes import format_size
 
     with open_store(drive) as store:
-        models = [_described(model, store) for model in store.models()]
+        rows = [row for page in pages(store, after, limit) for row in page]
+        models = [_described(model, store, rows) for model in store.models()]
     if json_output:
         print_json("tree", drive=str(drive), models=models)
         return
@@ -32,10 +36,12 @@ def tree(drive: StoreArgument, json_output: JsonOption = False):
             size = format_size(sequence["size_bytes"])
             branch.add(escape(f"{sequence['name']}  {sequence['num_tokens']:,} tokens  {size}{notes}"))
     Console(soft_wrap=True).print(root)
+    if rows:
+        say_more(len(rows), limit, rows[-1].name)
 
 
-def _described(model, store) -> dict:
-    sequences = [store.sequence(row.name) for row in store.catalogue_rows() if row.model_id == model.id]
+def _described(model, store, rows) -> dict:
+    sequences = [store.sequence(row.name) for row in rows if row.model_id == model.id]
     return {
         "name": model.name,
         **vars(model.geometry),

@@ -1,12 +1,13 @@
 """`kvfsctl wear`: how worn the flash is, and how evenly."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvfsctl.opening import open_inspection
-from kvfsctl.output import DriveArgument, JsonOption, fail, print_json, print_table
+from kvfsctl.opening import each_drive
+from kvfsctl.output import JsonOption, StoreArgument, fail, print_json, print_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +16,7 @@ MAX_BINS = 16
 
 
 def wear(
-    drive: DriveArgument,
+    drive: StoreArgument,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the histogram and a map of the superblocks.")
     ] = None,
@@ -24,58 +25,56 @@ def wear(
     """Show erase counts against the cycles that the flash is rated for, bad blocks and spare.
 
     A superblock's count is that of its most worn block. Wear levelling keeps the counts within 5% of the
-    rated cycles of each other.
+    rated cycles of each other. Of a set each drive is shown, and --plot draws one: name it.
     """
-
-    import numpy as np
-
     if plot is not None and plot.suffix != ".png":
         raise typer.BadParameter("the plot is a .png file", param_hint="--plot")
-    with open_inspection(drive) as inspection:
-        superblocks = inspection.flash.superblocks()
-        health, smart = inspection.flash.health(), inspection.flash.smart()
-    counts = superblocks["erase_count"].astype(np.int64)
-    facts = {
-        "rated_cycles": int(health["rated_cycles"]),
-        "erase_count_min": int(counts.min()),
-        "erase_count_mean": float(counts.mean()),
-        "erase_count_max": int(counts.max()),
-        "percentage_used": int(smart["percentage_used"]),
-        "available_spare_percent": int(smart["available_spare"]),
-        "num_erase_blocks": int(health["num_erase_blocks"]),
-        "bad_erase_blocks": int(health["bad_erase_blocks"]),
-    }
-    histogram = erase_histogram(counts)
+    worn = [(one, care.superblocks(), care.health()) for one, care in each_drive(drive)]
+    if plot is not None and len(worn) > 1:
+        raise typer.BadParameter("a set has a plot for each drive: name one", param_hint="--plot")
+    found = [_worn(one, superblocks, health) for one, superblocks, health in worn]
     if json_output:
-        states, numbers = np.unique(superblocks["state"], return_counts=True)
-        print_json(
-            "wear",
-            drive=str(drive),
-            **facts,
-            superblocks_by_state={s.decode(): int(n) for s, n in zip(states, numbers, strict=True)},
-            histogram=[{"first": first, "last": last, "superblocks": n} for first, last, n in histogram],
-            superblocks=[
-                {
-                    "state": record["state"].decode(),
-                    "erase_count": int(record["erase_count"]),
-                    "valid_pages": int(record["valid_pages"]),
-                    "capacity_pages": int(record["capacity_pages"]),
-                    "bad_erase_blocks": int(record["bad_erase_blocks"]),
-                }
-                for record in superblocks
-            ],
-        )
+        print_json("wear", **(found[0] if len(found) == 1 else {"set": str(drive), "drives": found}))
     else:
-        _print(drive, facts, histogram)
+        for one in found:
+            _print(one)
     if plot is not None:
+        _, superblocks, health = worn[0]
         try:
             from kvfsctl.wear_plot import draw
         except ImportError:
             fail("--plot needs matplotlib: pip install matplotlib")
         try:
-            draw(superblocks, facts["rated_cycles"], plot)
+            draw(superblocks, health["rated_cycles"], plot)
         except OSError as error:
             fail(f"{plot}: {error.strerror or error}")
+
+
+def _worn(drive, superblocks: list[dict], health: dict) -> dict:
+    """What JSON says of one drive."""
+    import numpy as np  # only now: kvfsctl doctor tells when it is missing
+
+    counts = np.array([record["erase_count"] for record in superblocks], np.int64)
+    names = (
+        "rated_cycles",
+        "percentage_used",
+        "available_spare_percent",
+        "num_erase_blocks",
+        "bad_erase_blocks",
+    )
+    return {
+        "drive": str(drive),
+        **{name: health[name] for name in names},
+        "erase_count_min": int(counts.min()),
+        "erase_count_mean": float(counts.mean()),
+        "erase_count_max": int(counts.max()),
+        "superblocks_by_state": dict(sorted(Counter(record["state"] for record in superblocks).items())),
+        "histogram": [
+            {"first": first, "last": last, "superblocks": number}
+            for first, last, number in erase_histogram(counts)
+        ],
+        "superblocks": superblocks,
+    }
 
 
 def erase_histogram(counts: "np.ndarray") -> list[tuple[int, int, int]]:
@@ -90,10 +89,10 @@ def erase_histogram(counts: "np.ndarray") -> list[tuple[int, int, int]]:
     ]
 
 
-def _print(drive, facts: dict, histogram: list[tuple[int, int, int]]) -> None:
+def _print(facts: dict) -> None:
     spread = facts["erase_count_max"] - facts["erase_count_min"]
     print_table(
-        f"wear of {drive}",
+        f"wear of {facts['drive']}",
         ["", "value"],
         [
             [
@@ -107,6 +106,7 @@ def _print(drive, facts: dict, histogram: list[tuple[int, int, int]]) -> None:
             ["spare left", f"{facts['available_spare_percent']} %"],
         ],
     )
+    histogram = [(each["first"], each["last"], each["superblocks"]) for each in facts["histogram"]]
     top = max(number for _, _, number in histogram)
     print_table(
         "superblocks by erase count",

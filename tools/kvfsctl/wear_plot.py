@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 MAX_BINS = 64
 
 
-def draw(superblocks: np.ndarray, rated_cycles: int, path: Path) -> None:
-    """superblocks: SUPERBLOCK_RECORD [num_superblocks]."""
-    counts = superblocks["erase_count"].astype(np.int64)
+def draw(superblocks: list[dict], rated_cycles: int, path: Path) -> None:
+    """superblocks: see kvfs.administration.drive_care."""
+    counts = np.array([record["erase_count"] for record in superblocks], np.int64)
     drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     low, high = int(counts.min()), int(counts.max())
     width = -(-(high - low + 1) // MAX_BINS)
@@ -26,10 +26,10 @@ def draw(superblocks: np.ndarray, rated_cycles: int, path: Path) -> None:
     for axis in (left.xaxis, left.yaxis, right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     share = right.twinx()
-    valid = superblocks["valid_pages"] / np.maximum(superblocks["capacity_pages"], 1)
+    valid = [record["valid_pages"] / max(record["capacity_pages"], 1) for record in superblocks]
     share.fill_between(index, valid, step="mid", alpha=0.25, color="tab:orange")
     share.set(ylabel="share of pages that is valid", ylim=(0, 1))
-    bad = superblocks["state"] == b"bad"
+    bad = np.array([record["state"] == "bad" for record in superblocks])
     right.plot(index[bad], counts[bad], "x", color="tab:red")
     drawing.savefig(path, dpi=120)
     pyplot.close(drawing)

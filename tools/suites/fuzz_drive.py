@@ -10,6 +10,7 @@ import numpy as np
 
 from spdk_glue.command import COMPLETION_ENTRY, AdminOpcode, IoOpcode
 from spdk_glue.controller import Controller
+from spdk_glue.fabrics.target.subsystem import ServedDrive
 from spdk_glue.identify import IDENTIFY_CONTROLLER, IDENTIFY_NAMESPACE, Cns
 from spdk_glue.status import CommandFailed, Status
 
@@ -49,6 +50,16 @@ class FuzzDrive:
             },
             {AdminOpcode.IDENTIFY: self._each(self._identify)},
         )
+
+    def served(self) -> ServedDrive:
+        return ServedDrive(self.controller, attend_small_now=self._attend_small_now)
+
+    @staticmethod
+    def _attend_small_now(descriptor: np.ndarray, answer: np.ndarray) -> bool:
+        if len(descriptor) != 512 or len(answer) != 512:
+            return False
+        answer[:] = tagged(7, 512)
+        return True
 
     @staticmethod
     def _each(handler):

@@ -35,7 +35,7 @@ from spdk_glue.fabrics.target.host_access import HostAccess
 from spdk_glue.fabrics.target.limits import Limits
 from spdk_glue.fabrics.target.server import Server
 from spdk_glue.fabrics.target.states import State
-from spdk_glue.fabrics.target.subsystem import ServedDrive, Subsystems
+from spdk_glue.fabrics.target.subsystem import Subsystems
 from spdk_glue.fabrics.tcp_glue import api
 
 NQN = "nqn.2026-11.io.kvfs:fuzz"
@@ -136,6 +136,11 @@ class FuzzedHost:
             )
         if what < 0.78:
             return self.capsule(command.vendor(IoOpcode.ATTENTION_CANCEL, ticket))
+        if what < 0.84:  # in one flight
+            submit = self.capsule(command.vendor(IoOpcode.ATTENTION_SUBMIT, ticket), tagged(7, 512).tobytes())
+            room = chance.choice([512, 512, BLOCK])
+            fetched = self.number(ticket)
+            return submit + self.capsule(command.vendor(IoOpcode.ATTENTION_FETCH, fetched), room=room)
         return self.any_command()
 
     def any_command(self) -> bytes:
@@ -274,7 +279,7 @@ class Tables:
     def __init__(self):
         self.drive = FuzzDrive()
         self.later: list = []
-        self.subsystems = Subsystems(ServedDrive(self.drive.controller), HostAccess.anyone(), LIMITS, NQN)
+        self.subsystems = Subsystems(self.drive.served(), HostAccess.anyone(), LIMITS, NQN)
         self.now = 0.0
         chance = random.Random(0)
         self.victim_admin = self._connect(0, 0xFFFF, VICTIM, chance)
@@ -513,7 +518,7 @@ def probe(address, give_up: float, slowest: list[float], failures: list[str]) ->
 def fuzz_sockets(seconds: float, seed: int, num_attackers: int, counts: Counter) -> list[float]:
     """How long each visit of the good host took. Raises Broken."""
     drive = FuzzDrive()
-    subsystems = Subsystems(ServedDrive(drive.controller), HostAccess.anyone(), LIMITS, NQN)
+    subsystems = Subsystems(drive.served(), HostAccess.anyone(), LIMITS, NQN)
     server = Server(subsystems, "127.0.0.1", 0)
     failures: list[str] = []
     slowest: list[float] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPORT_END = "REPORT END"
 DEVICE = "/dev/nvme0n1"
-ANSWER_HEADER_BYTES = 32
+ANSWER_HEADER_BYTES = 48
 BLOCK = 4096
 BEHIND_THE_STORE = 32_768  # an LBA that the sequence has not
 FILE_BYTES = 6 << 20

@@ -1,0 +1,1 @@
+"""The planner behind `kvfsctl plan`: see DESIGN.md."""
