@@ -11,7 +11,7 @@ from ftl.media_nand import NandModel
 
 # (pages_per_erase_block, num_superblocks): small, so that collection runs all the time
 STORE_SHAPES = ((8, 24), (16, 24), (8, 32), (16, 16))
-METADATA_AREAS = ((48, 48), (40, 32), (19, 40))  # blocks for the catalogue and its log; the last soon full
+METADATA_AREAS = ((62, 62), (54, 46), (46, 46))  # blocks for the catalogue and its log; the last soon full
 FTL_SHAPES = ((8, 12), (8, 16), (16, 12))
 # Faults that a run has only if asked for, as changes of the medium. Bit flips and power cuts are always there.
 FAULTS = {

@@ -21,6 +21,7 @@ def check_space(store: Store | DriveSet) -> None:
             check_space(member.store)
         return
     store._catalogue._end_batch()  # what files have changed is in rows then
+    store._objects.write_rows()
     _check_sharing(store)
     allocator, first = store._allocator, store._volume.first_data_lba
     owners = np.zeros(store._namespace.num_lbas, np.int8)
@@ -31,6 +32,7 @@ def check_space(store: Store | DriveSet) -> None:
 
     own(store._catalogue.used_extents())
     own(allocator._held)
+    own(store._sealing.extents_in_memory())
     if store._files is not None:
         own(store._files.extents_in_memory())
     for sequence in store._sequences.values():

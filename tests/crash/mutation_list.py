@@ -84,21 +84,6 @@ _METADATA = _of(
         '                self._db.execute(f"DELETE FROM {table} WHERE sequence_id = ?", (row.id,))',
     ),
     (
-        "log full for ever",
-        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
-        "if self._is_log_own:",
-    ),
-    (
-        "lost transactions hold once more",
-        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
-        "if wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
-    ),
-    (
-        "transactions pass for durable",
-        '            self._db.execute("COMMIT")\n            self.is_durable = False',
-        '            self._db.execute("COMMIT")',
-    ),
-    (
         "groups in any order",
         'ORDER BY position",\n            (sequence_id,),\n        )\n        return [GroupRow',
         'ORDER BY group_id DESC",\n            (sequence_id,),\n        )\n        return [GroupRow',
@@ -107,11 +92,6 @@ _METADATA = _of(
         "groups released from the one behind",
         "sequence_id = ?1 AND position >= ?2",
         "sequence_id = ?1 AND position > ?2",
-    ),
-    (
-        "catalogue never synced",
-        "        self._volume.sync()\n        self.is_durable = True",
-        "        self.is_durable = True",
     ),
     (
         "tail place not stored",
@@ -127,18 +107,36 @@ _METADATA = _of(
 )
 
 _METADATA += _of(
+    "kvfs/catalogue_database.py",
+    (
+        "log full for ever",
+        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
+        "if self._is_log_own:",
+    ),
+    (
+        "lost transactions hold once more",
+        "if self._is_log_own and wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
+        "if wal.size <= min(LONGEST_LOG_BYTES, wal.capacity // 4):",
+    ),
+    (
+        "transactions pass for durable",
+        '            self._db.execute("COMMIT")\n            self.is_durable = False',
+        '            self._db.execute("COMMIT")',
+    ),
+    (
+        "catalogue never synced",
+        "        self._volume.sync()\n        self.is_durable = True",
+        "        self.is_durable = True",
+    ),
+)
+
+_METADATA += _of(
     "kvfs/batch.py",
     ("database outgrows its area", '        self._db.pragma("max_page_count", num_pages)\n', "        pass\n"),
 )
 
 _SEQUENCE = _of(
     "kvfs/sequence.py",
-    (
-        "append leaves no mark",
-        "            self._changed()\n            group_tokens =",
-        "            group_tokens =",
-    ),
-    ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "truncation leaves no mark",
         "        self._history.cut(num_tokens)\n        self._changed()",
@@ -245,6 +243,15 @@ _SEQUENCE = _of(
         "            first = max(start, on_flash)\n",
         "            first = on_flash\n",
     ),
+)
+_SEQUENCE += _of(
+    "kvfs/growing_sequence.py",
+    (
+        "append leaves no mark",
+        "            self._changed()\n            group_tokens =",
+        "            group_tokens =",
+    ),
+    ("token ids leave no mark", "(token_ids)])\n            self._changed()", "(token_ids)])"),
     (
         "layers written over one another",
         "base = self._groups[position].base_lba + layer * self._layout.layer_lbas\n        return tail",
@@ -271,6 +278,35 @@ _STORE = _of(
         "            for sequence in list(self._sequences.values()):\n                if sequence._dirty",
         "            for sequence in list(self._sequences.values())[1:]:\n                if sequence._dirty",
     ),
+    ("renamed in memory only", "self._catalogue.rename_sequence(sequence._row.id, new_name)", "pass"),
+    (
+        "deleted blocks reused at once",
+        "self._allocator.hold(*extent)\n        for sequence in sequences:",
+        "self._allocator.give_back(*extent)\n        for sequence in sequences:",
+    ),
+    ("deletion forgets the tail", "            sequence._forget()\n", "            sequence._clear_tails()\n"),
+    (
+        "close does not flush",
+        "                self.flush()\n                if self._catalogue.was_changed and",
+        "                if self._catalogue.was_changed and",
+    ),
+    (
+        "free space told with blocks taken",
+        " and not self._extents_in_memory():",
+        ":",
+    ),
+    ("leftovers of a power cut kept", "self._namespace.deallocate(self._allocator.free_extents)", "pass"),
+    ("flush passes for done", "if self._catalogue.has_changes or", "if not self._catalogue.has_changes or"),
+    ("attended tails leave memory", " and other not in self._attended:", ":"),
+    (
+        "sequences of the first model",
+        "model for model in self._models.values() if model.id == row.model_id",
+        "model for model in self._models.values() if model.id <= row.model_id",
+    ),
+)
+
+_STORE += _of(
+    "kvfs/store_blocks.py",
     (
         "held blocks reused before a sync",
         "            self._sync()  # what was freed",
@@ -281,34 +317,21 @@ _STORE = _of(
         "            for group in groups:\n                self._allocator.give_back",
         "            for group in groups[1:]:\n                self._allocator.give_back",
     ),
-    ("renamed in memory only", "self._catalogue.rename_sequence(sequence._row.id, new_name)", "pass"),
-    (
-        "deleted blocks reused at once",
-        "self._allocator.hold(*extent)\n            sequence._forget",
-        "self._allocator.give_back(*extent)\n            sequence._forget",
-    ),
-    ("deletion forgets the tail", "            sequence._forget()\n", "            sequence._clear_tails()\n"),
-    (
-        "close does not flush",
-        "                self.flush()\n                self._catalogue.close()",
-        "                self._catalogue.close()",
-    ),
-    ("leftovers of a power cut kept", "self._namespace.deallocate(self._allocator.free_extents)", "pass"),
-    ("flush passes for done", "if self._catalogue.has_changes:", "if not self._catalogue.has_changes:"),
-    ("attended tails leave memory", " and other not in self._attended:", ":"),
-    (
-        "sequences of the first model",
-        "model for model in self._models.values() if model.id == row.model_id",
-        "model for model in self._models.values() if model.id <= row.model_id",
-    ),
 )
 
 _STORE += _of(
     "kvfs/store.py",
     (
         "deleted before the catalogue agrees",
-        "            for extent in self._catalogue.delete_sequence",
-        "            sequence._forget()\n            for extent in self._catalogue.delete_sequence",
+        "        with self._catalogue.transaction():\n            freed = [",
+        "        for sequence in sequences:\n            sequence._forget()\n"
+        "        with self._catalogue.transaction():\n            freed = [",
+    ),
+    (
+        "blocks of the deleted leak",
+        "        for extent in freed:\n            self._allocator.hold(*extent)\n"
+        "        for sequence in sequences:",
+        "        for sequence in sequences:",
     ),
 )
 
@@ -349,8 +372,8 @@ _TOKEN_ROWS = _of(
     "kvfs/token_rows.py",
     (
         "last group not read",
-        "groups = groups[: -(-stop // group_tokens)]",
-        "groups = groups[: stop // group_tokens]",
+        "num_groups = -(-stop // group_tokens)",
+        "num_groups = stop // group_tokens",
     ),
 )
 
@@ -475,7 +498,7 @@ _ACCEL = [
         ("cache keeps erased pages", "ftl.on_erase(cache.drop)", "pass"),
     ),
     *_of(
-        "accel/vendor_commands.py",
+        "accel/sealing.py",
         (
             "compaction mixes up blocks",
             "self._ftl.write(part, addresses,",
@@ -1224,7 +1247,7 @@ _REPAIR = [
         "kvfs/check.py",
         (
             "lost pages cost no tokens",
-            "            report.cut(whose.whole_tokens)\n        if progress",
+            "            report.lose(whose)\n        if progress",
             "        if progress",
         ),
         ("nothing found leaked", "report.leaked = _runs(mapped & ~named)", "report.leaked = []"),
@@ -1427,10 +1450,25 @@ _ZONES = [
     ),
 ]
 
+_FREE_SPACE = _of(
+    "kvfs/free_space.py",
+    (
+        "a change leaves the summary",
+        '("INSERT", "DELETE", f"UPDATE OF {columns}")',
+        '("DELETE", f"UPDATE OF {columns}")',
+    ),
+    ("stale summary believed", "return None if packed is None", "return [] if packed is None"),
+)
+
 _DRIVE_SET = [
     *_of(
         "kvfs/drive_set/part_record.py",
-        ("two pasts mixed", "if unseen and unseen[0].num_tokens < start.num_tokens:", "if False:"),
+        ("two pasts mixed", "if unseen and unseen[0].num_tokens <= start.num_tokens:", "if False:"),
+        (
+            "token ids that a recovery cut off",
+            "unseen[0].num_tokens <= start.num_tokens",
+            "unseen[0].num_tokens < start.num_tokens",
+        ),
         (
             "oldest cut instead of deepest",
             "self.cuts[-1].num_tokens >= num_tokens",
@@ -1445,13 +1483,16 @@ _DRIVE_SET = [
         ("copy not truncated", "            self._move.cut(num_tokens)", "            pass"),
     ),
     *_of(
-        "kvfs/drive_set/drive_set.py",
-        ("parts left at different lengths", "if None not in kept and not are_even(states):", "if False:"),
+        "kvfs/drive_set/flushing.py",
         (
             "names of other drives not flushed",
-            "if parts[member.drive_id] or member.store._catalogue.has_changes",
-            "if parts[member.drive_id]",
+            "            or member.store._catalogue.has_changes\n",
+            "",
         ),
+    ),
+    *_of(
+        "kvfs/drive_set/taking_up.py",
+        ("parts left at different lengths", "if None not in kept and not are_even(states):", "if False:"),
         (
             "half a creation stays",
             "            self._members[part.drive_id].store.delete_sequence(part.row.name)",
@@ -1464,20 +1505,324 @@ _DRIVE_SET = [
         ("half deleted served", "            if firsts:\n                return None\n", ""),
     ),
     *_of(
+        "kvfs/drive_set/part_settings.py",
+        ("parts of other heads", "{place.first_head},{place.stop_head},", "0,1,"),
+    ),
+    *_of(
+        "kvfs/drive_set/set_prefixes.py",
+        ("longest of the drives", "            return min(found[place]", "            return max(found[place]"),
+        (
+            "dropped prefixes come back",
+            "self._missed.setdefault(member.drive_id, []).append(is_chosen)",
+            "pass",
+        ),
+    ),
+    *_of(
+        "kvfs/drive_set/missed_deletions.py",
+        (
+            "deletions of caches forgotten",
+            "of_all = {Deletion(cache), EVERYTHING} & missed.keys()",
+            "of_all = set()",
+        ),
+        ("all deletions kept out", "            missed[EVERYTHING] = None", "            pass"),
+    ),
+    *_of(
+        "kvfs/drive_set/set_objects.py",
+        ("objects of drives that are behind", "            self._forget_all(member.store)\n", ""),
+        ("doubles of a drive that returns", "{*part.keys()} & {*other", "set() & {*other"),
+        ("what was missed is not known", "            if new:\n", "            if False:\n"),
+        ("caps of a drive that returns", "        self._take_caps(store, others)\n", ""),
+    ),
+    *_of(
+        "kvfs/drive_set/set_object_cache.py",
+        (
+            "deletions on lost drives",
+            "                if member not in parts:\n                    for",
+            "                if False:\n                    for",
+        ),
+        ("deleted elsewhere is not durable", "        self._objects.claim(self, [", "        list(["),
+    ),
+    *_of(
         "kvfs/drive_set/moving.py",
         (
             "copy named before it is durable",
-            "            self._copy.flush()\n            with",
+            "            self.copy.flush()\n            with",
             "            with",
+        ),
+        (
+            "what has moved is published no more",
+            "            if publication is not None:",
+            "            if False:",
         ),
         (
             "old copy deleted before the new one counts",
             "                self._is_switched(record)\n                store._sync_if_needed()\n        with",
             "                self._is_switched(record)\n        with",
         ),
-        ("copy without the truncations", "self._copy._state_notes[SET_STATE] =", "_ ="),
+        ("copy without the truncations", "self.copy._state_notes[SET_STATE] =", "_ ="),
     ),
 ]
+
+_PREFIX = [
+    *_of(
+        "kvfs/prefix/hashing.py",
+        ("names tell nothing of the groups before", "person=last)", 'person=b"")'),
+        ("each flush begins a neighbourhood", "if position % NEIGHBOURS == 0:", "if start == 0:"),
+        ("salts that everybody knows", "secrets.token_bytes(SALT_BYTES)", "bytes(SALT_BYTES)"),
+    ),
+    *_of(
+        "kvfs/prefix/prefix_catalogue.py",
+        ("entries outlive their group", "WHERE group_id = OLD.id;", "WHERE group_id = -1;"),
+        ("publications outlive their sequence", "WHERE sequence_id = OLD.id;", "WHERE sequence_id = -1;"),
+        (
+            "shared groups not counted",
+            "reference_count = reference_count + 1",
+            "reference_count = reference_count",
+        ),
+        ("token ids of what is not shared", "substr(token_ids, 1, 4 * (?3 - position))", "token_ids"),
+        ("tokens restored to be written again", "num_tokens = ?1, num_spilled = ?1", "num_tokens = ?1"),
+        (
+            "found before all layers are stored",
+            "num_groups = min(num_spilled, len(token_ids)) // group_tokens",
+            "num_groups = len(token_ids) // group_tokens",
+        ),
+        (
+            "found before its last tokens are stored",
+            "num_groups = min(num_spilled, len(token_ids)) // group_tokens",
+            "num_groups = -(-min(num_spilled, len(token_ids)) // group_tokens)",
+        ),
+        (
+            "each flush begins a chain",
+            "names = hashing.chain(scope.salt, last[1], first, tokens, 4 * group_tokens)",
+            "names = scope.chain(tokens)",
+        ),
+        (
+            "groups behind a damaged one found",
+            "later.position > first.position",
+            "later.position < first.position",
+        ),
+        (
+            "the damaged are published again",
+            "DELETE FROM prefix_publication WHERE sequence_id IN",
+            "SELECT 1 WHERE 0 IN",
+        ),
+    ),
+    *_of(
+        "kvfs/prefix/index.py",
+        ("failed reads forgotten", "self._suspects.add(lba)", "pass"),
+        ("tokens not compared", "if compare and (stored :=", "if not compare and (stored :="),
+        ("whole prompts found one group short", "            return high\n", "            return high - 1\n"),
+        (
+            "first group never asked for",
+            "if not names or not self._catalogue.has(scope.id, names[0]):",
+            "if not names:",
+        ),
+        ("damaged groups found", "return bool(self._namespace.lost(first_lba, num_lbas))", "return False"),
+    ),
+    *_of(
+        "kvfs/prefix/reuse.py",
+        (
+            "restored sequence empty in memory",
+            "                del self._sequences[name]",
+            "                pass",
+        ),
+        ("another model's prompt", "self._models.get(model.name) is not model:", "False:"),
+    ),
+]
+
+_OBJECTS = [
+    *_of(
+        "kvfs/objects/object_caches.py",
+        (
+            "blocks of objects free before their rows are gone",
+            "            self._store._allocator.hold(*extent)",
+            "            self._store._allocator.give_back(*extent)",
+        ),
+        (
+            "objects that are gone keep their rows",
+            "self._catalogue.write([*changes.deleted], uses)",
+            "self._catalogue.write([], uses)",
+        ),
+        (
+            "a full catalogue leaves the rows of what was replaced",
+            "        self._catalogue.write([*changes.added], ())\n",
+            "",
+        ),
+        (
+            "rows of objects go with another's transaction",
+            "if self._store._catalogue.is_in_transaction:",
+            "if False:",
+        ),
+        ("changes of objects do not ask for a sync", "changes.added or changes.deleted or", "False or"),
+    ),
+    *_of(
+        "kvfs/objects/cache_index.py",
+        ("an object beside the one it replaces", "            found.id = before.id\n", ""),
+        (
+            "the cap is exceeded by a block",
+            "while self.used_lbas > limit:",
+            "while self.used_lbas > limit + 1:",
+        ),
+        (
+            "a deletion forgotten that was not yet a row",
+            "        self.deleted[found.id] = None  #",
+            "        #",
+        ),
+    ),
+    *_of(
+        "kvfs/objects/use_order.py",
+        ("the last used is evicted", "return self._later[_ENDS] - 1", "return self._earlier[_ENDS] - 1"),
+    ),
+    *_of(
+        "kvfs/objects/object_data.py",
+        ("the last block of an object from another place", "(done + direct - num_direct)", "(done + direct)"),
+        ("the end of an object not copied", "part[:] = lease[: part.nbytes]", "pass"),
+    ),
+]
+
+_SEALING = [
+    *_of(
+        "kvfs/sealing/sealing.py",
+        (
+            "a segment of groups that were given up meanwhile",
+            "        if not self._is_current(work):\n            self._give_back()\n",
+            "        if False:\n            self._give_back()\n",
+        ),
+        (
+            "blocks of a segment that was not made are lost",
+            "            self._store._allocator.hold(*self._under_way)\n",
+            "",
+        ),
+        (
+            "blocks of replaced segments free before their rows are gone",
+            "        for extent in replaced:\n            self._store._allocator.hold(*extent)",
+            "        for extent in replaced:\n            self._store._allocator.give_back(*extent)",
+        ),
+        (
+            "segments without rows stay when their groups go",
+            "if one.first_group + one.num_groups > num_groups",
+            "if one.first_group > num_groups",
+        ),
+        (
+            "segments of groups that a truncation has given up",
+            "if row.position < len(groups) and groups[row.position].id == row.group_id",
+            "if row.position < len(groups)",
+        ),
+        (
+            "room made in a transaction that may be taken back",
+            "            return False  # it might be taken back",
+            "            pass",
+        ),
+        (
+            "given up, and never free",
+            "        for extent in extents:\n            self._store._allocator.hold(*extent)",
+            "        pass",
+        ),
+    ),
+    *_of(
+        "kvfs/sealing/derived_catalogue.py",
+        (
+            "short segments dropped that a fork still needs",
+            " AND its.reference_count = whole.reference_count",
+            "",
+        ),
+        (
+            "short segments stay beside longer ones",
+            'shorter.position < last.position"',
+            'shorter.position < 0"',
+        ),
+        (
+            "given up in memory only",
+            'self._db.executemany("DELETE FROM derived_segment WHERE id = ?", [(row[0],) for row in rows])',
+            "pass",
+        ),
+        (
+            "blocks go with a trigger, to nobody",
+            '            return self._take("group_id = ?", (group_id,))',
+            "            return []",
+        ),
+    ),
+    *_of(
+        "kvfs/sealing/commands.py",
+        ("every layer's share at the first's", "target + first * derived.layer_lbas", "target"),
+        ("the first layers' groups again", "np.uint64(first * layout.layer_lbas)", "np.uint64(0)"),
+    ),
+    *_of(
+        "accel/sealing.py",
+        (
+            "a head's refinements where the next one's are",
+            "first = layout.refinement_lba(0, head)",
+            "first = layout.refinement_lba(0, 0)",
+        ),
+        ("layers written over each other", "segment.target + layout.layer_lbas * layer", "segment.target"),
+    ),
+]
+
+_CAPS = [
+    *_of(
+        "kvfs/space/space.py",
+        ("tail records are free", "+ max(tail_lbas, stored_tail_lbas)", "+ 0"),
+        ("a stored tail record is free", "max(tail_lbas, stored_tail_lbas)", "tail_lbas"),
+        (
+            "what is cut off is free before that is stored",
+            "            if more > 0:  # what was cut off is",
+            "            if True:  # what was cut off is",
+        ),
+        ("charges of the deleted stay", "            self._add(charge.account, -charge.lbas)\n\n", "\n"),
+        (
+            "a new tenant's cap is not asked",
+            "self.make_room((sequence.model.id, tenant), charge.lbas, {sequence.id}, leaving=charge.account)",
+            "pass",
+        ),
+        (
+            "a cap before what is above it is evicted",
+            "        self.evict(quota, quota.capacity_bytes)\n        self._catalogue.set_quota(quota)\n",
+            "        self._catalogue.set_quota(quota)\n",
+        ),
+    ),
+    *_of(
+        "kvfs/space/caps.py",
+        ("more than the cap", "            if used <= capacity:\n", "            if used <= capacity + 1:\n"),
+        (
+            "evicted though it is refused",
+            "            if used > capacity:\n",
+            "            if used > 2 * capacity:\n",
+        ),
+        ("who asks is evicted for itself", "{*victims, *keep})", "{*victims})"),
+    ),
+    *_of(
+        "kvfs/space/space_catalogue.py",
+        ("pinned ones are evicted", " AND tenant = ? AND is_kept = 0", " AND tenant = ?"),
+        ("expired though pinned", "ttl_s IS NOT NULL AND NOT is_kept AND {end}", "ttl_s IS NOT NULL AND {end}"),
+    ),
+    *_of(
+        "kvfs/space/set_space.py",
+        (
+            "owners on lost drives are asked for",
+            "owner = owners.get((record.parts[0].drive_id, record.of(0).member_name))",
+            "owner = self.sequence(row.name).attributes().get(OWNER)",
+        ),
+    ),
+    *_of(
+        "kvfs/space/set_caps.py",
+        (
+            "a copy on its way is free",
+            "    return 0 if sequence._move is None else",
+            "    return 0 if True else",
+        ),
+        (
+            "halves of sequences on lost drives go",
+            "            if not charge.is_kept and self._is_there(charge):",
+            "            if not charge.is_kept:",
+        ),
+        (
+            "what comes back is above the cap",
+            "        for quota in self.quotas:\n            self.evict(quota",
+            "        for quota in ():\n            self.evict(quota",
+        ),
+    ),
+]
+
 
 MUTATIONS = [
     *_METADATA_VFS,
@@ -1500,6 +1845,11 @@ MUTATIONS = [
     *_REPAIR,
     *_ZONES,
     *_FILES,
+    *_FREE_SPACE,
     *_DRIVE_SET,
+    *_PREFIX,
+    *_OBJECTS,
+    *_SEALING,
+    *_CAPS,
 ]
 assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)

@@ -34,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("accel", "ftl", "kvfs", "spdk_glue", "tests", "pyproject.toml")
 # (mode, first seed, seeds, crash points of each, faults): short runs first, until one kills
 STORE_RUNS = (("store", 0, 4, 60, ()), ("store", 10, 25, 150, ()))
-FOUND_IN_STORE = ("tests/crash/test_simulator.py::test_found_seeds_of_the_store",)
+FOUND_IN_STORE = (
+    "tests/unit/kvfs/test_free_space.py",
+    "tests/crash/test_simulator.py::test_found_seeds_of_the_store",
+)
 FOUND_IN_FLASH = (
     "tests/unit/ftl/test_recovery.py",
     "tests/unit/ftl/test_page_chain.py",
@@ -63,8 +66,21 @@ FLASH_RUNS = (
     ("ftl", 400, 10, 60, ("parity", "weak-blocks")),
     ("store", 0, 4, 40, ()),
 )
-SET_RUNS = (("set", 0, 4, 40, ()), ("set", 100, 20, 40, ()))
-FOUND_IN_SETS = ("tests/unit/kvfs/drive_set/test_recovery.py", "tests/unit/kvfs/drive_set/test_drive_set.py")
+SET_RUNS = (("set", 0, 4, 40, ()), ("set-prefix", 700, 4, 40, ()), ("set", 100, 20, 40, ()))
+FOUND_IN_SETS = tuple(
+    f"tests/unit/kvfs/drive_set/test_{name}.py"
+    for name in ("missed_deletions", "recovery", "drive_set", "prefixes", "objects")
+)
+PREFIX_RUNS = (("prefix", 500, 4, 40, ()), ("prefix", 0, 25, 40, ()))
+FOUND_IN_PREFIXES = ("tests/unit/kvfs/prefix", "tests/property/test_prefix.py")
+OBJECT_RUNS = (("objects", 600, 4, 40, ()), ("objects", 610, 25, 60, ()))
+FOUND_IN_OBJECTS = ("tests/unit/kvfs/objects", "tests/property/test_objects.py")
+SEALING_RUNS = (("sealing", 700, 4, 40, ()), ("sealing", 710, 25, 60, ()))
+FOUND_IN_SEALING = ("tests/unit/kvfs/sealing",)
+CAP_RUNS = (("caps", 800, 4, 40, ()), ("caps", 810, 15, 60, ()))
+SET_CAP_FILES = ("kvfs/space/set_caps.py", "kvfs/space/set_space.py")
+SET_CAP_RUNS = (("set-caps", 7, 2, 40, ()), ("set-caps", 35, 8, 60, ()))
+FOUND_IN_CAPS = ("tests/unit/kvfs/space",)
 # A run that does not end counts as killed: one that waits for ever, or takes so much processor time. Without a
 # mutation the longest takes some 200 s.
 LONGEST_CPU_S = 600
@@ -116,6 +132,16 @@ def try_mutation(mutation: Mutation) -> Outcome:
             runs, tests = ZONED_RUNS, FOUND_IN_ZONES
         elif mutation.file.startswith("kvfs/drive_set/"):
             runs, tests = SET_RUNS, FOUND_IN_SETS
+        elif mutation.file.startswith("kvfs/prefix/"):
+            runs, tests = PREFIX_RUNS, FOUND_IN_PREFIXES
+        elif mutation.file.startswith("kvfs/objects/"):
+            runs, tests = OBJECT_RUNS, FOUND_IN_OBJECTS
+        elif mutation.file.startswith(("kvfs/sealing/", "accel/seal")):
+            runs, tests = SEALING_RUNS, FOUND_IN_SEALING
+        elif mutation.file in SET_CAP_FILES:
+            runs, tests = SET_CAP_RUNS, FOUND_IN_CAPS
+        elif mutation.file.startswith("kvfs/space/"):
+            runs, tests = CAP_RUNS, FOUND_IN_CAPS
         elif mutation.file.startswith("ftl/"):
             runs, tests = FLASH_RUNS, FOUND_IN_FLASH
         short, *long = [_simulation(*run) for run in runs]

@@ -90,6 +90,9 @@ class SetWorkload(Workload):
 class SetSimulation:
     """One seed's run."""
 
+    new_workload = SetWorkload
+    new_oracle = SetOracle
+
     def __init__(self, seed: int, faults: Iterable[str] = ()):
         """faults: none; power cuts are always there."""
         if faults:
@@ -105,8 +108,8 @@ class SetSimulation:
         }
         for media in self.media.values():
             media.peers = list(self.media.values())
-        self.oracle = SetOracle()
-        self.workload = SetWorkload(self.random, self.oracle)
+        self.oracle = self.new_oracle()
+        self.workload = self.new_workload(self.random, self.oracle)
         self.report = Report(seed)
         self.store: DriveSet | None = None
         self._named: list[str] = list(LOCATIONS)  # what the set's file says
@@ -240,10 +243,18 @@ class SetSimulation:
             self._work_and_reopen()
         else:
             self._work_until_power_cut()
-        self.oracle.settle(*_read_all(self.store))
+        self.settle()
         check_space(self.store)
         if self.random.integers(CHECK_EVERY) == 0:
             self._check()
+
+    def settle(self) -> None:
+        """After a reopening: the oracle learns what was kept."""
+        self.oracle.settle(*_read_all(self.store))
+
+    def check_recovered(self, store: DriveSet) -> None:
+        """Raises Lost unless a reopened set holds what it must."""
+        self.oracle.check(*_read_all(store))
 
     def _check(self) -> None:
         try:
@@ -303,7 +314,7 @@ class SetSimulation:
                 self._crashed(depth=1)
                 try:
                     store = self._open_with_power_cuts(first_store)
-                    self.oracle.check(*_read_all(store))
+                    self.check_recovered(store)
                     check_space(store)
                 finally:
                     self._power_off(first_store)

@@ -16,14 +16,33 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .cap_workload import CapSimulation
 from .fault_schedule import FAULTS
 from .ftl_simulator import FtlSimulation
+from .object_workload import ObjectSimulation
+from .prefix_workload import PrefixSimulation
 from .report import Report, SimulationFailed
+from .sealing_workload import SealingSimulation
+from .set_cap_workload import SetCapSimulation
+from .set_object_workload import SetObjectSimulation
+from .set_prefix_workload import SetPrefixSimulation
 from .set_simulator import SetSimulation
 from .simulator import Simulation
 from .zoned_simulator import ZonedSimulation
 
-SIMULATIONS = {"store": Simulation, "ftl": FtlSimulation, "zoned": ZonedSimulation, "set": SetSimulation}
+SIMULATIONS = {
+    "store": Simulation,
+    "prefix": PrefixSimulation,
+    "sealing": SealingSimulation,
+    "caps": CapSimulation,
+    "objects": ObjectSimulation,
+    "ftl": FtlSimulation,
+    "zoned": ZonedSimulation,
+    "set": SetSimulation,
+    "set-prefix": SetPrefixSimulation,
+    "set-objects": SetObjectSimulation,
+    "set-caps": SetCapSimulation,
+}
 
 
 def parse_seeds(text: str) -> range:

@@ -20,7 +20,7 @@ import numpy as np
 
 from accel.drive import Drive, DriveConfig
 from ftl.translation import FlashTranslationLayer
-from kvfs import metadata
+from kvfs import free_space, metadata
 from kvfs.errors import KvfsError, NvmeStatusError, OutOfSpace
 from kvfs.files.file_system import FileSystem
 from kvfs.formatting import format_volume
@@ -48,6 +48,9 @@ CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num
 class Simulation:
     """One seed's run over a drive in memory."""
 
+    new_workload = Workload
+    new_oracle = Oracle
+
     def __init__(self, seed: int, faults: Iterable[str] = ()):
         """faults: names of fault_schedule.FAULTS."""
         self.random = np.random.default_rng(seed)
@@ -57,8 +60,8 @@ class Simulation:
         )
         self.media = SimulatedMedia(self.schedule.geometry, self.random, self.schedule.nand)
         self.media.dies_in = self.schedule.dies_in
-        self.oracle = Oracle()
-        self.workload = Workload(self.random, self.oracle)
+        self.oracle = self.new_oracle()
+        self.workload = self.new_workload(self.random, self.oracle)
         self.report = Report(seed)
         self._trials = StoreTrials(self)
         self.store: Store | None = None
@@ -68,7 +71,10 @@ class Simulation:
         """Rounds until the power has been cut at so many points. Raises SimulationFailed."""
         logging.disable(logging.CRITICAL)  # bit flips are logged as errors; here they are expected
         try:
-            with patch.object(metadata, "TOKEN_CHUNK", 16):  # sequences are short here
+            with (
+                patch.object(metadata, "TOKEN_CHUNK", 16),  # sequences are short here
+                patch.object(free_space, "LEAST_PAGES", 0),  # and catalogues small
+            ):
                 self._format()
                 for _ in range(FIRST_STEPS):
                     self.workload.step()
@@ -111,6 +117,8 @@ class Simulation:
             worker=CONFIG.worker,
             writeback_tokens=self.schedule.writeback_tokens,
             tail_bytes=self.schedule.tail_bytes,
+            seals_in_background=False,
+            evict_every_s=None,
         )
 
     def _use(self, store: Store) -> None:
@@ -177,6 +185,14 @@ class Simulation:
         self.media.forgotten.clear()
         check_space(self.store)
 
+    def check_recovered(self, store: Store) -> None:
+        """What a power cut left, which will not have been. Raises Lost."""
+        self.oracle.check(*_read_all(store))
+        check_space(store)
+
+    def expect_damage(self, lbas: np.ndarray) -> None:
+        """Pages that are to be lost, of which parity gives none back."""
+
     def _work_until_power_cut(self) -> None:
         self.media.cut_in(self.schedule.cut_distance(self.random))
         self.media.on_operation = self._what_if
@@ -217,8 +233,7 @@ class Simulation:
                 try:
                     store = self._open_with_power_cuts()
                     try:
-                        self.oracle.check(*_read_all(store))
-                        check_space(store)
+                        self.check_recovered(store)
                     finally:
                         self._power_off(store)
                 except (KvfsError, NvmeError, Lost) as error:

@@ -168,7 +168,10 @@ class StoreTrials:
         lbas = np.concatenate([np.empty(0, np.int64)] + [np.arange(first, first + n) for first, n in extents])
         lbas = lbas[store._drive.ftl.resolve(lbas) >= 0]
         lbas = self._random.permutation(lbas)[: self._random.integers(1, PAGES_LOST + 1)]
-        return lbas, {} if self._simulation.schedule.geometry.parity else self._remaining(lbas)
+        if self._simulation.schedule.geometry.parity:
+            return lbas, {}
+        self._simulation.expect_damage(lbas)
+        return lbas, self._remaining(lbas)
 
     def _alone(self, pages: np.ndarray) -> np.ndarray:
         """One of each parity group, where there are such."""

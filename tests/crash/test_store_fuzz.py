@@ -33,7 +33,7 @@ NUM_IMAGES = int(os.environ.get("KVFS_FUZZ_IMAGES", "150"))
 FIRST_SEED = int(os.environ.get("KVFS_FUZZ_SEED", "0"))
 FOUND_SEEDS = (316, 597)  # SQLite's own error at opening; parity that names no members
 OPTIONS = {"cache_bytes": 8 << 20, "num_workers": 1, "worker": "reference", "writeback_tokens": 8}
-METADATA_LBAS = (40, 32)
+METADATA_LBAS = (44, 40)
 CLEAR = (KvfsError, NvmeError)
 
 

@@ -153,11 +153,15 @@ class Workload:
     def _append_token_ids(self) -> None:
         name, state, sequence = self._pick()
         count = int(self.random.integers(1, 40 if self.random.random() < 0.9 else 1500))
-        token_ids = self.random.integers(0, 1 << 32, count, dtype=np.uint32)
+        token_ids = self._new_token_ids(state, count)
         self._note(f"append_tokens {name} {count}")
         with state.attempt():
             state.append_token_ids(token_ids)
             sequence.append_tokens(token_ids)
+
+    def _new_token_ids(self, state, count: int) -> np.ndarray:
+        """uint32 [count], to be appended to a sequence's."""
+        return self.random.integers(0, 1 << 32, count, dtype=np.uint32)
 
     def _truncate(self) -> None:
         name, state, sequence = self._pick()

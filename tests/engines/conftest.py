@@ -3,11 +3,17 @@
 torch and transformers are imported where they are used: without them the test modules skip themselves.
 """
 
+import contextlib
 import itertools
+import json
+import os
 
 import pytest
 
 import kvfs
+from kvfs.remote.remote_store import RemoteStore
+from kvfs.remote.server import RemoteServer
+from kvfs.tree import Caller
 
 VOCABULARY = 97
 
@@ -48,7 +54,7 @@ def tiny(family, **changes):
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
         "intermediate_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
@@ -80,6 +86,35 @@ def tiny_model():
 
 
 @pytest.fixture
+def llama(tiny_model):
+    """A tiny model with grouped-query attention."""
+    return tiny_model("Llama")
+
+
+@pytest.fixture(params=["Llama", "GptOss"])
+def sdpa_or_eager(request, tiny_model):
+    """A model whose attention sdpa computes, and one with sinks, which has to go on without it."""
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2} if request.param == "GptOss" else {}
+    return tiny_model(request.param, **changes)
+
+
+@pytest.fixture
+def enable(name):
+    """Transformers' `enable` for a tenant of the test's own; undone at its end."""
+    from kvfs.engines import transformers
+
+    models = []
+
+    def enable_for_now(model, store, **options):
+        models.append(model)
+        return transformers.enable(model, store, **{"tenant": name, **options})
+
+    yield enable_for_now
+    for model in models:
+        transformers.disable(model)
+
+
+@pytest.fixture
 def prompt():
     """prompt(num_tokens, num_rows=1, seed=0): random ids without the pad token."""
     import torch
@@ -89,3 +124,21 @@ def prompt():
         return torch.randint(1, VOCABULARY, (num_rows, num_tokens), generator=generator)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def client_of():
+    """client_of(store, folder): a client of a store, as kvfs.open of a mounted folder gives."""
+
+    @contextlib.contextmanager
+    def client(store, folder):
+        (folder / ".kvfs").mkdir(parents=True)
+        with RemoteServer(store, folder / "socket") as server:
+            invitation = server.invite(Caller(os.geteuid(), os.getegid(), os.getpid()))
+            assert "token" in json.loads(invitation)
+            (folder / ".kvfs" / "connect").write_bytes(invitation)
+            with kvfs.open(folder) as remote:
+                assert isinstance(remote, RemoteStore)
+                yield remote
+
+    return client

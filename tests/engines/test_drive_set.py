@@ -44,3 +44,31 @@ def test_beams(tiny_model, store, drive_set, name, prompt):
     options = {"max_new_tokens": 12, "num_beams": 3}
     expected = generate(model, ids, KvfsCache(store, name), **options)
     assert torch.equal(generate(model, ids, KvfsCache(drive_set, name), **options), expected)
+
+
+def test_enabled(tiny_model, drive_set, enable, prompt):
+    """The session's own sequence is gone on with; another session begins with whole groups of it."""
+    model, ids = tiny_model("Llama"), prompt(300)
+    expected = generate(model, ids, None, max_new_tokens=6)
+    for name, reuses in (("chat", (0, 299)), ("other", (256, 299))):
+        session = enable(model, drive_set, session=name, tenant="")
+        for reused in reuses:
+            assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+            assert session.last.num_tokens == reused and session.last.is_kept
+
+
+def test_enabled_without_a_drive(tiny_model, drive_set, enable, prompt, caplog):
+    """What a lost drive has is computed anew, with the reason; the same tokens, and reuse when it is back."""
+    model, ids = tiny_model("Llama"), prompt(300)
+    expected = generate(model, ids, None, max_new_tokens=6)
+    session = enable(model, drive_set, session="chat", tenant="")
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    member = list(drive_set._members.values())[1]
+    member.lose(OSError("gone"))
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert (session.last.num_tokens, session.last.miss) == (0, "drive_lost")
+    assert "gone" in caplog.text
+    drive_set.drives.bring_back(member.location)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert session.last.num_tokens == 299
+    assert drive_set.check() == []

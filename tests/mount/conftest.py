@@ -95,6 +95,7 @@ def drive_mount(servers, drive, tmp_path) -> Server:
 def kvfsctl():
     def run(*arguments, check: bool = False) -> subprocess.CompletedProcess:
         command = [*KVFSCTL, *map(os.fspath, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=check, timeout=120)
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}  # nobody is asked
+        return subprocess.run(command, check=check, timeout=120, **options)
 
     return run

@@ -89,6 +89,8 @@ def test_killed_server(drive_mount, kvfsctl, drive):
     refused = kvfsctl("mount", drive, drive_mount.mountpoint)
     assert refused.returncode == 1
     assert "kvfsctl umount" in refused.stderr
+    left = json.loads(kvfsctl("leftovers", "--json", check=True).stdout)["machine"]
+    assert ("mount", str(drive_mount.mountpoint)) in [(each["kind"], each["path"]) for each in left]
     kvfsctl("umount", drive_mount.mountpoint, check=True)
     kvfsctl("check", drive, check=True)
     kvfsctl("mount", drive, drive_mount.mountpoint, check=True)

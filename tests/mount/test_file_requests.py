@@ -2,23 +2,22 @@
 
 import queue
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from kvfs.mount import file_requests
-from kvfs.mount.file_requests import NOW_BYTES, FileRequests
+from kvfs.mount.file_requests import NOW_BYTES, NOW_SECONDS, FileRequests
 from kvfs.mount.fuse_glue import ffi
 from kvfs.tree import FileError
 
-NOW_SECONDS = 0.1  # a busy machine is no slow drive
 DATA = bytes(range(100))
 
 
 class Tree:
-    """Takes `seconds` for a read; cannot read at once where `is_busy`, and fails with `error`."""
+    """A read takes `seconds` on a `clock`; cannot read at once where `is_busy`, and fails with `error`."""
 
+    clock = 0.0
     seconds = 0.0
     is_busy = False
     error = None
@@ -27,7 +26,7 @@ class Tree:
         return None if self.is_busy else self.read(handle, offset, size)
 
     def read(self, handle, offset, size):
-        time.sleep(self.seconds)
+        self.clock += self.seconds
         if self.error:
             raise self.error
         return memoryview(DATA)
@@ -51,7 +50,7 @@ def ask(tree, monkeypatch):
 
     lib = SimpleNamespace(fuse_reply_buf=reply_data, fuse_reply_err=reply_error)
     monkeypatch.setattr(file_requests, "lib", lib)
-    monkeypatch.setattr(file_requests, "NOW_SECONDS", NOW_SECONDS)
+    monkeypatch.setattr(file_requests, "time", SimpleNamespace(perf_counter=lambda: tree.clock))
     requests = FileRequests(SimpleNamespace(of_handle=lambda handle: (tree, handle)))
 
     def ask(size):

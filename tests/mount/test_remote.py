@@ -81,6 +81,7 @@ def test_a_mount_for_one_user(drive_mount):
     """Without allow_other the kernel turns other users away, and so no invitation reaches them."""
     script = """
         import os, sys, kvfs
+        kvfs.open  # loads it, while this user may read all modules
         os.setuid(65534)
         try:
             kvfs.open(sys.argv[1])
@@ -96,6 +97,7 @@ def test_a_mount_for_all_users(servers, drive, request):
     """allow_other: what another user makes through the store is that user's in the tree, and its mode holds."""
     script = """
         import os, sys, numpy, kvfs
+        kvfs.open  # loads it, while this user may read all modules
         os.setuid(int(sys.argv[2]))
         with kvfs.open(sys.argv[1]) as store:
             model = store.add_model("m", num_layers=2, num_query_heads=8, num_kv_heads=2, head_dim=64)
@@ -123,6 +125,7 @@ def test_a_mount_for_all_users(servers, drive, request):
     script = """
         import os, sys, kvfs
         from kvfs.kv_tree.transfer import import_sequence
+        kvfs.open  # loads it, while this user may read all modules
         os.setuid(65534)
         with kvfs.open(sys.argv[1]) as store, open(sys.argv[2], "rb") as file:
             import_sequence(store, store.model("m"), "imported", file)

@@ -1,8 +1,5 @@
 """Our initiator against SPDK's target: losses, idleness, authentication, and a kvfs drive on it."""
 
-import os
-import signal
-import threading
 import time
 
 import numpy as np
@@ -15,7 +12,7 @@ from spdk_glue import command, dma
 from spdk_glue.fabrics.authentication import AuthenticationFailed, Hash, Key, KeyFileError, write_key_file
 from spdk_glue.identify import SMART_LOG, LogPage
 from spdk_glue.namespace import BlockNamespace
-from spdk_glue.status import ConnectionLost, ConnectionRefused, NvmeStatusError, Status
+from spdk_glue.status import ConnectionRefused, NvmeStatusError, Status
 from spdk_glue.transports.tcp import TcpTransport
 
 BLOCK, MIB = 4096, 1 << 20
@@ -29,73 +26,6 @@ def content(num_blocks, seed=0):
     data = dma.allocate(num_blocks * BLOCK)
     data[:] = np.random.default_rng(seed).integers(0, 256, data.size, np.uint8)
     return data
-
-
-@pytest.mark.parametrize("options", ["", "?header-digest=on", "?header-digest=on&data-digest=on"])
-def test_killed_under_load(target, options):
-    """Reads of several threads go on over two restarts, and every byte is right."""
-    namespace = connect(target, options, reconnect_ms=30_000)
-    data = content(3000)
-    namespace.write(0, data)
-    namespace.flush()
-    stop, failures, rounds = threading.Event(), [], []
-
-    def work():
-        try:
-            while not stop.is_set():
-                np.testing.assert_array_equal(namespace.read(0, 3000), data)
-                rounds.append(1)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(2):
-        target.kill()
-        target.start()
-        before = len(rounds)
-        while len(rounds) < before + 6 and not failures:
-            stop.wait(0.05)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    namespace.flush()
-    namespace.close()
-
-
-def test_writes_are_repeated_and_flush_tells(target):
-    """Writes complete, but after a loss no flush may promise what came before it."""
-    namespace = connect(target, reconnect_ms=30_000)
-    namespace.write(0, content(10))
-    target.kill()
-    target.start()
-    data = content(10, seed=1)
-    namespace.write(100, data)
-    np.testing.assert_array_equal(namespace.read(100, 10), data)
-    with pytest.raises(ConnectionLost, match="not flushed"):
-        namespace.flush()
-    namespace.close()
-    namespace = connect(target)
-    namespace.flush()
-    namespace.close()
-
-
-def test_stopped_target_is_given_up(target, monkeypatch):
-    """A target that takes commands and does not answer: one error, in bounded time."""
-    from spdk_glue.fabrics.initiator.queue import Queue
-
-    monkeypatch.setattr(Queue.transfer, "__defaults__", (None, 500))
-    namespace = connect(target, reconnect_ms=1000)
-    namespace.read(0, 1)
-    os.kill(target.process.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ConnectionLost, match="see whether the target runs"):
-            namespace.read(0, 1)
-    finally:
-        os.kill(target.process.pid, signal.SIGCONT)
-    namespace.close()
 
 
 def test_idle_for_half_a_minute(shared_target):

@@ -29,7 +29,7 @@ from spdk_glue.identify import (
 from spdk_glue.namespace import Namespace
 from spdk_glue.status import ConnectionLost, NvmeStatusError, Status
 from spdk_glue.transports.url import open_transport
-from spdk_glue.vendor_command import COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
+from spdk_glue.vendor_command import ANSWER_HEADER, COMPACT, GROUP_EXTENT, SEAL_HEADER, SEAL_MAGIC
 from tests.unit.accel.test_drive import (
     ANSWER,
     GROUP,
@@ -226,7 +226,7 @@ def test_as_embedded(own):
     drive = Drive.open(own.drive, DriveConfig(cache_bytes=16 << 20, num_workers=2))
     embedded = Namespace(drive.transport).attend(data, ANSWER)
     drive.close()
-    np.testing.assert_array_equal(over_the_wire[32:], embedded[32:])
+    np.testing.assert_array_equal(over_the_wire[ANSWER_HEADER.itemsize :], embedded[ANSWER_HEADER.itemsize :])
 
 
 def test_large_descriptor_and_answer(namespace):
@@ -236,12 +236,12 @@ def test_large_descriptor_and_answer(namespace):
     num_queries = (limit - 1024) // (4 * HEADS * GROUP * (HEAD_DIM + 1))
     queries = np.random.default_rng(1).standard_normal((1, num_queries, HEADS * GROUP, HEAD_DIM), np.float32)
     data, queries = descriptor(2, queries=queries, num_queries=num_queries)
-    size = 32 + 4 * num_queries * HEADS * GROUP * (HEAD_DIM + 1)
+    size = ANSWER_HEADER.itemsize + 4 * num_queries * HEADS * GROUP * (HEAD_DIM + 1)
     assert limit - 8192 < size <= limit
-    answer = namespace.attend(data, size)
+    out = namespace.attend(data, size)[ANSWER_HEADER.itemsize :][: queries.nbytes].view(np.float32)
     alone, _ = descriptor(2, queries=queries[:, 7:8])
     np.testing.assert_allclose(
-        answer[32 : 32 + queries.nbytes].view(np.float32).reshape(queries.shape)[0, 7],
+        out.reshape(queries.shape)[0, 7],
         out_of(namespace.attend(alone, ANSWER))[0, 0],
         atol=1e-6,
     )
@@ -274,6 +274,14 @@ def test_bad_descriptors(namespace):
             continue
         namespace.attention_cancel(ticket)
     namespace.attend(good, ANSWER)
+
+
+def test_an_older_host_is_told(namespace):
+    """What is wrong with its descriptor, before it takes an answer of another layout for its own."""
+    groups(namespace, 2)
+    older, _ = descriptor(2, version=1)
+    assert status_of(lambda: namespace.attend(older, ANSWER)) == Status.INVALID_DESCRIPTOR
+    assert namespace.log_page(LogPage.ERROR_INFORMATION, ERROR_LOG_ENTRY)[0]["detail"] == b"version 1, not 2"
 
 
 def test_seal_groups(namespace):

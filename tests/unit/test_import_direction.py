@@ -4,16 +4,18 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"kvfs", "ftl", "spdk_glue", "accel", "kvfsctl", "kvfs_bench"}
+PACKAGES = {"kvfs", "ftl", "spdk_glue", "accel", "kvfsctl", "kvfs_bench", "machine_model"}
 FOLDERS = {"kvfs": "kvfs", "ftl": "ftl", "spdk_glue": "spdk_glue", "accel": "accel"}
 FOLDERS |= {"tools/kvfsctl": "kvfsctl", "tools/bench": "kvfs_bench"}
+FOLDERS |= {"tools/machine_model": "machine_model"}
 MAY_IMPORT = {
     "spdk_glue": set(),
     "ftl": {"spdk_glue"},  # DMA memory, and flash on an NVMe namespace
     "accel": {"ftl", "spdk_glue"},
     "kvfs": {"spdk_glue", "accel"},  # of accel only what is named below
     "kvfs_bench": {"kvfs", "accel", "ftl", "spdk_glue"},  # a benchmark of a layer alone calls that layer
-    "kvfsctl": {"kvfs", "kvfs_bench"},
+    "machine_model": {"kvfs", "kvfs_bench", "ftl", "spdk_glue"},  # the layouts and the FTL that it is driven by
+    "kvfsctl": {"kvfs", "kvfs_bench", "machine_model"},
 }
 HOST_ARITHMETIC = {"accel.merge", "accel.page_plan", "accel.quantized_pages", "accel.workers"}
 

@@ -36,6 +36,14 @@ class Pages:
         memory[start : start + len(raw)] = raw
         return memory.ctypes.data + start
 
+    def memory_at(self, address: int) -> np.ndarray:
+        """uint8 [page_size]: a page of an address that `add` gave, to be changed."""
+        for memory in self._memory:
+            start = address - memory.ctypes.data
+            if 0 <= start < 64:
+                return memory[start : start + self.page_size]
+        raise KeyError(address)
+
 
 def make_batch(
     keys: np.ndarray,

@@ -116,7 +116,7 @@ def test_layer_and_queries_are_checked_each_time(reader, known):
 def test_a_bad_descriptor_stays_bad(reader, checks):
     """Only what held is kept."""
     for _ in range(3):
-        assert detail_of(reader, descriptor(version=9)[0]) == "version"
+        assert detail_of(reader, descriptor(version=9)[0]) == "version 9, not 2"
     assert len(checks) == 3
 
 

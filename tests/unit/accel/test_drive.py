@@ -8,7 +8,6 @@ import pytest
 from accel.attention_job import INLINE_BYTES
 from accel.drive import Drive, DriveConfig
 from accel.page_cache import LINE_BYTES
-from ftl.geometry import Geometry
 from spdk_glue import command, dma
 from spdk_glue.command import IoOpcode
 from spdk_glue.namespace import Namespace
@@ -18,21 +17,14 @@ from spdk_glue.vendor_command import (
     ATTENTION_HEADER,
     ATTENTION_ITEM,
     ATTENTION_MAGIC,
+    ATTENTION_VERSION,
     GROUP_EXTENT,
     answer_bytes,
 )
+from tests.unit.accel.conftest import GEOMETRY, blocks
 
-GEOMETRY = Geometry(pages_per_erase_block=32, num_superblocks=48)
 HEADS, GROUP, HEAD_DIM, GROUP_TOKENS = 2, 4, 64, 256
 LAYER_LBAS = HEADS * 2 * 8  # 8 pages of 32 rows per head and tensor
-
-
-@pytest.fixture
-def drive(tmp_path):
-    Drive.format(tmp_path / "drive", GEOMETRY)
-    drive = Drive.open(tmp_path / "drive", DriveConfig(cache_bytes=8 << 20, num_workers=2))
-    yield drive
-    drive.close()
 
 
 @pytest.fixture
@@ -44,17 +36,6 @@ def small_drive(tmp_path, monkeypatch, num_lines):
     drive = Drive.open(tmp_path / "drive", config)
     yield drive
     drive.close()
-
-
-@pytest.fixture
-def namespace(drive):
-    return Namespace(drive.transport)
-
-
-def blocks(count, seed=0):
-    data = dma.allocate(count * 4096)
-    data[:] = np.random.default_rng(seed).integers(0, 256, data.size, np.uint8)
-    return data
 
 
 def groups(namespace, num_groups, base=64, seed=0, scattered=False):
@@ -84,7 +65,7 @@ def descriptor(num_groups, base=64, queries=None, **changes):
         queries = np.random.default_rng(1).standard_normal((1, 1, HEADS * GROUP, HEAD_DIM), np.float32)
     fields = {
         "magic": ATTENTION_MAGIC,
-        "version": 1,
+        "version": ATTENTION_VERSION,
         "num_items": 1,
         "num_extents": 1,
         "queries_offset": header.nbytes + item.nbytes + extent.nbytes,
@@ -128,7 +109,11 @@ def plain(queries, keys, values):
 
 
 def out_of(answer):
-    return answer[32:].view(np.float32)[: HEADS * GROUP * HEAD_DIM].reshape(1, 1, HEADS * GROUP, HEAD_DIM)
+    return (
+        answer[ANSWER_HEADER.itemsize :]
+        .view(np.float32)[: HEADS * GROUP * HEAD_DIM]
+        .reshape(1, 1, HEADS * GROUP, HEAD_DIM)
+    )
 
 
 def test_blocks(namespace):
@@ -436,6 +421,7 @@ def test_attention_from_several_threads(drive, namespace):
 
 BAD_FIELDS = [
     {"magic": 1},
+    {"version": 1},
     {"version": 9},
     {"flags": 2},
     {"dtype": 9},
@@ -461,8 +447,8 @@ BAD_FIELDS = [
     {"group_tokens": 1 << 31},
     {"scale": np.nan},
     {"scale": np.inf},
-    {"reserved": b"\1"},
-    {"reserved0": 1},
+    {"target_error": 0.5},
+    {"num_segments": 1},
     {"queries_offset": 0},
     {"queries_offset": 113},
     {"queries_offset": 1 << 31},

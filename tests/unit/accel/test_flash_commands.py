@@ -7,12 +7,13 @@ from accel.drive import CollectorOptions, Drive, DriveConfig
 from ftl.check import Kind
 from ftl.geometry import Geometry
 from ftl.superblocks import State
-from spdk_glue import command, dma
+from spdk_glue import command
 from spdk_glue.command import LBA_STATUS_DESCRIPTOR, LBA_STATUS_HEADER, Maintenance
 from spdk_glue.flash_admin import FlashAdmin
 from spdk_glue.identify import ONCS_VERIFY, WARNING_READ_ONLY, WARNING_SPARE
 from spdk_glue.namespace import Namespace
 from spdk_glue.status import NvmeStatusError, Status
+from tests.unit.accel.conftest import blocks
 
 CONFIG = DriveConfig(cache_bytes=8 << 20, num_workers=1, worker="reference", num_command_threads=0)
 
@@ -33,17 +34,6 @@ def drive(request, path):
     drive = open_drive(path, request.param)
     yield drive
     drive.close()
-
-
-@pytest.fixture
-def namespace(drive):
-    return Namespace(drive.transport)
-
-
-def blocks(count, seed=0):
-    data = dma.allocate(count * 4096)
-    data[:] = np.random.default_rng(seed).integers(0, 256, data.size, np.uint8)
-    return data
 
 
 def flip(path, drive, lbas):
@@ -128,7 +118,7 @@ def test_allocated(drive, namespace, monkeypatch):
     namespace.write(namespace.num_lbas - 1, blocks(1))
     want = [(5, 5), (11, 89), (150, 155), (namespace.num_lbas - 1, 1)]
     assert list(namespace.allocated()) == want
-    monkeypatch.setattr("spdk_glue.namespace.STATUS_DESCRIPTORS", 1)
+    monkeypatch.setattr("spdk_glue.held_blocks.STATUS_DESCRIPTORS", 1)
     monkeypatch.setattr("accel.flash_commands.LBAS_AT_ONCE", 7)
     assert list(namespace.allocated()) == want
 

@@ -422,6 +422,28 @@ def test_a_line_missed_twice_outlives_idle_ones():
     assert touch(cache, line(3)) == []
 
 
+def test_lines_with_priority_stay_beside_a_stream():
+    """Sketches are read whole for every token; chosen pages, which change, would drive them out."""
+
+    def turn(cache, random, has_priority):
+        """Lines of the loop that were missing, with more others in between than the cache has."""
+        num_missing = 0
+        for number in range(40):
+            _, missing = cache.acquire(line(number, 2), None, has_priority)
+            cache.mark_valid(line(number, 2)[missing])
+            cache.release(line(number, 2))
+            num_missing += len(missing) > 0
+            for other in random.integers(100, 400, 4).tolist():
+                touch(cache, line(other, 1))
+        return num_missing
+
+    missing = {}
+    for has_priority in (False, True):
+        cache, random = new_cache(64), np.random.default_rng(0)
+        missing[has_priority] = [turn(cache, random, has_priority) for _ in range(8)][-1]
+    assert missing[True] <= 10 and 2 * missing[True] < missing[False]
+
+
 def test_a_line_on_probation_goes_in_order_of_arrival():
     cache = new_cache(32)
     for number in range(40):
@@ -553,6 +575,28 @@ def test_acquire_resident():
     cache.release(array([0, 1]))
     assert not cache._slots[:, _PINS].any()
     assert cache._state[_PINNED] == 0
+
+
+def test_acquire_if_here():
+    """All or nothing; nothing is touched where a page is missing, or replacement would take it for used."""
+    cache = new_cache(4)
+    places, missing = cache.acquire(array(range(32)))
+    bring_in(cache, array(range(32)), places, missing)
+    cache.release(array(range(32)))
+    before = cache._slots.copy(), cache._state.copy()
+    assert cache.acquire_if_here(array([0, 1, 33]), 4) is None  # a line that is not there
+    cache.drop(20, 1)
+    before[0][:] = cache._slots
+    assert cache.acquire_if_here(array([0, 19, 20]), 4) is None  # a page that is not
+    for now, then in zip((cache._slots, cache._state), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert cache.acquire_if_here(array([0, 21]), 1) is None  # too many lines
+    assert not cache._slots[:, _PINS].any()
+    pages = array([21, 22, 3])
+    np.testing.assert_array_equal(cache.acquire_if_here(pages, 2), places[pages])
+    assert cache._slots[:, _PINS].sum() == 3
+    cache.release(pages)
+    assert not cache._slots[:, _PINS].any()
 
 
 class Model:

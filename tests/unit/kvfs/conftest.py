@@ -27,6 +27,22 @@ def model(store):
     return add_model(store)
 
 
+@pytest.fixture
+def lose(store):
+    """Flip a bit of a block on flash."""
+
+    def flip(lba):
+        store.flush()
+        page = int(store._drive.ftl.resolve(np.array([lba]))[0])
+        with open(store.path, "r+b") as file:
+            file.seek(store._drive.ftl.media.layout.data_start + page * 4096 + 99)
+            (byte,) = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 4]))
+
+    return flip
+
+
 def add_model(store, dtype="float16", name=None, **changes):
     shape = {
         "num_layers": NUM_LAYERS,

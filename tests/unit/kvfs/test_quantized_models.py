@@ -97,7 +97,7 @@ def test_survives_reopening_forks_and_cuts(path):
 
 
 def test_heads_are_read_as_rows(store, quantized):
-    from kvfs.head_rows import HeadRows
+    from kvfs.head_pieces import HeadRows
 
     sequence = store.create_sequence(quantized, "a")
     keys, values = random_kv(group_tokens(quantized) + 60)

@@ -8,6 +8,7 @@ import pytest
 
 import kvfs
 from accel.attention_job import AttentionJob
+from kvfs.errors import NoSuchSequence
 from kvfs.layout import NUMPY_DTYPE
 
 from .conftest import add_model, plain_attention, random_kv, random_queries
@@ -85,7 +86,7 @@ def test_attention_leaves_nothing_behind(store, model):
     try:
         for _ in range(3):
             store.attend(0, random_queries(), [sequence])
-        while left := [found for found in gc.get_objects() if isinstance(found, AttentionJob)]:
+        while left := [found for found in gc.get_objects() if type(found) is AttentionJob]:
             assert time.monotonic() < give_up, f"{len(left)} jobs are left"
             del left
             time.sleep(0.01)  # the thread that was last has yet to let go
@@ -263,6 +264,28 @@ def test_deleting_gives_the_space_back(path):
             store.delete_sequence(sequence.name)
         store.flush()
         assert store.counters()["space"]["free_bytes"] == free
+
+
+def test_deleting_many(path):
+    """As one by one, or none of them."""
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        model = add_model(store)
+        free = store.counters()["space"]["free_bytes"]
+        keys, values = random_kv(1000)
+        for number in range(4):
+            fill(store.create_sequence(model, f"s{number}"), keys, values)
+        store.sequence("s3").fork("child")
+        store.flush()
+        with pytest.raises(NoSuchSequence, match="nowhere"):
+            store.delete_sequences(["s1", "nowhere"])
+        assert store.sequence("s1").num_tokens == 1000
+        store.delete_sequences(["s0", "s1", "s0", "s2", "s3"])
+        assert [row.name for row in store.catalogue_rows()] == ["child"]
+        assert_attends(store, store.sequence("child"), keys, values)
+        store.delete_sequence("child")
+        store.flush()
+        assert store.counters()["space"]["free_bytes"] == free
+        assert store.check() == []
 
 
 def test_torch_and_numpy_agree(store):

@@ -21,6 +21,7 @@ def outcome():
     kvfs = speed | {
         "tokens": [1, 2, 3, 4],
         "flash": flash,
+        "attention": {"core_units": 0, "core_cycles": 0, "core_bytes": 0, "fallback_units": 0},
         "link_bytes_per_token": 20_000,
         "commands_per_token": 12.0,
         "num_query_heads": 8,
@@ -110,3 +111,19 @@ def test_plot_and_its_figures(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     names = {figure.name for figure in demo_plot.point_figures(points)}
     assert "demo.context_512.kvfs.link_bytes_per_token" in names and len(names) == 10
+
+
+def test_cycles_of_an_fpga_are_told(outcome):
+    """Of each phase that had such a worker, and of no other."""
+    assert not [line for line in summary(outcome) if "FPGA" in line]
+    outcome.kvfs["attention"] = {
+        "core_units": 10,
+        "core_cycles": 1000,
+        "core_bytes": 64_000,
+        "fallback_units": 1,
+    }
+    lines = [line for line in summary(outcome) if "FPGA" in line]
+    assert lines == [
+        "FPGA cores: 10 units, 1,000 cycles, 64.0 bytes of K and V a cycle (1.00 beats of 64): 19.2 GB/s each,"
+        " modelled at 300 MHz; 1 units left to numba"
+    ]

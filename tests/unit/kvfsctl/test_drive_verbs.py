@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import kvfs
-from tests.unit.kvfsctl.test_verbs import kvfsctl
+from kvfs.administration import leftovers as machine
+from kvfs.owner_process import this_process
+from kvfs.sequence_attributes import OWNER
+from tests.unit.kvfsctl.command_line import assert_asks, kvfsctl
 
 
 @pytest.fixture
@@ -89,3 +92,42 @@ def test_errors_are_one_line(pool, tmp_path):
         assert code == 2 or result.stderr.count("\n") == 1
     assert not (tmp_path / "e.kvfs").exists()
     assert [s["name"] for s in in_json("ls", pool)["sequences"]] == ["chat"]
+
+
+def test_models_of_a_set(pool):
+    """One with sequences stays; one without goes from all drives, and does not come back."""
+    refused = kvfsctl("model", "rm", pool, "tiny", "--yes")
+    assert refused.returncode == 1 and "has 1 sequences" in refused.stderr
+    in_json("rm", pool, "chat", "--yes")
+    assert_asks("model", "rm", pool, "tiny")
+    assert kvfsctl("model", "rm", pool, "tiny", "--dry-run").stdout == "would delete model tiny\n"
+    assert [each["num_sequences"] for each in in_json("model", "ls", pool)["models"]] == [0]
+    assert kvfsctl("model", "rm", pool, "tiny", "--yes").stdout == "deleted model tiny\n"
+    assert in_json("model", "ls", pool)["models"] == []
+    assert kvfsctl("model", "rm", pool, "tiny", "--yes").returncode == 1
+
+
+def test_leftovers_of_a_set(pool, monkeypatch):
+    """Shown until somebody asks for them to go: then whole, on all drives."""
+    monkeypatch.setattr(machine, "machine_leftovers", list)
+    host, _, rest = this_process().partition(b" ")
+    boot = rest.partition(b" ")[2]
+    with kvfs.open(pool, cache_bytes="16MiB") as store:
+        store.sequence("chat").fork("left").set_attribute(OWNER, host + b" another-boot " + boot)
+    (left,) = in_json("leftovers", pool)["sequences"]
+    assert (left["name"], left["num_tokens"], left["is_certain"]) == ("left", 300, True)
+    assert_asks("leftovers", pool, "--clean")
+    assert "removed sequence left" in kvfsctl("leftovers", pool, "--clean", "--yes").stdout
+    assert [each["name"] for each in in_json("ls", pool)["sequences"]] == ["chat"]
+    assert in_json("leftovers", pool)["sequences"] == []
+    assert [each["problems"] for each in in_json("check", pool)["drives"]] == [[], []]
+
+
+def test_df_of_a_set_by_kind(pool, tmp_path):
+    """Of each drive two sums that come to all its flash, and a table of each for people."""
+    kinds = in_json("df", pool)["kinds"]
+    assert [usage["drive"] for usage in kinds] == [str(tmp_path / f"{name}.kvfs") for name in "ab"]
+    for usage in kinds:
+        assert sum(usage["blocks"].values()) == sum(usage["pages"].values()) == usage["media_bytes"]
+        assert usage["blocks"]["groups"] + usage["blocks"]["tails"] >= 300 * 64 * 2 * 2  # one head of two
+    assert kvfsctl("df", pool).stdout.count("waits for collection") == 2

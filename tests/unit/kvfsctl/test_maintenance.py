@@ -1,21 +1,14 @@
 """What an administrator does with a drive: check, scrub, wear and gc, as a user runs them."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import kvfs
+from tests.unit.kvfsctl.command_line import kvfsctl
 
 NUM_TOKENS = 700
-
-
-def kvfsctl(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kvfsctl", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def as_json(*arguments):

@@ -2,17 +2,15 @@
 
 import json
 import stat
-import subprocess
-import sys
 
 import pytest
 
 from spdk_glue.fabrics.authentication import Hash, read_key_file
+from tests.unit.kvfsctl.command_line import kvfsctl
 
 
 def gen_dhchap_key(*arguments):
-    command = [sys.executable, "-m", "kvfsctl", "nvme", "gen-dhchap-key", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return kvfsctl("nvme", "gen-dhchap-key", *arguments)
 
 
 @pytest.mark.parametrize(

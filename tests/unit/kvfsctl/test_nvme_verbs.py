@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,14 +12,13 @@ from kvfs.errors import InUse, InvalidArgument
 from kvfs.nvme import device as nvme_device
 from kvfs.nvme.device import open_device
 from kvfs.nvme.raw_command import RawCommand, check
+from tests.unit.kvfsctl.command_line import kvfsctl_binary
 
 BLOCK = 4096
 
 
 def kvfsctl(*arguments, stdin=b""):
-    result = subprocess.run(
-        [sys.executable, "-m", "kvfsctl", "nvme", *map(str, arguments)], capture_output=True, input=stdin
-    )
+    result = kvfsctl_binary("nvme", *arguments, stdin=stdin)
     assert b"Traceback" not in result.stderr, result.stderr.decode()
     return result
 

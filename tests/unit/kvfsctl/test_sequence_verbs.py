@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvfs
-from tests.unit.kvfsctl.test_verbs import kvfsctl
+from tests.unit.kvfsctl.command_line import assert_asks, kvfsctl
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,59 @@ def test_tree_mv_fork(drive):
     assert [sequence["name"] for sequence in model["sequences"]] == ["[chat]", "renamed"]
     assert model["sequences"][1]["attributes"] == {"user.kvfs.tenant": "t"}
     assert model["sequences"][1]["size_bytes"] == 300 * 64 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Ten sequences of two models."""
+    path = tmp_path_factory.mktemp("many") / "drive.kvfs"
+    kvfs.format(path, "48MiB")
+    with kvfs.open(path, cache_bytes="8MiB") as store:
+        shape = {"num_layers": 1, "num_query_heads": 2, "num_kv_heads": 1, "head_dim": 64}
+        models = [store.add_model(name, **shape) for name in ("even", "odd")]
+        for number in range(10):
+            store.create_sequence(models[number % 2], f"s{number}")
+    return path
+
+
+@pytest.mark.parametrize("verb", ["ls", "tree"])
+def test_pages(many, verb):
+    """A page goes on where the one before has ended, and says that there may be more."""
+
+    def shown(*options):
+        document = json.loads(kvfsctl(verb, many, *options, "--json").stdout)
+        found = document.get("sequences") or [s for model in document["models"] for s in model["sequences"]]
+        return sorted(each["name"] for each in found)
+
+    assert shown() == [f"s{number}" for number in range(10)]
+    assert shown("--limit", "3", "--after", "s3") == ["s4", "s5", "s6"]
+    assert shown("--limit", "3", "--after", "s7") == ["s8", "s9"]
+    assert "--after s2" in kvfsctl(verb, many, "--limit", "3").stderr
+    assert kvfsctl(verb, many, "--after", "s6").stderr == ""
+
+
+def test_model_rm(many):
+    """A model with sequences stays, whatever is said; one without goes."""
+    refused = kvfsctl("model", "rm", many, "odd", "--yes")
+    assert refused.returncode == 1 and "has 5 sequences" in refused.stderr
+    shape = ("--layers", 1, "--query-heads", 2, "--kv-heads", 1, "--head-dim", 64)
+    kvfsctl("model", "add", many, "spare", *shape)
+    assert_asks("model", "rm", many, "spare")
+    assert kvfsctl("model", "rm", many, "spare", "--dry-run").stdout == "would delete model spare\n"
+    assert kvfsctl("model", "rm", many, "spare", "--yes").stdout == "deleted model spare\n"
+    counts = {
+        m["name"]: m["num_sequences"]
+        for m in json.loads(kvfsctl("model", "ls", many, "--json").stdout)["models"]
+    }
+    assert counts == {"even": 5, "odd": 5}
+    assert kvfsctl("model", "rm", many, "spare", "--yes").returncode == 1
+
+
+def test_df_by_kind(many):
+    """Kinds and states each come to all flash; integers for machines, words for people."""
+    document = json.loads(kvfsctl("df", many, "--json").stdout)
+    (usage,) = document["kinds"]
+    for what in ("blocks", "pages"):
+        assert sum(usage[what].values()) == usage["media_bytes"] > 40 << 20
+    text = kvfsctl("df", many).stdout
+    assert "by blocks" in text and "by pages" in text and "waits for collection" in text

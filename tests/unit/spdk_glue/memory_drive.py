@@ -28,6 +28,7 @@ from spdk_glue.identify import (
 )
 from spdk_glue.status import CommandFailed, Status
 from spdk_glue.transports.inproc import InprocTransport
+from spdk_glue.vendor_command import ATTENTION_VERSION
 
 NUM_LBAS = 1 << 12
 MAX_TRANSFER_BYTES = 1 << 16
@@ -53,6 +54,7 @@ class MemoryDrive:
         self.controller["mdts"] = mdts
         self.controller["sn"] = b"MEMORY"
         self.controller["attention"]["signature"] = signature
+        self.controller["attention"]["version"] = ATTENTION_VERSION
         self.controller["attention"]["max_transfer_bytes"] = MAX_TRANSFER_BYTES
         self.namespace = np.zeros(1, IDENTIFY_NAMESPACE)
         self.namespace["nsze"] = num_lbas

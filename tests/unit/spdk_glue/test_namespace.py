@@ -8,8 +8,15 @@ import pytest
 from spdk_glue import command
 from spdk_glue.command import IoOpcode
 from spdk_glue.identify import ERROR_LOG_ENTRY, IDENTIFY_NAMESPACE, LogPage
-from spdk_glue.namespace import QUEUE_DEPTH, Namespace, NotAKvfsDrive
-from spdk_glue.status import NvmeStatusError, QueueFull, Status
+from spdk_glue.namespace import QUEUE_DEPTH, Namespace
+from spdk_glue.status import (
+    CommandFailed,
+    NotAKvfsDrive,
+    NvmeStatusError,
+    OtherAttentionVersion,
+    QueueFull,
+    Status,
+)
 from tests.unit.spdk_glue.memory_drive import MAX_TRANSFER_BYTES, NUM_LBAS, MemoryDrive
 
 
@@ -52,6 +59,16 @@ def test_not_a_kvfs_drive(signature):
     """Any other NVMe drive: refuse it before a vendor command is sent to it."""
     drive = MemoryDrive(signature=signature)
     with pytest.raises(NotAKvfsDrive):
+        Namespace(drive.transport)
+    assert drive.seen == []
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_another_version(version):
+    """A drive of an older or newer release: not a record of another layout taken for this one's."""
+    drive = MemoryDrive()
+    drive.controller["attention"]["version"] = version
+    with pytest.raises(OtherAttentionVersion, match=f"of version {version}, this host's of 2"):
         Namespace(drive.transport)
     assert drive.seen == []
 
@@ -340,3 +357,72 @@ def test_close_with_writes_under_way(drive, namespace):
     drive.gate.set()
     closing.join(60)
     np.testing.assert_array_equal(found, [data])
+
+
+ONE_FLIGHT_BYTES = 64
+
+
+@pytest.fixture
+def one_flight(drive):
+    """A namespace whose drive takes a Fetch behind its Submit; the batches that were sent are in `sent`."""
+    drive.controller["attention"]["one_flight_bytes"] = ONE_FLIGHT_BYTES
+    namespace, sent = Namespace(drive.transport), []
+    execute = drive.device.execute
+
+    def recording(queue_id, entries, buffers):
+        sent.append(entries["opcode"].tolist())
+        return execute(queue_id, entries, buffers)
+
+    drive.device.execute = recording
+    namespace.sent = sent
+    return namespace
+
+
+SUBMIT, FETCH, CANCEL = (int(getattr(IoOpcode, f"ATTENTION_{name}")) for name in ("SUBMIT", "FETCH", "CANCEL"))
+
+
+def test_attention_in_one_flight(drive, one_flight):
+    for size in (100, 60, 100):
+        assert one_flight.attend(answer_of(size), size).tolist() == [7] * size
+    assert one_flight.sent == [[SUBMIT, FETCH]] * 3
+    assert drive.answers == {}
+
+
+def test_no_flight_for_who_has_work_meanwhile_nor_for_large_descriptors(drive, one_flight):
+    assert one_flight.attend_now(answer_of(9), 9, may_wait=False) is None
+    assert one_flight.attend(np.full(ONE_FLIGHT_BYTES + 1, 9, np.uint8), 9).tolist() == [7] * 9
+    with pytest.raises(ValueError, match="ATTENTION_FETCH"):
+        one_flight.attend(answer_of(9), MAX_TRANSFER_BYTES + 1)
+    assert [SUBMIT, FETCH] not in one_flight.sent
+
+
+def test_what_fails_in_flight_says_why_alone(drive, one_flight):
+    """And leaves no ticket behind: the next command is as any other."""
+    drive.fails_once = CommandFailed(Status.UNRECOVERED_READ_ERROR, lba=77)
+    fetch = drive.fetch
+
+    def failing(requests):
+        if drive.fails_once is not None and len(one_flight.sent) == 1:  # as if another came first
+            requests[0].fail(drive.fails_once)
+        else:
+            fetch(requests)
+
+    drive.device._handlers[True][IoOpcode.ATTENTION_FETCH] = failing
+    assert one_flight.attend(answer_of(8), 8).tolist() == [7] * 8
+    assert one_flight.sent == [[SUBMIT, FETCH], [CANCEL], [SUBMIT], [FETCH]]
+    assert drive.answers == {}
+    error = error_of(lambda: one_flight.attend(answer_of(9), 8))  # an answer of another length
+    assert error.status == Status.DATA_TRANSFER_ERROR
+    assert one_flight.attend(answer_of(8), 8).tolist() == [7] * 8
+    assert drive.answers == {}
+
+
+def test_a_refused_submit_in_flight(drive, one_flight):
+    def refuse(requests):
+        for request in requests:
+            request.fail(CommandFailed(Status.INVALID_DESCRIPTOR, detail="magic"))
+
+    drive.device._handlers[True][IoOpcode.ATTENTION_SUBMIT] = refuse
+    error = error_of(lambda: one_flight.attend(answer_of(8), 8))
+    assert (error.opcode, error.status, error.detail) == (SUBMIT, Status.INVALID_DESCRIPTOR, "magic")
+    assert [CANCEL] not in one_flight.sent

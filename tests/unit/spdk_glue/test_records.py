@@ -26,12 +26,12 @@ SIZES = [
     (identify.LBA_FORMAT, 4),
     (identify.SMART_LOG, 512),
     (identify.ERROR_LOG_ENTRY, 64),
-    (identify.ATTENTION_CAPABILITIES, 68),
+    (identify.ATTENTION_CAPABILITIES, 80),
     (vendor_command.ATTENTION_HEADER, 64),
     (vendor_command.ATTENTION_ITEM, 32),
     (vendor_command.GROUP_EXTENT, 16),
     (vendor_command.TOKEN_RANGE, 8),
-    (vendor_command.ANSWER_HEADER, 32),
+    (vendor_command.ANSWER_HEADER, 48),
     (vendor_command.SEAL_HEADER, 32),
 ]
 
@@ -138,7 +138,7 @@ LAYOUTS = {
             "sgls": (536, 4),
             "mnan": (540, 4),
             "subnqn": (768, 256),
-            "attention": (3072, 68),
+            "attention": (3072, 80),
         },
     ),
     "IDENTIFY_NAMESPACE": (
@@ -374,8 +374,8 @@ def test_pages_of_a_head(page_size, head_dim, dtype, group_tokens, per_page, pag
 
 
 def test_answer_bytes():
-    assert vendor_command.answer_bytes(0, 1, 8, 64) == 32
-    assert vendor_command.answer_bytes(2, 3, 8, 64) == 32 + 4 * (2 * 3 * 8 * 64) + 4 * (2 * 3 * 8)
+    assert vendor_command.answer_bytes(0, 1, 8, 64) == 48
+    assert vendor_command.answer_bytes(2, 3, 8, 64) == 48 + 4 * (2 * 3 * 8 * 64) + 4 * (2 * 3 * 8)
 
 
 def test_dtype_names():

@@ -4,14 +4,14 @@ import logging
 import os
 import shutil
 import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import kvfs
 from kvfs import errors
-from kvfs.drive_set import set_file
+from kvfs.drive_set import set_attention, set_file
 from kvfs.drive_set.latency import LEAST_SAMPLES, Latency
 from kvfs.kv_tree.transfer import export_sequence, import_sequence, model_of_file
 from spdk_glue.status import ConnectionLost
@@ -281,6 +281,28 @@ def test_drain_in_use(tmp_path, drive):
         assert store.sequences() == [] and not [m for m in store.models() if "/" in m.name]
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_old_copy_goes_last(tmp_path, monkeypatch, index):
+    """A drive that forgets its copy while the record that names the new one can still be lost loses both."""
+    with kvfs.open(format_set(tmp_path, "abc"), **OPTIONS) as drive_set:
+        model = model_of(drive_set, num_kv_heads=2, num_query_heads=4)
+        sequence = drive_set.create_sequence(model, "s")
+        kv = fill(sequence)
+        drive_set.flush()
+        old = drive_set._member(sequence._record.parts[index])
+        delete, is_durable = old.store.delete_sequence, []
+
+        def deleting(name):
+            first = drive_set._member(sequence._record.parts[0])
+            is_durable.append(not first.store._catalogue.has_changes)
+            delete(name)
+
+        monkeypatch.setattr(old.store, "delete_sequence", deleting)
+        drive_set.drives.drain(old.location)
+        assert is_durable == [True]
+        assert_holds(sequence, *kv)
+
+
 def test_a_drain_that_ends_early(tmp_path, monkeypatch):
     """Called off, deleted from, or without room: each part is somewhere, once."""
     monkeypatch.setattr("kvfs.drive_set.drives.STEP_SECONDS", -1)  # one copy a step
@@ -448,15 +470,18 @@ def test_lost_for_good(locations, sequence, drive_set):
         assert drive_set.sequences() == [] and drive_set.check() == []
 
 
-def test_a_slow_drive_is_reported_once(drive_set, sequence, caplog):
+def test_a_slow_drive_is_reported_once(drive_set, sequence, caplog, monkeypatch):
     """A drive that all others wait for: whoever looks must find which."""
     fill(sequence, 4 * 256)
     sequence.flush()
     slow = list(drive_set._members.values())[1]
     fetch = slow.store._namespace.attention_fetch
 
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)  # a busy machine's own is late
+    monkeypatch.setattr(set_attention, "time", clock)
+
     def slowly(*arguments):
-        time.sleep(0.005)
+        clock.now += 0.005
         return fetch(*arguments)
 
     slow.store._namespace.attention_fetch = slowly

@@ -32,11 +32,10 @@ CHANGES = st.lists(
 )
 
 
-@given(CHANGES, st.lists(st.integers(0, 1 << 20), min_size=2, max_size=4))
-def test_common_point_is_one_of_the_history(changes, picks):
-    """Parts at any points since they agreed last: tokens that one has otherwise would be a mix of two pasts."""
-    history, tokens, ids, stamp = History(), [], [], 0
-    points = [(PartState(History(), 0, 0), [], [])]
+def go_on(point, changes, stamp=0):
+    """Points that a sequence passes through, from one on: a part's state, its tokens, its token ids."""
+    state, tokens, ids = point
+    history, points = History.decode(state.history.encode()), [point]
     for kind, amount in changes:
         if kind == "settle":
             history.settled()
@@ -51,15 +50,49 @@ def test_common_point_is_one_of_the_history(changes, picks):
             tokens, ids = (tokens + fresh, ids) if kind == "append" else (tokens, ids + fresh)
         state = PartState(History.decode(history.encode()), len(tokens), len(ids))
         points.append((state, list(tokens), list(ids)))
-    parts = [points[pick % len(points)] for pick in picks]
+    return points
+
+
+def found_in_common(parts):
+    """(tokens, ids)"""
     common = in_common([state for state, _, _ in parts])
     for _, tokens, _ in parts:
         assert tokens[: common.num_tokens] == parts[0][1][: common.num_tokens]
         assert len(tokens) >= common.num_tokens
-    found = parts[0][1][: common.num_tokens], parts[common.ids_of][2][: common.num_token_ids]
+    return parts[0][1][: common.num_tokens], parts[common.ids_of][2][: common.num_token_ids]
+
+
+PICKS = st.lists(st.integers(0, 1 << 20), min_size=2, max_size=4)
+START = PartState(History(), 0, 0), [], []
+
+
+@given(CHANGES, PICKS)
+def test_common_point_is_one_of_the_history(changes, picks):
+    """Parts at any points since they agreed last: tokens that one has otherwise would be a mix of two pasts."""
+    points = go_on(START, changes)
+    parts = [points[pick % len(points)] for pick in picks]
+    found = found_in_common(parts)
     assert found in [(tokens, ids) for _, tokens, ids in points]
     if are_even([state for state, _, _ in parts]):
         assert found == parts[0][1:]
+
+
+@given(CHANGES, PICKS, CHANGES, PICKS)
+def test_what_a_recovery_has_cut_off_stays_away(changes, picks, later, later_picks):
+    """Parts were brought to a point; some have not stored that when the power fails again."""
+    points = go_on(START, changes)
+    parts = [points[pick % len(points)] for pick in picks]
+    if not are_even([state for state, _, _ in parts]):
+        tokens, ids = found_in_common(parts)
+        history = max((state.history for state, _, _ in parts), key=lambda history: history.epoch)
+        history = History.decode(history.encode())
+        history.cut(len(tokens), len(ids))
+        later = [change for change in later if change[0] != "settle"]  # then all have stored it
+        points = go_on((PartState(history, len(tokens), len(ids)), tokens, ids), later, 1000)
+        for index, pick in zip(range(len(parts)), later_picks, strict=False):
+            if pick % 3 or not index:
+                parts[index] = points[pick % len(points)]
+        assert found_in_common(parts) in [(tokens, ids) for _, tokens, ids in points]
 
 
 def part(index, copy=0, drive=None, places=None, name="s"):

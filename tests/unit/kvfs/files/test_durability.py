@@ -13,6 +13,9 @@ from kvfs.errors import CatalogueFull, InvalidArgument
 from kvfs.files.file_system import FileSystem
 from kvfs.formatting import format_volume
 from kvfs.inspection import Inspection
+from kvfs.objects.object_catalogue import OBJECT_TABLES
+from kvfs.prefix.prefix_catalogue import PREFIX_TABLES
+from kvfs.sealing.derived_catalogue import DERIVED_TABLES, DERIVED_TRIGGERS
 from kvfs.tree import ROOT_INODE, FileError
 from tests.unit.kvfs.conftest import add_model
 from tests.unit.kvfs.files.posix import Posix
@@ -275,7 +278,20 @@ def test_one_file_system_a_store(store):
 def to_version_1(path):
     with Inspection(path, read_only=False) as inspection:
         execute = inspection.catalogue._db.execute
-        for table in ("entry", "xattr", "file_extent", "inode", "sequence_attribute"):
+        prefix_triggers = ("prefix_entry_of_no_group", "prefix_publication_of_no_sequence")
+        for trigger in (*prefix_triggers, *DERIVED_TRIGGERS):
+            execute(f"DROP TRIGGER {trigger}")
+        execute("DROP INDEX sequence_group_by_group")
+        for table in (
+            *DERIVED_TABLES,
+            *OBJECT_TABLES,
+            *PREFIX_TABLES,
+            "entry",
+            "xattr",
+            "file_extent",
+            "inode",
+            "sequence_attribute",
+        ):
             execute(f"DROP TABLE {table}")
         execute("PRAGMA user_version = 1")
         inspection.catalogue.sync()

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from prometheus_client.parser import text_string_to_metric_families
 
 import kvfs
 from kvfs.kv_tree.tree import SEEK_DATA, SEEK_HOLE, KvTree
@@ -279,9 +280,8 @@ def test_attend_of_nothing(client, store):
 def test_control_files(client, sequence, store):
     """stats.json is JSON, metrics are lines that Prometheus takes."""
     assert set(json.loads(client.read(".kvfs/stats.json"))) >= {"flash", "space", "waf"}
-    for line in client.read(".kvfs/metrics").decode().splitlines():
-        name, value = line.rsplit(" ", 1)
-        assert line.startswith("# TYPE ") or (name.startswith("kvfs_") and float(value) is not None)
+    families = list(text_string_to_metric_families(client.read(".kvfs/metrics").decode()))
+    assert families and all(family.name.startswith("kvfs_") for family in families)
     assert client.names(".kvfs") == ["stats.json", "metrics"]
     inviting = Client(KvTree(store, invite=lambda caller: b"user %d" % caller.uid))
     handle = inviting.open(".kvfs/connect")

@@ -20,7 +20,7 @@ from ..conftest import add_model, random_kv, random_queries
 
 def wait_until(condition):
     """Of something that another thread is about to do."""
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while not condition() and time.monotonic() < give_up:
         time.sleep(0.005)
     assert condition()
@@ -340,7 +340,7 @@ def test_facts_of_a_sequence(served, client, sequence):
 
 def test_heads_are_read(served, client, sequence):
     """Rows of single heads, longer than a reply holds."""
-    from kvfs.head_rows import KEYS, VALUES, HeadRows
+    from kvfs.head_pieces import KEYS, VALUES, HeadRows
 
     sequence.append(0, *random_kv(1000))
     pieces = [HeadRows(0, KEYS, 1, 3, 900), HeadRows(0, VALUES, 0, 0, 1000), HeadRows(0, KEYS, 0, 5, 5)]

@@ -110,6 +110,7 @@ def test_another_users_token(path, request):
     """A token that was seen by another user is of no use to that one."""
     script = """
         import os, sys, kvfs
+        kvfs.open  # loads it, while this user may read all modules
         os.setuid(int(sys.argv[2]))
         try:
             kvfs.open(sys.argv[1])

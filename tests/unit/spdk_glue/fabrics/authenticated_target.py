@@ -40,12 +40,12 @@ class AuthenticatedTarget:
         return path
 
     def allow(self, nqn: str, **options: object) -> None:
-        """options: of the access file; texts, lists of texts and booleans"""
+        """options: of the access file; texts, lists of texts, numbers and booleans"""
 
         def toml(value):
             if isinstance(value, list):
                 return f"[{', '.join(map(toml, value))}]"
-            return str(value).lower() if isinstance(value, bool) else f'"{value}"'
+            return str(value).lower() if isinstance(value, int) else f'"{value}"'
 
         options = {"nqn": nqn} | options
         self.lines += ["[[host]]", *(f"{name} = {toml(value)}" for name, value in options.items())]

@@ -173,7 +173,7 @@ def answer(entry: np.void, status: int = Status.SUCCESS, value: int = 0) -> byte
     return pdu.capsule_responses(completion, TO_HOST).tobytes()
 
 
-def wait_until(condition, seconds: float = 10.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, "it does not happen"

@@ -28,7 +28,7 @@ def test_through_a_path():
 def test_all_of_it():
     text = (
         f"nvme+tcp://[::1]:4421/{NQN}?nsid=3&hostnqn=nqn.2026-11.io.kvfs:me&header-digest=on&data-digest=on"
-        "&key-file=/etc/kvfs/key&controller-key-file=/etc/kvfs/theirs"
+        "&key-file=/etc/kvfs/key&controller-key-file=/etc/kvfs/theirs&reauthenticate=3600"
     )
     found = Address.parse(text)
     assert (found.host, found.port, found.nsid, found.hostnqn) == ("::1", 4421, 3, "nqn.2026-11.io.kvfs:me")
@@ -44,8 +44,6 @@ def test_all_of_it():
         ("nvme+tcp:", "not nvme"),
         (f"nvme+tcp:/{NQN}", "Port"),
         (f"nvme+tcp:///{NQN}", "not nvme"),
-        ("nvme+tcp://host", "qualified name"),
-        ("nvme+tcp://host/", "qualified name"),
         ("nvme+tcp://host/iqn.2026-11.io.kvfs:drive", "qualified name"),
         (f"nvme+tcp://host:port/{NQN}", "port"),
         (f"nvme+tcp://host:99999/{NQN}", "[Pp]ort"),
@@ -53,6 +51,7 @@ def test_all_of_it():
         (f"nvme+tcp://host/{NQN}#2", "no user"),
         (f"nvme+tcp://host/{NQN}?nsid=0", "nsid"),
         (f"nvme+tcp://host/{NQN}?nsid=x", "nsid"),
+        (f"nvme+tcp://host/{NQN}?reauthenticate=0", "reauthenticate"),
         (f"nvme+tcp://host/{NQN}?nsid=1&nsid=2", "each once"),
         (f"nvme+tcp://host/{NQN}?key=DHHC", "options are"),
         (f"nvme+tcp://host/{NQN}?header-digest=yes", "on or off"),

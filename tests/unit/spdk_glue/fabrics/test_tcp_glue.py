@@ -134,16 +134,31 @@ def test_what_is_sent_is_what_the_definition_builds(pair):
     assert got == expected
 
 
-def test_time_wake_and_end(pair):
+@pytest.mark.parametrize("spin_us", [0, 1000, 60_000_000])
+def test_time_wake_and_end(pair, spin_us):
     host, stream = pair
+    stream.spin_us = spin_us if spin_us < 1_000_000 else 0
     assert len(stream.receive(10)) == 0
+    stream.spin_us = spin_us
     threading.Timer(0.05, stream.wake).start()
     start = time.monotonic()
-    assert len(stream.receive(5000)) == 0
-    assert time.monotonic() - start < 2
+    assert len(stream.receive(60_000)) == 0
+    assert time.monotonic() - start < 30  # woken, neither spun to the end nor timed out
     host.close()
     with pytest.raises(api.PeerClosed):
         stream.receive(1000)
+
+
+def test_who_waited_long_sleeps_at_once_the_next_time(pair):
+    """Else a connection that is idle takes a CPU."""
+    _, stream = pair
+    stream.spin_us = 40_000
+    used = []
+    for _ in range(3):
+        start = time.thread_time()
+        assert len(stream.receive(60)) == 0
+        used.append(time.thread_time() - start)
+    assert max(used[1:]) < 0.01
 
 
 def test_a_peer_that_takes_nothing_is_given_up(pair):

@@ -1,6 +1,7 @@
 """Hosts of the target's tests: connections without sockets, and a drive in memory with tickets that wait."""
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from spdk_glue.fabrics.pdu import Framing, PduFlag, PduType
 from spdk_glue.fabrics.target.connection import Connection
 from spdk_glue.fabrics.target.host_access import HostAccess
 from spdk_glue.fabrics.target.limits import Limits
-from spdk_glue.fabrics.target.subsystem import ServedDrive, Subsystems
+from spdk_glue.fabrics.target.subsystem import ServedDrive, Subsystems, no_short_way
 from spdk_glue.fabrics.tcp_glue import api
 from tests.unit.spdk_glue.memory_drive import MemoryDrive
 
@@ -24,16 +25,18 @@ BLOCK = 4096
 
 @dataclass
 class Rig:
-    """A target over a MemoryDrive. later: long commands that wait for `run_later`; waiting: calls by ticket"""
+    """A target over a MemoryDrive. later: long commands that wait for `run_later`; waiting: calls by ticket;
+    short_way: (descriptor, answer) of attention that is answered at once"""
 
     access: HostAccess = field(default_factory=HostAccess.anyone)
     limits: Limits = field(default_factory=Limits)
     tickets_wait: bool = False
+    short_way: Callable[[np.ndarray, np.ndarray], bool] = no_short_way
 
     def __post_init__(self):
         self.drive = MemoryDrive(block_bytes=BLOCK, num_lbas=1024)
         self.waiting, self.later, self.now = {}, [], 100.0
-        served = ServedDrive(self.drive.device, self._when_fetchable)
+        served = ServedDrive(self.drive.device, self._when_fetchable, lambda *data: self.short_way(*data))
         self.subsystems = Subsystems(served, self.access, self.limits, SUBSYSTEM)
 
     def _when_fetchable(self, ticket, call):

@@ -25,13 +25,21 @@ def pages(count: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).integers(0, 256, count * BLOCK, np.uint8).tobytes()
 
 
-def write_by_r2t(host, lba: int, data: bytes, part: int = 128 << 10):
+def submit_by_r2t(host, lba: int, data: bytes, part: int = 128 << 10) -> int:
+    """A Write and its data; its cid."""
     cid = host.submit(command.write(lba, len(data) // BLOCK), room=len(data))
     r2t = host.take(PduType.R2T)
     assert (r2t["cid"], r2t["offset"], r2t["length"]) == (cid, 0, len(data))
     for at in range(0, len(data), part):
         piece = data[at : at + part]
         host.send(host.h2c(r2t, piece, at, at + len(piece) == len(data)))
+    return cid
+
+
+def write_by_r2t(host, *arguments):
+    cid = submit_by_r2t(host, *arguments)
+    host.rig.run_later()
+    host.poll()
     return host.completion(cid)
 
 
@@ -297,6 +305,38 @@ def test_long_commands_let_others_pass(rig):
     assert io.woken
     io.poll()
     assert io.completion(flush)["status"] == 0
+
+
+def test_long_writes_let_others_pass(rig):
+    """Flash that takes its time, or collects garbage first, must not hold up a Read of the same queue."""
+    io = rig.io(rig.admin())
+    first = submit_by_r2t(io, 0, bytes([1]) * 64 * BLOCK)
+    others = [
+        submit_by_r2t(io, lba, bytes([2 + lba]) * 5 * BLOCK) for lba in (0, 10)
+    ]  # writes keep their order
+    assert len(rig.later) == 1 and not io.answers
+    read = io.submit(command.read(100, 1), room=BLOCK)
+    assert io.completion(read)["status"] == 0
+    rig.run_later()
+    io.poll()
+    assert io.completion(first)["status"] == 0
+    assert len(rig.later) == 1 and not io.answers
+    rig.run_later()
+    io.poll()
+    assert [io.completion(cid)["status"] for cid in others] == [0, 0]
+    assert (rig.drive.blocks[:64, 0] == [2] * 5 + [1] * 5 + [12] * 5 + [1] * 49).all()
+
+
+def test_a_connection_ends_during_a_long_write(rig):
+    """What is being written is written; nothing is sent, and what waits is forgotten."""
+    io = rig.io(rig.admin())
+    for number in (1, 2):
+        submit_by_r2t(io, 0, bytes([number]) * 64 * BLOCK)
+    io.connection.end()
+    rig.run_later()
+    io.poll()
+    assert not io.answers and not rig.later
+    assert (rig.drive.blocks[:64] == 1).all()
 
 
 def test_few_long_commands_at_once(rig):

@@ -94,9 +94,9 @@ def test_hosts_that_are_not_on_the_list():
 # Authentication
 
 
-def authenticated_rig():
+def authenticated_rig(**options):
     credentials = Credentials(Key.generate(), Key.generate(), Policy(groups=(DhGroup.NULL,)))
-    return Rig(access=HostAccess({HOST: AllowedHost(HOST, credentials)})), credentials
+    return Rig(access=HostAccess({HOST: AllowedHost(HOST, credentials, **options)})), credentials
 
 
 def authenticate(host, credentials):
@@ -150,6 +150,27 @@ def test_authentication_has_its_time():
     rig.now += rig.limits.authentication_seconds + 1
     host.poll()
     assert not host.connection.is_open
+
+
+def test_a_proof_has_its_time():
+    """The queue then serves nothing but the next one; commands may be sent again."""
+    rig, credentials = authenticated_rig(reauthenticate_seconds=60)
+    host = rig.connection()
+    host.run(records.connect(0, 32), records.connect_data(uuid.UUID(int=7), HOST, SUBSYSTEM).tobytes())
+    authenticate(host, credentials)
+    look = records.property_get(Property.CSTS)
+    for _ in range(2):
+        rig.now += 59
+        host.poll()
+        assert host.run(look)["status"] == 0
+        rig.now += 2
+        host.poll()
+        completion = host.run(look)
+        assert code(completion) == Status.AUTHENTICATION_REQUIRED and not completion["status"] & 0x8000
+        rig.now += rig.limits.authentication_seconds + 1  # idle hosts are not ended
+        host.poll()
+        assert authenticate(host, credentials).is_authenticated
+        assert host.run(look)["status"] == 0
 
 
 def test_a_host_without_a_key_cannot_authenticate(rig):

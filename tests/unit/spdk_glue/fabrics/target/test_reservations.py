@@ -6,6 +6,8 @@ import pytest
 from spdk_glue import command
 from spdk_glue.command import IoOpcode
 from spdk_glue.controller import Request
+from spdk_glue.fabrics.target import reservations as reservations_module
+from spdk_glue.fabrics.target.reservation_file import ReservationFile
 from spdk_glue.fabrics.target.reservations import MAX_REGISTRANTS, Reservations
 from spdk_glue.reservation import (
     ACQUIRE_DATA,
@@ -211,3 +213,38 @@ def test_hosts_that_are_gone_make_room(table, present):
     present.discard(hosts[3])
     assert register(table, A, 1) == OK
     assert len(report(table, 16 << 10)[1]) == MAX_REGISTRANTS
+
+
+def test_a_target_started_anew_gives_nothing_away(tmp_path, monkeypatch):
+    """Its hosts have some seconds to come back, and find what they held; then they are gone as others are."""
+    present = {A}
+
+    def start(serial_number="1"):
+        return Reservations(lambda host: host in present, ReservationFile(tmp_path / "state", serial_number))
+
+    table = start()
+    assert register(table, A, 5) == OK and acquire(table, A, 5) == OK
+    present = {B}
+    table = start()
+    assert table.refuses(B, IoOpcode.WRITE) and not table.refuses(A, IoOpcode.WRITE)
+    assert register(table, B, 6) == OK and acquire(table, B, 6) == CONFLICT
+    assert [int(one["cntlid"]) for one in report(table)[1]] == [REGISTRANT_PRESENT] * 2
+    present = {A, B}
+    assert release(table, A, 5) == OK and acquire(table, B, 6) == OK
+    assert start()._holder == B
+    present = {A}
+    monkeypatch.setattr(reservations_module, "RETURN_SECONDS", 0.0)
+    assert [int(one["cntlid"]) for one in report(start())[1]] == [REGISTRANT_PRESENT, REGISTRANT_GONE]
+    assert not start("another drive").refuses(A, IoOpcode.WRITE)
+    table = start()
+    assert acquire(table, A, 5, action=Acquire.PREEMPT, preempted=6) == OK
+    assert release(table, A, 5, action=Release.CLEAR) == OK
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_cannot_be_kept_is_not_promised(tmp_path, caplog):
+    table = Reservations(lambda host: True, ReservationFile(tmp_path / "gone" / "state", "1"))
+    assert register(table, A, 5) == Status.INTERNAL_ERROR
+    (tmp_path / "bad").write_text("{")
+    assert not Reservations(lambda host: True, ReservationFile(tmp_path / "bad", "1"))._keys
+    assert "cannot be used" in caplog.text
