@@ -116,7 +116,7 @@ class BudgetJob(SketchJob):
     def _choose_within(self, stage: ScanStage, positions: np.ndarray, item: int) -> np.ndarray:
         """int64: of one item's segments, the units of the largest shares, so many for each head."""
         plan, num_heads, group = stage.plan, len(stage.heads), self.work.tables.group_size
-        totals = (int(of[positions].sum()) for of in (plan.dense_pages, plan.index_pages, plan.visible_units))
+        totals = (int(of[positions].sum()) for of in (plan.dense_pages, plan.index_pages, plan.num_units))
         num_chosen = units_within(self.work.tables.sparse.compression, *totals)
         segments = positions * num_heads + np.arange(num_heads)[:, None]
         units = stage.units_of(segments.reshape(-1)).reshape(num_heads, -1)
@@ -124,7 +124,8 @@ class BudgetJob(SketchJob):
         heads = slice(stage.heads.start * group, stage.heads.stop * group)
         other_lse = self.lse[item, :, heads].reshape(-1, num_heads, group).swapaxes(0, 1).reshape(num_heads, -1)
         best = choose_units(lse, num_chosen, other_lse, run_of(plan.layouts[0].unit_tokens))
-        return np.take_along_axis(units, best, axis=1).reshape(-1)
+        is_seen = ~np.isneginf(np.take_along_axis(lse, best[..., None], axis=1)).all(axis=2)
+        return np.take_along_axis(units, best, axis=1)[is_seen]
 
     def _complete(self, chosen: tuple[ScanStage, SumStage, RefinedStage | None]) -> None:
         stage, summed, refined = chosen

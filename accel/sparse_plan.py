@@ -52,13 +52,6 @@ class SparsePlan:
         """Refinement pages."""
         return np.array([layout.refinement_pages for layout in self.layouts], np.int64)
 
-    @cached_property
-    def visible_units(self) -> np.ndarray:
-        """Units with tokens that any query sees."""
-        unit_tokens = np.array([layout.unit_tokens for layout in self.layouts], np.int64)
-        first = (self.token_start - self.first_token) // unit_tokens
-        return -(-(self.token_stop - self.first_token) // unit_tokens) - first
-
     def lbas(self, layer: int, heads: range, of) -> np.ndarray:
         """int64 [num_segments, len(heads)]: base LBA plus `of(layout, layer, head)`."""
         offsets: dict[DerivedLayout, list[int]] = {}

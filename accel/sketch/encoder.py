@@ -12,9 +12,11 @@ from accel.sketch.format import (
     LOG_SCALE_OCTAVES,
     MEAN_MAX,
     SKETCH_HEADER,
+    has_token_order,
     index_offsets,
     new_header,
 )
+from accel.sketch.token_order import like_tokens_together, pack_units
 from spdk_glue.derived_layout import MEAN_TOKENS, DerivedLayout
 
 _BORDERS = refined_borders()
@@ -109,8 +111,12 @@ def encode(keys: np.ndarray, values: np.ndarray, layout: DerivedLayout) -> np.nd
     header = new_header(layout)
     firsts = np.append(np.arange(0, num_tokens, MEAN_TOKENS), num_tokens)
     half_page = layout.unit_tokens * head_dim // 2
-    for name, given, place in (("key", keys, 0), ("value", values, half_page)):
-        rows = rotate(given)
+    rotated = rotate(keys), rotate(values)
+    if has_token_order(layout):
+        order = like_tokens_together(rotated[0], layout.unit_tokens)
+        pack_units(order, layout.unit_tokens, index[at.token_order : at.end])
+        rotated = tuple(rows[order] for rows in rotated)
+    for name, rows, place in zip(("key", "value"), rotated, (0, half_page), strict=True):
         means = np.add.reduceat(rows, firsts[:-1], axis=0) / np.diff(firsts)[:, None].astype(np.float32)
         means = means.clip(-MEAN_MAX, MEAN_MAX).astype("<f2")
         log_scales = np.empty(num_tokens, np.float32)

@@ -8,6 +8,8 @@ from spdk_glue.derived_layout import MEAN_TOKENS, SKETCH_HEADER_BYTES, DerivedLa
 
 SKETCH_MAGIC = 0x4B53564B  # "KVSK"
 SKETCH_VERSION = 1
+TOKEN_ORDER_VERSION = 2  # that of a sketch which has its tokens in an order of its own
+MAX_ORDERED_UNITS = 16  # a token's is 4 bits
 
 SKETCH_HEADER = np.dtype(
     [
@@ -41,6 +43,7 @@ class IndexOffsets:
     value_scales: int
     key_means: int
     value_means: int
+    token_order: int
     end: int
 
 
@@ -48,15 +51,22 @@ def index_offsets(num_tokens: int, head_dim: int) -> IndexOffsets:
     codes = num_tokens * head_dim // 4
     means = -(-num_tokens // MEAN_TOKENS) * head_dim * 2
     offsets = [SKETCH_HEADER_BYTES]
-    for size in (codes, codes, num_tokens, num_tokens, means, means):
+    for size in (codes, codes, num_tokens, num_tokens, means, means, (num_tokens + 1) // 2):
         offsets.append(offsets[-1] + size)
     return IndexOffsets(*offsets)
+
+
+def has_token_order(layout: DerivedLayout) -> bool:
+    """Whether the index pages have room for one."""
+    end = index_offsets(layout.num_tokens, layout.head_dim).end
+    return 1 < layout.refinement_pages <= MAX_ORDERED_UNITS and end <= layout.index_pages * layout.page_size
 
 
 def new_header(layout: DerivedLayout) -> np.ndarray:
     """SKETCH_HEADER of a layout, scales yet to be filled in."""
     header = np.zeros((), SKETCH_HEADER)
-    header["magic"], header["version"] = SKETCH_MAGIC, SKETCH_VERSION
+    header["magic"] = SKETCH_MAGIC
+    header["version"] = TOKEN_ORDER_VERSION if has_token_order(layout) else SKETCH_VERSION
     header["head_dim"], header["num_tokens"] = layout.head_dim, layout.num_tokens
     header["page_size"] = layout.page_size
     return header
@@ -64,10 +74,13 @@ def new_header(layout: DerivedLayout) -> np.ndarray:
 
 def header_fault(header: np.ndarray, layout: DerivedLayout) -> str:
     """What is wrong with a SKETCH_HEADER; empty if it is of this layout."""
-    expected = (SKETCH_MAGIC, SKETCH_VERSION, layout.head_dim, layout.num_tokens, layout.page_size)
-    for name, value in zip(("magic", "version", "head_dim", "num_tokens", "page_size"), expected, strict=True):
+    expected = (SKETCH_MAGIC, layout.head_dim, layout.num_tokens, layout.page_size)
+    for name, value in zip(("magic", "head_dim", "num_tokens", "page_size"), expected, strict=True):
         if header[name] != value:
             return f"{name} is {header[name]}, not {value}"
+    version = header["version"]
+    if version != SKETCH_VERSION and not (version == TOKEN_ORDER_VERSION and has_token_order(layout)):
+        return f"version is {version}"
     for lowest, step in (("key_lowest", "key_step"), ("value_lowest", "value_step")):
         low, width = float(header[lowest]), float(header[step])
         if not (low >= LOG_SCALE_MIN and width >= 0 and low + 255 * width <= LOG_SCALE_MAX):

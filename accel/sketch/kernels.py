@@ -16,10 +16,16 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from accel.sketch import DamagedSketch, SketchBatch, codebook, micro_kernels
+from accel.sketch import DamagedSketch, SketchBatch, codebook, micro_kernels, token_order
 from accel.sketch.codebook import rotate as rotate
 from accel.sketch.codebook import unrotate as unrotate
-from accel.sketch.format import LOG_SCALE_MAX, LOG_SCALE_MIN, SKETCH_MAGIC, SKETCH_VERSION
+from accel.sketch.format import (
+    LOG_SCALE_MAX,
+    LOG_SCALE_MIN,
+    SKETCH_MAGIC,
+    SKETCH_VERSION,
+    TOKEN_ORDER_VERSION,
+)
 from accel.sketch.micro_kernels import (
     LANES_MAX,
     add_noise,
@@ -30,6 +36,7 @@ from accel.sketch.micro_kernels import (
     token_scales,
     widen_halves,
 )
+from accel.sketch.token_order import read_order, sees_all
 from accel.workers import check_shape, vector_ir
 from accel.workers import micro_kernels as dense_micro_kernels
 from accel.workers.micro_kernels import (
@@ -52,7 +59,7 @@ LINE = 64
 _EMITTERS = zlib.crc32(
     b"".join(
         Path(module.__file__).read_bytes()
-        for module in (codebook, micro_kernels, dense_micro_kernels, vector_ir)
+        for module in (codebook, micro_kernels, token_order, dense_micro_kernels, vector_ir)
     )
 )
 _compiling = threading.Lock()
@@ -72,10 +79,17 @@ def gather(pages, first_page, page_size, offset, num_bytes, target):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def header_version(header):
+    return np.int64(header.view(np.uint16)[2])
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def header_holds(header, head_dim, num_tokens, page_size):
     """header: uint8 [SKETCH_HEADER_BYTES]. As format.header_fault."""
     words = header.view(np.uint32)
-    if words[0] != SKETCH_MAGIC or words[1] != SKETCH_VERSION | head_dim << 16:
+    if words[0] != SKETCH_MAGIC or words[1] >> 16 != head_dim:
+        return False
+    if header_version(header) not in (SKETCH_VERSION, TOKEN_ORDER_VERSION):
         return False
     if words[2] != num_tokens or words[3] != page_size:
         return False
@@ -105,10 +119,13 @@ def _lines_up(num_bytes):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _add_distance_bias(scores, count, first_position, position, slopes, first_head, heads, stride):
-    """scores[t, head] -= slope of the head * log2 e * distance between the query and token t."""
-    for t in range(count):
-        distance = np.float32(position - first_position - t) * np.float32(1.4426950408889634)
+def _add_distance_bias(scores, tokens, position, slopes, first_head, heads, stride):
+    """scores[t, head] -= slope of the head * log2 e * distance between the query and tokens[t].
+
+    position: of the query, from where the tokens are counted
+    """
+    for t in range(len(tokens)):
+        distance = np.float32(position - tokens[t]) * np.float32(1.4426950408889634)
         for head in range(heads):
             scores[t * stride + head] -= slopes[first_head + head] * distance
 
@@ -159,9 +176,11 @@ def _kernel(refined: int, head_dim: int, heads: int, lanes: int, accumulators: i
         index_pages, segment_first_page, segment_first_unit, segment_num_tokens, segment_first_token,
         segment_item, segment_kv_head, chosen, chosen_segment, results, refinement_pages, page_size,
         queries, visible_start, visible_stop, scale, softcap, slopes, query_position,
-        next_place, stop_place, image, header, rows, scratch, out, lse, noise,
+        next_place, stop_place, image, header, packed, order, rows, scratch, out, lse, noise,
     ):  # fmt: skip
         # image: uint8, what is copied of index pages, from a cache line on.
+        # packed: uint8 [(tokens + 1) // 2], order: int64 [tokens], of a segment; filled in where queries do not
+        # see it all. Else places stand for tokens.
         # rows: int64 [2, BLOCK_TOKENS + PAD].
         # scratch: float32; scores of a block, scales of its keys and values, rows of it if refined, the means
         # of K and V, what the one scores, then the states of queries.
@@ -250,6 +269,18 @@ def _kernel(refined: int, head_dim: int, heads: int, lanes: int, accumulators: i
             value_base, value_step = np.float32(np.exp2(floats[6])), floats[7]
 
             item = segment_item[segment]
+            first_position = segment_first_token[segment]
+            starts, stops = visible_start[item], visible_stop[item]
+            has_order = len(slopes) > 0 or not sees_all(starts, stops, first_position, num_tokens)
+            if has_order:
+                packed_at = np.int64(packed.ctypes.data)
+                if header_version(header) == TOKEN_ORDER_VERSION:
+                    packed_bytes = np.int64((num_tokens + 1) // 2)
+                    if offset + packed_bytes > (segment_first_page[segment + 1] - first_page) * page_size:
+                        return segment
+                    gather(index_pages, first_page, page_size, offset, packed_bytes, packed_at)
+                if not read_order(header_version(header), packed, num_tokens, unit_tokens, order):
+                    return segment
             first_head = segment_kv_head[segment] * heads
             for query in range(num_queries):
                 state = states_from + query * state_floats
@@ -309,12 +340,17 @@ def _kernel(refined: int, head_dim: int, heads: int, lanes: int, accumulators: i
                     else:
                         fill_rows(rows_at, keys_at + begin * code_bytes, np.int64(row_bytes), num + 8)
                         fill_rows(value_rows_at, values_at + begin * code_bytes, np.int64(row_bytes), num + 8)
-                    position = segment_first_token[segment] + first_token + begin
+                    tokens = order[first_token + begin : first_token + stop]  # ascending
                     for query in range(num_queries):
-                        skip = max(np.int64(0), visible_start[item, query] - position)
-                        kept = min(num, visible_stop[item, query] - position) - skip
-                        if kept <= 0:
-                            continue
+                        skip, kept = np.int64(0), num
+                        if has_order:
+                            while skip < num and tokens[skip] < starts[query] - first_position:
+                                skip += 1
+                            while kept > skip and tokens[kept - 1] >= stops[query] - first_position:
+                                kept -= 1
+                            kept -= skip
+                            if kept == 0:
+                                continue
                         state = states_from + query * state_floats
                         state_at = scratch_at + 4 * state
                         deviation_at = state_at + 4 * query_floats
@@ -344,9 +380,8 @@ def _kernel(refined: int, head_dim: int, heads: int, lanes: int, accumulators: i
                         if len(slopes):
                             _add_distance_bias(
                                 scratch,
-                                kept,
-                                position + skip,
-                                query_position[item, query],
+                                tokens[skip : skip + kept],
+                                query_position[item, query] - first_position,
                                 slopes,
                                 first_head,
                                 heads,
@@ -434,7 +469,8 @@ def _attend(
     stride = score_stride(batch.group_size)
     width = max(stride, LANES_MAX)
     unit_tokens = batch.page_size // head_dim
-    tokens = unit_tokens if refined else int(batch.segment_num_tokens.max(initial=0))
+    most_tokens = int(batch.segment_num_tokens.max(initial=0))
+    tokens = unit_tokens if refined else most_tokens
     image_bytes = (tokens + PAD) * head_dim // 2 + 2 * (tokens + PAD)
     image_bytes += 4 * head_dim * (tokens // MEAN_TOKENS + 2) + 8 * LINE
     query_floats = batch.group_size * head_dim
@@ -458,6 +494,8 @@ def _attend(
         places.stop_unit,
         np.empty(image_bytes, np.uint8),
         np.empty(SKETCH_HEADER_BYTES, np.uint8),
+        np.empty((most_tokens + 1) // 2, np.uint8),
+        np.empty(most_tokens, np.int64),
         np.empty((2, BLOCK_TOKENS + PAD), np.int64),
         np.zeros(num_floats, np.float32),
         out,

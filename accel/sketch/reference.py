@@ -24,10 +24,12 @@ from accel.sketch.format import (
     LOG_SCALE_OCTAVES,
     MEAN_MAX,
     SKETCH_HEADER,
+    has_token_order,
     header_fault,
     index_offsets,
     new_header,
 )
+from accel.sketch.token_order import like_tokens_together, pack_units, read_order
 from spdk_glue.derived_layout import MEAN_TOKENS, DerivedLayout
 from spdk_glue.vendor_command import Derive, KvDtype
 
@@ -93,8 +95,12 @@ def encode(keys: np.ndarray, values: np.ndarray, layout: DerivedLayout) -> np.nd
     at = index_offsets(layout.num_tokens, layout.head_dim)
     header = new_header(layout)
     half_page = layout.unit_tokens * layout.head_dim // 2
+    order = np.arange(layout.num_tokens)
+    if has_token_order(layout):
+        order = like_tokens_together(rotate(keys), layout.unit_tokens)
+        pack_units(order, layout.unit_tokens, index[at.token_order : at.end])
     for name, rows, place in (("key", keys, 0), ("value", values, half_page)):
-        means, lowest, step, scale_codes, codes, finer = _code(rotate(rows))
+        means, lowest, step, scale_codes, codes, finer = _code(rotate(rows)[order])
         header[f"{name}_lowest"], header[f"{name}_step"] = lowest, step
         for part, raw in (
             (f"{name}_codes", _pack(codes, 2)),
@@ -118,7 +124,7 @@ def _unpack(raw: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
 
 
 def _rotated_rows(index: np.ndarray, refinement: np.ndarray, layout: DerivedLayout, refined: np.ndarray):
-    """((rows, token scales) of keys, the same of values): float32 [num_tokens, head_dim], [num_tokens].
+    """((rows, token scales) of keys, those of values) by place: float32 [num_tokens, head_dim], [num_tokens].
 
     index: uint8 [index_pages, page_size]; refinement: uint8 [refinement_pages, page_size], read where refined
     """
@@ -153,16 +159,29 @@ def _rotated_rows(index: np.ndarray, refinement: np.ndarray, layout: DerivedLayo
     return result
 
 
+def token_order(index: np.ndarray, layout: DerivedLayout) -> np.ndarray:
+    """int64 [num_tokens]: the token at each place. index: uint8, index pages. Raises DamagedSketch."""
+    index = index.reshape(-1)
+    header = index[: SKETCH_HEADER.itemsize].view(SKETCH_HEADER)[0]
+    at = index_offsets(layout.num_tokens, layout.head_dim)
+    order = np.empty(layout.num_tokens, np.int64)
+    packed = index[at.token_order : at.end]
+    if not read_order(int(header["version"]), packed, layout.num_tokens, layout.unit_tokens, order):
+        raise DamagedSketch(0, "an order of tokens that does not fill its units")
+    return order
+
+
 def decode(pages: np.ndarray, layout: DerivedLayout, refined: np.ndarray):
-    """(keys, values), float32 [num_tokens, head_dim], in the original space.
+    """(keys, values), float32 [num_tokens, head_dim], in the original space and in the order of tokens.
 
     pages: uint8 [index_pages + refinement_pages, page_size]; refined: bool [refinement_pages], the units whose
     refinement page is read. Keys of other units are 1 / (1 - DISTORTION) times what is nearest, so that
     their products with queries are right on average. Raises DamagedSketch.
     """
     parts = _rotated_rows(pages[: layout.index_pages], pages[layout.index_pages :], layout, refined)
+    places = np.argsort(token_order(pages[: layout.index_pages], layout))
     (keys, _), (values, _) = parts
-    return unrotate(keys), unrotate(values)
+    return unrotate(keys[places]), unrotate(values[places])
 
 
 def _memory(addresses: np.ndarray, page_size: int) -> np.ndarray:
@@ -188,6 +207,7 @@ def _attend(batch: SketchBatch, segment: int, units, refinement, out, lse, noise
         refined[unit], images[unit] = True, image
     try:
         (keys, key_scales), (values, value_scales) = _rotated_rows(index, images, layout, refined)
+        order = token_order(index, layout)
     except DamagedSketch as damage:
         raise DamagedSketch(segment, damage.reason) from None
     first_unit = int(batch.segment_first_unit[segment])
@@ -198,7 +218,7 @@ def _attend(batch: SketchBatch, segment: int, units, refinement, out, lse, noise
     )
     for unit in units:
         tokens = slice(unit * layout.unit_tokens, min((unit + 1) * layout.unit_tokens, layout.num_tokens))
-        positions = batch.segment_first_token[segment] + np.arange(tokens.start, tokens.stop)
+        positions = batch.segment_first_token[segment] + order[tokens]
         variance, distortion = SCORE_VARIANCE, DISTORTION
         if refined[unit]:
             variance = distortion = REFINED_DISTORTION

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from accel.sketch import DamagedSketch, SketchBatch, codebook, integer_kernels, micro_kernels
+from accel.sketch import DamagedSketch, SketchBatch, codebook, integer_kernels, micro_kernels, token_order
+from accel.sketch.format import TOKEN_ORDER_VERSION
 from accel.sketch.integer_kernels import (
     BIAS,
     LANES,
@@ -28,8 +29,9 @@ from accel.sketch.integer_kernels import (
     sum_codes,
     weigh_tokens,
 )
-from accel.sketch.kernels import NO_SEGMENT, PAD, all_finite, gather, header_holds
+from accel.sketch.kernels import NO_SEGMENT, PAD, all_finite, gather, header_holds, header_version
 from accel.sketch.micro_kernels import copy_bytes, token_scales, widen_halves
+from accel.sketch.token_order import read_order, sees_all
 from accel.workers import check_shape, vector_ir
 from accel.workers import micro_kernels as dense_micro_kernels
 from accel.workers.micro_kernels import cap_scores
@@ -43,7 +45,7 @@ _LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
 _EMITTERS = zlib.crc32(
     b"".join(
         Path(module.__file__).read_bytes()
-        for module in (codebook, integer_kernels, micro_kernels, dense_micro_kernels, vector_ir)
+        for module in (codebook, integer_kernels, micro_kernels, token_order, dense_micro_kernels, vector_ir)
     )
 )
 _compiling = threading.Lock()
@@ -147,20 +149,21 @@ def _largest(codes, first, stop):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _hide(scores, num_tokens, start, stop):
-    """scores: float32 [heads, >= num_tokens]; -inf for tokens outside [start, stop)."""
+def _hide(scores, tokens, start, stop):
+    """scores: float32 [heads, >= len(tokens)]; -inf for tokens outside [start, stop)."""
     for head in range(len(scores)):
-        scores[head, : min(max(start, 0), num_tokens)] = -np.inf
-        scores[head, min(max(stop, 0), num_tokens) : num_tokens] = -np.inf
+        for place in range(len(tokens)):
+            if not start <= tokens[place] < stop:
+                scores[head, place] = -np.inf
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _add_distance_bias(scores, num_tokens, first_position, position, slopes):
+def _add_distance_bias(scores, tokens, position, slopes):
     """As kernels._add_distance_bias; slopes: of these heads."""
     for head in range(len(scores)):
-        for token in range(num_tokens):
-            distance = np.float32(position - first_position - token) * np.float32(_LOG2_E)
-            scores[head, token] -= slopes[head] * distance
+        for place in range(len(tokens)):
+            distance = np.float32(position - tokens[place]) * np.float32(_LOG2_E)
+            scores[head, place] -= slopes[head] * distance
 
 
 @njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
@@ -187,11 +190,11 @@ def _score_kernel(head_dim: int, heads: int, native: int, lanes: int, accumulato
     def score(
         index_pages, segment_first_page, segment_first_unit, segment_num_tokens, segment_first_token,
         segment_item, segment_kv_head, page_size, codes, biases, scaled, worth, visible_start, visible_stop,
-        softcap, slopes, query_position, next_segment, stop_segment, image, copied, scales, scores, floats,
-        lse, piece_lse, piece_step, weights, segment_first_piece, segment_weights,
+        softcap, slopes, query_position, next_segment, stop_segment, image, copied, order, scales, scores,
+        floats, lse, piece_lse, piece_step, weights, segment_first_piece, segment_weights,
     ):  # fmt: skip
-        # image, copied: uint8, of a segment's index pages; scales: float32 [2, tokens + PAD]; scores: float32
-        # [heads, tokens + PAD]; floats: float32 [head_dim + 2 + 3 * heads]
+        # image, copied: uint8, of a segment's index pages; order: int64 [tokens]; scales: float32
+        # [2, tokens + PAD]; scores: float32 [heads, tokens + PAD]; floats: float32 [head_dim + 2 + 3 * heads]
         # Returns NO_SEGMENT, or the segment whose header or means are damaged.
         emitters  # noqa: B018 - makes it part of the key
         num_queries = codes.shape[1]
@@ -235,6 +238,20 @@ def _score_kernel(head_dim: int, heads: int, native: int, lanes: int, accumulato
             )  # fmt: skip
             item, kv_head = segment_item[segment], segment_kv_head[segment]
             first_position = segment_first_token[segment]
+            starts, stops = visible_start[item], visible_stop[item]
+            sees = sees_all(starts, stops, first_position, num_tokens)
+            if not sees or len(slopes):
+                packed_from, packed_bytes = means_stop + num_tokens, (num_tokens + 1) // 2
+                packed = copied[packed_from : packed_from + packed_bytes]
+                version = header_version(copied[:SKETCH_HEADER_BYTES])
+                if version == TOKEN_ORDER_VERSION:
+                    order_at = means_at + 4 * num_means * head_dim
+                    if order_at + packed_bytes > at + (stop_page - first_page) * page_size:
+                        return segment
+                    copy_bytes(copied_at + packed_from, order_at, packed_bytes)
+                if not read_order(version, packed, num_tokens, unit_tokens, order):
+                    return segment
+            tokens = order[:num_tokens]
             weights_at = np.int64(weights.ctypes.data) + segment_weights[segment]
             for query in range(num_queries):
                 for head in range(heads):
@@ -265,12 +282,9 @@ def _score_kernel(head_dim: int, heads: int, native: int, lanes: int, accumulato
                         )  # fmt: skip
                 if len(slopes):
                     its_slopes = slopes[kv_head * heads : (kv_head + 1) * heads]
-                    position = query_position[item, query]
-                    _add_distance_bias(scores, num_tokens, first_position, position, its_slopes)
-                start = visible_start[item, query] - first_position
-                stop = visible_stop[item, query] - first_position
-                if start > 0 or stop < num_tokens:
-                    _hide(scores, num_tokens, start, stop)
+                    _add_distance_bias(scores, tokens, query_position[item, query] - first_position, its_slopes)
+                if not sees:
+                    _hide(scores, tokens, starts[query] - first_position, stops[query] - first_position)
                 piece = segment_first_piece[segment]
                 for unit in range(segment_first_unit[segment], segment_first_unit[segment + 1]):
                     unit_begin = (unit - segment_first_unit[segment]) * unit_tokens
@@ -429,7 +443,7 @@ def score_units(
     """
     score = _kernel_for(_score_kernel, batch, native)
     head_dim, tokens = batch.head_dim, int(batch.segment_num_tokens.max(initial=0))
-    copied = SKETCH_HEADER_BYTES + 4 * head_dim * (tokens // MEAN_TOKENS + 1) + tokens
+    copied = SKETCH_HEADER_BYTES + 4 * head_dim * (tokens // MEAN_TOKENS + 1) + tokens + (tokens + 1) // 2
     damaged = score(
         *batch.segment_arrays(),
         batch.page_size,
@@ -446,6 +460,7 @@ def score_units(
         segments.stop_unit,
         _image_memory(batch),
         np.empty(copied, np.uint8),
+        np.empty(tokens, np.int64),
         np.empty((2, tokens + PAD), np.float32),
         np.empty((batch.group_size, tokens + PAD), np.float32),
         np.empty(head_dim + 2 + 3 * batch.group_size, np.float32),

@@ -14,7 +14,7 @@ import torch
 
 from accel.sketch.codebook import SCORE_VARIANCE
 from accel.sketch.encoder import encode
-from accel.sketch.reference import decode, sketch_layout
+from accel.sketch.reference import decode, sketch_layout, token_order
 from accel.sketch.selection import choose_units, run_of, units_within
 from accel.sparf.selection import choose_channels
 from kvfs_bench.sparse_model import Past
@@ -163,8 +163,8 @@ class MeanPages(Scheme):
 
 @dataclass
 class SketchedHead:
-    """What sketch and refinements stand for, float32 [num_tokens, head_dim] each; sizes: of a key without its
-    mean, mean square per channel, [num_tokens]."""
+    """What sketch and refinements stand for, float32 [num_tokens, head_dim] each, as the sketch orders them;
+    sizes: of a key without its mean, mean square per channel, [num_tokens]."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -207,10 +207,20 @@ class Sketches:
             rows = slice(first, first := first + layout.num_tokens)
             pages = encode(keys[rows].numpy(), values[rows].numpy(), layout)
             none, every = (np.full(layout.refinement_pages, refined) for refined in (False, True))
-            parts.append((*decode(pages, layout, none), *decode(pages, layout, every)))
-        coded = [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
-        sizes = torch.cat([(part - part.mean(0)).square().mean(1) for part in keys.split(MEAN_TOKENS)])
-        return SketchedHead(*coded, sizes)
+            decoded = (*decode(pages, layout, none), *decode(pages, layout, every))
+            order = token_order(pages, layout)
+            ordered = keys[rows].numpy()[order]
+            means = np.repeat(_means(ordered), MEAN_TOKENS, axis=0)[: len(order)]
+            sizes = np.square(ordered - means).mean(axis=1)
+            parts.append((*(each[order] for each in decoded), sizes))
+        return SketchedHead(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))
+
+
+def _means(rows: np.ndarray) -> np.ndarray:
+    """Of each MEAN_TOKENS rows."""
+    return np.stack(
+        [rows[first : first + MEAN_TOKENS].mean(axis=0) for first in range(0, len(rows), MEAN_TOKENS)]
+    )
 
 
 class Sketch(Scheme):

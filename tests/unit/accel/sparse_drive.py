@@ -262,18 +262,18 @@ def _sketched(batch, memory, compression, used, start, stop, other_lse):
     out = np.empty((batch.num_units, num_queries, GROUP, HEAD_DIM), np.float32)
     lse = np.empty((batch.num_units, num_queries, GROUP), np.float32)
     reference.sketch_units(batch, UnitRange(0, batch.num_segments), out, lse)
-    dense_pages = units = 0
+    dense_pages = 0
     unit_tokens = layout(1).unit_tokens
     for first, count, *_ in used:
         low = max(first * GROUP_TOKENS, int(start.min()))
         high = min((first + count) * GROUP_TOKENS, int(stop.max()))
         dense_pages += 2 * (-(-high // ROWS) - low // ROWS)
-        units += -(-high // unit_tokens) - low // unit_tokens
-    limit = units_within(compression, dense_pages, len(batch.index_pages), units)
+    limit = units_within(compression, dense_pages, len(batch.index_pages), batch.num_units)
     scanned = scan.Scan.of(batch)  # units of nearly the same share: whichever the drive takes is right
     scan.score_units(batch, scan.RoundedQueries.of(batch), UnitRange(0, batch.num_segments), scanned)
     shares = scanned.lse.reshape(len(lse), -1)
     chosen = choose_units(shares, limit, other_lse.reshape(-1), run_of(unit_tokens))
+    chosen = chosen[~np.isneginf(shares[chosen]).all(axis=1)]
     segment = batch.unit_segment(chosen)
     pages = [
         dma.address_of(memory[s]) + PAGE * (layout(used[s][1]).index_pages + unit - batch.segment_first_unit[s])
