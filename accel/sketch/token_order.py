@@ -15,6 +15,7 @@ from numba import njit
 from accel.sketch.format import SKETCH_VERSION
 
 ITERATIONS = 6  # of the power method: the direction need not be exact
+ROUNDS = 6  # of k-means
 _MAX_PARTS = 64  # waiting to be halved: more than the logarithm of any number of units
 
 
@@ -82,10 +83,9 @@ def _turn(rows, order, first, stop, centre, direction, moved):
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def like_tokens_together(rows, unit_tokens):
-    """int64 [num_tokens]: the token at each place of a sketch. rows: float32 [num_tokens, head_dim], of K"""
+def _halve(rows, unit_tokens, order):
+    """Parts of order, int64 [num_tokens], become units."""
     num_tokens, head_dim = rows.shape
-    order = np.arange(num_tokens)
     centre, direction = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     moved = np.empty(num_tokens, np.float32)
     parts = np.empty((_MAX_PARTS, 2), np.int64)
@@ -96,7 +96,6 @@ def like_tokens_together(rows, unit_tokens):
         first, stop = parts[num_parts]
         num_units = -(-(stop - first) // unit_tokens)
         if num_units <= 1:
-            order[first:stop].sort()
             continue
         _centre(rows, order, first, stop, centre)
         _farthest(rows, order, first, stop, centre, direction)
@@ -110,6 +109,81 @@ def like_tokens_together(rows, unit_tokens):
         parts[num_parts] = first, middle
         parts[num_parts + 1] = middle, stop
         num_parts += 2
+
+
+@njit(nogil=True, cache=True, boundscheck=False, fastmath={"reassoc", "contract"})
+def _nearness(rows, order, unit_tokens, centres, nearness):
+    """Fill in the units' centres, float32 [num_units, head_dim], and how near rows are to them, float32
+    [num_tokens, num_units]: half the square of a row, less half that of its distance."""
+    num_units = len(centres)
+    for unit in range(num_units):
+        first = unit * unit_tokens
+        _centre(rows, order, first, min(first + unit_tokens, len(rows)), centres[unit])
+    for unit in range(num_units):
+        centre = centres[unit]
+        square = np.float32(0)
+        for channel in range(len(centre)):
+            square += centre[channel] * centre[channel]
+        for token in range(len(rows)):
+            row = rows[token]
+            product = np.float32(0)
+            for channel in range(len(centre)):
+                product += row[channel] * centre[channel]
+            nearness[token, unit] = product - square / 2
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _exchange(rows, unit_tokens, order):
+    """A round of k-means with units of fixed sizes; returns False, and leaves order, if that is no better.
+
+    Tokens choose their units one after the other, those first that lose most by their second choice.
+    """
+    num_tokens, head_dim = rows.shape
+    num_units = -(-num_tokens // unit_tokens)
+    centres = np.empty((num_units, head_dim), np.float32)
+    nearness = np.empty((num_tokens, num_units), np.float32)
+    _nearness(rows, order, unit_tokens, centres, nearness)
+    before = 0.0
+    for place in range(num_tokens):
+        before += nearness[order[place], place // unit_tokens]
+    loss = np.empty(num_tokens, np.float32)
+    for token in range(num_tokens):
+        best = second = np.float32(-np.inf)
+        for unit in range(num_units):
+            if nearness[token, unit] > best:
+                best, second = nearness[token, unit], best
+            elif nearness[token, unit] > second:
+                second = nearness[token, unit]
+        loss[token] = second - best
+    found = np.empty(num_tokens, np.int64)
+    taken = np.zeros(num_units, np.int64)
+    after = 0.0
+    for token in np.argsort(loss, kind="mergesort"):
+        unit = -1
+        for other in range(num_units):
+            room = min(unit_tokens, num_tokens - other * unit_tokens)
+            if taken[other] < room and (unit < 0 or nearness[token, other] > nearness[token, unit]):
+                unit = other
+        found[unit * unit_tokens + taken[unit]] = token
+        taken[unit] += 1
+        after += nearness[token, unit]
+    if not after > before:
+        return False
+    order[:] = found
+    return True
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def like_tokens_together(rows, unit_tokens):
+    """int64 [num_tokens]: the token at each place of a sketch. rows: float32 [num_tokens, head_dim], of K"""
+    num_tokens = len(rows)
+    order = np.arange(num_tokens)
+    _halve(rows, unit_tokens, order)
+    for _ in range(ROUNDS):
+        if not _exchange(rows, unit_tokens, order):
+            break
+    for first in range(0, num_tokens, unit_tokens):
+        order[first : first + unit_tokens].sort()
     return order
 
 
