@@ -4,6 +4,7 @@
 |---|---|
 | `format` | where what lies in index and refinement pages |
 | `codebook` | the levels that codes stand for, and the rotation that makes channels normally distributed |
+| `token_order` | tokens of like keys lie together |
 | `encoder` | rows of K and V to pages |
 | `reference` | pages to rows, and attention over them: the definition, in NumPy |
 | `kernels` | attention over pages, fast: units one by one, with their noise |
