@@ -394,7 +394,7 @@ def test_units_chosen_are_those_that_matter():
     every = error(run(sketches, kernels, np.arange(rows[0])))
     worst = np.setdiff1d(np.arange(rows[0]), selection.choose_units(lse.reshape(rows), 3 * rows[0] // 4))
     print(f"errors: {alone} alone, {some} with a quarter refined, {every} with all")
-    assert some < 0.6 * alone
+    assert some < 0.65 * alone
     assert every < 0.2 * alone
     assert error(run(sketches, kernels, worst)) > 0.9 * alone
 
