@@ -1,12 +1,12 @@
 """Reading the next layer's sketches while flash would have nothing to do.
 
-A command by sketches asks for its chosen pages once it has read and scored all sketches, and between one layer's
-answer and the next layer's question there is no command. Decoding goes from layer to layer over the same segments:
-after two of them the next one's index pages are known, and are read behind all that commands ask for, into the
-cache, with the priority that they would have anyway.
+A command by sketches asks for its chosen pages once it has scored all sketches, and between one layer's answer
+and the next layer's question there is no command. Decoding goes from layer to layer over the same segments, so
+after two of them the next one's index pages are known. They are read behind all that commands ask for, into
+the cache, with the priority that they would have anyway.
 
-A wrong guess costs at most one layer's index pages. A window is read as a command would read it, in a read guard
-of its own, if the cache has room for it at once; what cannot be read is left to the command, which says so.
+A wrong guess costs at most one layer's index pages. A window is read as a command would read it, in a guard of
+its own, if the cache has room for it at once; what cannot be read is left to the command, which says so.
 """
 
 import logging
@@ -49,7 +49,7 @@ class _Followed:
     step: int = 0
 
     def layer_after(self, layer: int) -> int | None:
-        """Of a command over this layer. The first layer of a token is followed by as many as those before it."""
+        """Of a command over this layer; a token's first one takes the step of the token before."""
         if layer > self.layer:
             self.step = layer - self.layer
         self.layer = layer

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from accel.attention_work import AttentionWork
-from accel.page_job import Stage
+from accel.page_job import WINDOW_BYTES, Stage
 from accel.page_plan import runs
 from accel.sketch import DamagedSketch, SketchBatch, kernels, scan
 from accel.sparse_job import SPARSE_WINDOW_BYTES
@@ -22,7 +22,7 @@ UNITS_AT_ONCE = 8  # of a refined stage: a call costs as much as some of them
 
 
 def index_units(plan: SparsePlan, heads: range, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int64: LBAs of the index pages of all [segment][head]; int64: where each of these begins, and the end)."""
+    """(LBAs of the index pages of all [segment][head]; where each of these begins, and the end): int64."""
     count = np.repeat(plan.index_pages, len(heads))
     lbas = runs(plan.lbas(layer, heads, DerivedLayout.index_lba).reshape(-1), count)
     return lbas, np.concatenate([[0], np.cumsum(count)])
@@ -170,7 +170,7 @@ class RefinedStage(Stage):
             np.append(first_column, len(owner)),
             damaged=np.zeros(len(self.owners), bool),
             counted=is_index,
-            window_bytes=SPARSE_WINDOW_BYTES,
+            window_bytes=WINDOW_BYTES,
         )
         self.sketched = sketched
         self.reasons: dict[int, str] = {}
