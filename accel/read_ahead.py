@@ -25,7 +25,7 @@ from ftl.errors import FlashError
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_LINES = 16  # of the cache, that a window may pin
+SHARE_OF_LINES = 8  # of the cache, that a window may pin
 MAX_FOLLOWED = 4  # plans: as many as are kept, see attention_work
 
 
@@ -133,7 +133,8 @@ class ReadAhead:
         try:
             self._readers.submit(self._step)
         except RuntimeError:  # they are being shut down
-            self.close()
+            with self._lock:
+                self._num_steps -= 1
 
     def _step(self) -> None:
         with self._lock:
