@@ -304,6 +304,17 @@ def _are_here(slots, index, line_shift, pages):
 
 
 @njit(nogil=True, cache=True)
+def _count_here(slots, index, line_shift, pages):
+    count = 0
+    for page in pages:
+        line = page >> line_shift
+        slot = index[line] - 1
+        if slot >= 0:
+            count += slots[slot, _VALID] >> (page - (line << line_shift)) & 1
+    return count
+
+
+@njit(nogil=True, cache=True)
 def _mark_valid(slots, index, line_shift, pages):
     for page in pages:
         line = page >> line_shift
@@ -462,10 +473,10 @@ class PageCache:
             except MemoryError:
                 return None
 
-    def are_here(self, pages: np.ndarray) -> bool:
-        """Whether all are valid. None counts as used, and none is pinned."""
+    def count_here(self, pages: np.ndarray) -> int:
+        """How many of them are valid; none counts as used."""
         with self._changed:
-            return _are_here(self._slots, self._index, self._line_shift, pages)
+            return _count_here(self._slots, self._index, self._line_shift, pages)
 
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""

@@ -25,6 +25,8 @@ from ftl.errors import FlashError
 
 log = logging.getLogger(__name__)
 
+SHARE_OF_CACHE = 10  # that may be read ahead: with a ninth, what the command under way needs twice was evicted
+KEPT_SHARE = 8  # one page in so many: more are kept, see `read`
 SHARE_OF_LINES = 8  # of the cache, that a window may pin
 MAX_FOLLOWED = 4  # plans: as many as are kept, see attention_work
 
@@ -59,6 +61,7 @@ class _Followed:
 class ReadAhead:
     """Of one attention unit. Safe to use from several threads.
 
+    max_pages: that `read` may be asked for
     readers: threads that take work in order, num_readers of them; count: told how many pages were read that no
     command has asked for yet
     """
@@ -75,6 +78,7 @@ class ReadAhead:
         self._cache = cache
         self._readers = readers
         self._num_readers = num_readers
+        self.max_pages = cache.capacity_bytes // cache.page_size // SHARE_OF_CACHE
         self._max_lines = max(1, cache.num_lines // SHARE_OF_LINES)
         self._count = count
         self._lock = threading.Lock()
@@ -100,7 +104,13 @@ class ReadAhead:
             return followed.layer_after(layer), self._reading.copy()
 
     def read(self, plan: SparsePlan, layer: int, windows: list[np.ndarray]) -> None:
-        """Read these LBAs, int64 each, once the readers have nothing else to do, in place of older guesses."""
+        """Read these LBAs, int64 each, once the readers have nothing else to do, in place of older guesses.
+
+        Nothing, where the cache keeps some of them from token to token: others of their kind would make room.
+        """
+        pages = self._ftl.resolve(np.concatenate(windows))
+        if pages.min() < 0 or self._cache.count_here(pages) * KEPT_SHARE > len(pages):
+            return
         with self._lock:
             if self._is_closed:
                 return
@@ -163,7 +173,7 @@ class ReadAhead:
         """How many pages were missing. Raises FlashError."""
         with self._ftl.read_guard():
             pages = self._ftl.resolve(window.lbas)
-            if pages.min() < 0 or self._cache.are_here(pages):
+            if pages.min() < 0 or self._cache.count_here(pages) == len(pages):
                 return 0
             try:
                 found = self._cache.acquire_now(pages, self._max_lines, has_priority=True)

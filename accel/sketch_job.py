@@ -77,7 +77,7 @@ class SketchJob(SparseJob):
         if layer is None or layer >= self.work.tables.num_layers:
             return
         page_size = self._engine.ftl.page_size
-        pages_left = self._engine.span_pages(self.spans_pinned)
+        pages_left = self._engine.read_ahead.max_pages
         windows: list[np.ndarray] = []
         for plan, heads in self._rounds():
             lbas, first_page = index_units(plan, heads, layer)
@@ -85,7 +85,8 @@ class SketchJob(SparseJob):
             if pages_left < 0:
                 break
             windows += _windows(lbas, first_page, SPARSE_WINDOW_BYTES // page_size)
-        self._engine.read_ahead.read(self.work.sparse, layer, windows)
+        if windows:
+            self._engine.read_ahead.read(self.work.sparse, layer, windows)
 
     @cached_property
     def _queries(self) -> np.ndarray:

@@ -148,6 +148,28 @@ def test_layer_after_layer(drive, namespace, stored, options):
     assert is_at_rest(drive)
 
 
+def test_nothing_where_the_cache_keeps_some(drive, namespace, stored):
+    """What is kept from token to token would make room for what is read ahead."""
+    for _ in range(2):
+        for layer in range(LAYERS):
+            ask(namespace, stored, layer)
+            wait_until_idle(drive)
+    already = read_ahead(drive)
+    pages = drive.ftl.resolve(index_lbas(stored, 3))
+    for page in pages[: INDEX_PAGES // 2].tolist():
+        drive.cache.drop(page, 1)
+    for layer in (1, 2):
+        ask(namespace, stored, layer)
+        wait_until_idle(drive)
+    assert (already, read_ahead(drive)) == ((LAYERS - 2) * INDEX_PAGES,) * 2
+    for page in pages.tolist():
+        drive.cache.drop(page, 1)
+    ask(namespace, stored, 1)
+    ask(namespace, stored, 2)
+    wait_until_idle(drive)
+    assert read_ahead(drive) == (LAYERS - 1) * INDEX_PAGES
+
+
 def test_every_second_layer(drive, namespace, stored):
     """Of a model with windows between: as far as from the layer before. None beyond the last one."""
     for layer in (0, 2, 4):
