@@ -304,14 +304,11 @@ def _are_here(slots, index, line_shift, pages):
 
 
 @njit(nogil=True, cache=True)
-def _count_here(slots, index, line_shift, pages):
-    count = 0
-    for page in pages:
-        line = page >> line_shift
+def _look_for(slots, index, line_shift, pages, found):
+    for position in range(len(pages)):
+        line = pages[position] >> line_shift
         slot = index[line] - 1
-        if slot >= 0:
-            count += slots[slot, _VALID] >> (page - (line << line_shift)) & 1
-    return count
+        found[position] = slot >= 0 and slots[slot, _VALID] >> (pages[position] - (line << line_shift)) & 1
 
 
 @njit(nogil=True, cache=True)
@@ -473,10 +470,12 @@ class PageCache:
             except MemoryError:
                 return None
 
-    def count_here(self, pages: np.ndarray) -> int:
-        """How many of them are valid; none counts as used."""
+    def has(self, pages: np.ndarray) -> np.ndarray:
+        """bool [n]: which of them are valid; none counts as used."""
+        found = np.empty(len(pages), bool)
         with self._changed:
-            return _count_here(self._slots, self._index, self._line_shift, pages)
+            _look_for(self._slots, self._index, self._line_shift, pages, found)
+        return found
 
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""

@@ -32,11 +32,11 @@ MAX_FOLLOWED = 4  # plans: as many as are kept, see attention_work
 
 
 class Window:
-    """LBAs that are read together. pages: the physical ones, once they are read."""
+    """LBAs that are read together. num_read: how many of them were missing and are in the cache now."""
 
     def __init__(self, lbas: np.ndarray):
         self.lbas = lbas
-        self.pages = np.empty(0, np.int64)
+        self.num_read = 0
         self.is_done = False
         self.num_awaited = 0  # by commands, which count them as theirs
         self.waiting: list[Callable[[], None]] = []
@@ -109,7 +109,7 @@ class ReadAhead:
         Nothing, where the cache keeps some of them from token to token: others of their kind would make room.
         """
         pages = self._ftl.resolve(np.concatenate(windows))
-        if pages.min() < 0 or self._cache.count_here(pages) * KEPT_SHARE > len(pages):
+        if pages.min() < 0 or self._cache.has(pages).sum() * KEPT_SHARE > len(pages):
             return
         with self._lock:
             if self._is_closed:
@@ -128,7 +128,7 @@ class ReadAhead:
                 window.num_awaited += num_pages
                 window.waiting.append(call)
                 return
-        if len(window.pages):
+        if window.num_read:
             self._count(-num_pages)
         self._readers.submit(call)
 
@@ -149,13 +149,13 @@ class ReadAhead:
     def _step(self) -> None:
         with self._lock:
             if not self._waiting:
+                self._guess = None  # plans go when nobody needs them
                 self._num_steps -= 1
                 return
             window = self._waiting.popleft()
             self._reading.append(window)
-        num_read = 0
         try:
-            num_read = self._read(window)
+            window.num_read = self._read(window)
         except FlashError as error:
             log.debug("not read ahead: %s", error)
         except Exception:
@@ -163,8 +163,8 @@ class ReadAhead:
         with self._lock:
             self._reading.remove(window)
             window.is_done = True
-        if num_read:
-            self._count(num_read - window.num_awaited)
+        if window.num_read:
+            self._count(window.num_read - window.num_awaited)
         for call in window.waiting:
             call()
         self._go_on()
@@ -173,7 +173,7 @@ class ReadAhead:
         """How many pages were missing. Raises FlashError."""
         with self._ftl.read_guard():
             pages = self._ftl.resolve(window.lbas)
-            if pages.min() < 0 or self._cache.count_here(pages) == len(pages):
+            if pages.min() < 0 or self._cache.has(pages).all():
                 return 0
             try:
                 found = self._cache.acquire_now(pages, self._max_lines, has_priority=True)
@@ -190,5 +190,4 @@ class ReadAhead:
                 self._cache.mark_valid(pages[places])
             finally:
                 self._cache.release(pages)
-        window.pages = pages
-        return len(missing)
+            return len(missing)

@@ -61,15 +61,13 @@ class SketchJob(SparseJob):
             for window in self._being_read:
                 num_pages = int(np.isin(lbas, window.lbas).sum())
                 if num_pages:
-                    load = partial(self._load_rest, window, span, first_unit, stop_unit, missing)
+                    load = partial(self._load_rest, span, first_unit, stop_unit, missing)
                     self._engine.read_ahead.when_done(window, num_pages, carried(load))
                     return
         super()._have_read(span, first_unit, stop_unit, missing)
 
-    def _load_rest(
-        self, window: Window, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray
-    ) -> None:
-        rest = missing[~np.isin(span.pages[missing], window.pages)]
+    def _load_rest(self, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
+        rest = missing[~self._engine.cache.has(span.pages[missing])]
         self._load_window(span, first_unit, stop_unit, rest)
 
     def _behind_rounds(self) -> None:
