@@ -3,12 +3,14 @@
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from accel.drive import Drive, DriveConfig
 from accel.page_cache import LINE_BYTES
+from ftl.errors import MediaIoError
 from spdk_glue.namespace import Namespace
 from tests.unit.accel.conftest import GEOMETRY
 from tests.unit.accel.sparse_drive import (
@@ -53,9 +55,15 @@ def ahead_of(drive):
     return drive.attention_unit._read_ahead
 
 
-def wait_until_idle(drive):
-    while ahead_of(drive)._num_steps:
+def wait_until(condition):
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up
         time.sleep(1e-3)
+
+
+def wait_until_idle(drive):
+    wait_until(lambda: not ahead_of(drive)._num_steps)
 
 
 def read_ahead(drive) -> int:
@@ -112,14 +120,9 @@ class Gate:
 def index_lbas(stored, layer):
     found = []
     for _, count, base, _ in stored.segments:
-        of = layout(count)
-        of = type(of)(**{**vars_of(of), "num_layers": LAYERS})
+        of = replace(layout(count), num_layers=LAYERS)
         found += range(base + of.index_lba(layer, 0), base + of.index_lba(layer, HEADS))
     return np.array(found)
-
-
-def vars_of(of):
-    return {name: getattr(of, name) for name in of.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": 0, "target_error": 0.3}], ids=str)
@@ -207,8 +210,7 @@ def test_what_is_being_read_is_waited_for(drive, namespace, stored, monkeypatch)
     answers = []
     command = threading.Thread(target=lambda: answers.append(ask(namespace, stored, 2)))
     command.start()
-    while not any(window.waiting for window in ahead_of(drive)._reading):
-        time.sleep(1e-3)
+    wait_until(lambda: any(window.waiting for window in ahead_of(drive)._reading))
     assert not answers
     gate.open()
     command.join(30)
@@ -222,8 +224,6 @@ def test_what_is_being_read_is_waited_for(drive, namespace, stored, monkeypatch)
 
 def test_what_is_awaited_and_fails(drive, namespace, stored, monkeypatch):
     """The command reads it itself."""
-    from ftl.errors import MediaIoError
-
     wanted = cold(drive, namespace, stored, 2)
     gate = Gate(drive, index_lbas(stored, 2), monkeypatch)
     gate.failure = MediaIoError(5, "drive", 0)
@@ -233,8 +233,7 @@ def test_what_is_awaited_and_fails(drive, namespace, stored, monkeypatch):
     answers = []
     command = threading.Thread(target=lambda: answers.append(ask(namespace, stored, 2)))
     command.start()
-    while not any(window.waiting for window in ahead_of(drive)._reading):
-        time.sleep(1e-3)
+    wait_until(lambda: any(window.waiting for window in ahead_of(drive)._reading))
     gate.open()
     command.join(30)
     same(answers[0], wanted)
@@ -355,8 +354,8 @@ def test_from_several_threads(drive, namespace, stored):
         assert not thread.is_alive()
     assert failures == []
     num_cancelled = 4 * sum((turn + layer) % 5 == 4 for turn in range(6) for layer in range(LAYERS))
-    while drive.attention_unit.counters.commands < 2 * LAYERS + 4 * 6 * LAYERS + num_cancelled:
-        time.sleep(1e-3)  # cancelled ones end by themselves
+    num_commands = 2 * LAYERS + 4 * 6 * LAYERS + num_cancelled
+    wait_until(lambda: drive.attention_unit.counters.commands >= num_commands)  # cancelled ones, too
     assert is_at_rest(drive)
 
 
@@ -373,8 +372,7 @@ def test_closing_meanwhile(tmp_path, monkeypatch):
     assert gate.was_reached.wait(30)
     closing = threading.Thread(target=drive.close)
     closing.start()
-    while not ahead_of(drive)._is_closed:
-        time.sleep(1e-3)
+    wait_until(lambda: ahead_of(drive)._is_closed)
     assert closing.is_alive()
     gate.open()
     closing.join(30)
