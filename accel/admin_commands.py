@@ -136,7 +136,7 @@ class AdminCommands:
 
     def _attention_counters(self) -> np.ndarray:
         record = np.zeros(1, ATTENTION_COUNTERS_LOG)
-        record["version"] = 3
+        record["version"] = 4
         record["num_workers"] = self._unit.num_workers
         record["cache_bytes"] = self._cache.capacity_bytes
         record["cache_bytes_used"] = self._cache.bytes_used

@@ -18,6 +18,7 @@ from accel.damage_notes import DamageNotes
 from accel.drive_probes import DriveProbes
 from accel.page_cache import PageCache
 from accel.page_job import Engine, PageJob
+from accel.read_ahead import ReadAhead
 from accel.resident_attention import ResidentAttention
 from accel.sketch_job import sketch_job
 from accel.sparf_job import SparfJob
@@ -47,6 +48,7 @@ class AttentionCounters:
     chosen_pages: int = 0
     dense_pages: int = 0
     damaged_segments: int = 0
+    pages_read_ahead: int = 0  # for no command, so of none of the numbers above
 
     def count_pages(self, counts: dict[str, int]) -> None:
         """counts: of an answer's header"""
@@ -72,19 +74,26 @@ class Ticket:
 class AttentionUnit:
     """Attention over the drive's pages. `ftl` resolves and reads; `worker` computes."""
 
-    def __init__(self, ftl, cache: PageCache, worker, num_workers: int, probes: DriveProbes):
+    def __init__(
+        self, ftl, cache: PageCache, worker, num_workers: int, probes: DriveProbes, reads_ahead: bool = True
+    ):
         self.num_workers = num_workers
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
+        readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kvfs-reader")
+        self._read_ahead = None
+        if reads_ahead:
+            self._read_ahead = ReadAhead(ftl, cache, readers, NUM_READERS, self._count_read_ahead)
         self._engine = Engine(
             ftl,
             cache,
             worker,
             ThreadPoolExecutor(NUM_COMMAND_THREADS, thread_name_prefix="kvfs-attention"),
-            ThreadPoolExecutor(NUM_READERS, thread_name_prefix="kvfs-reader"),
+            readers,
             WorkerPool(num_workers, probes.worker_wait),
             DamageNotes(),
             probes,
+            self._read_ahead,
         )
         self._descriptors = DescriptorReader(ftl.page_size, ftl.num_lbas, self._engine.scattered_span_pages())
         self._resident = ResidentAttention(self._engine, self._descriptors)
@@ -116,6 +125,10 @@ class AttentionUnit:
         counters.pages_from_cache += num_pages
         counters.kernel_ns += kernel_ns
         counters.command_ns += command_ns
+
+    def _count_read_ahead(self, num_pages: int) -> None:
+        with self._lock:
+            self.counters.pages_read_ahead += num_pages
 
     def submit(self, ticket_id: int, data: np.ndarray) -> None:
         """Start a descriptor's work. Raises CommandFailed for a bad one or too many tickets."""
@@ -220,5 +233,7 @@ class AttentionUnit:
     def close(self) -> None:
         """Wait for all that was submitted, then end the threads."""
         self._engine.commands.shutdown(wait=True)
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._engine.readers.shutdown(wait=True)
         self._engine.workers.close()

@@ -88,7 +88,12 @@ class Drive:
         self.cache = PageCache(config.cache_bytes, ftl.page_size, ftl.geometry.num_pages)
         self.probes = DriveProbes(*getattr(ftl.media, "probes", ()))
         self.attention_unit = AttentionUnit(
-            ftl, self.cache, load_worker(config.worker), config.worker_count, self.probes
+            ftl,
+            self.cache,
+            load_worker(config.worker),
+            config.worker_count,
+            self.probes,
+            reads_ahead=config.num_command_threads > 0,
         )
         stack.callback(self.attention_unit.close)
         self.sealing = Sealing(ftl, in_background=config.num_command_threads > 0)

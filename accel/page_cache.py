@@ -304,6 +304,14 @@ def _are_here(slots, index, line_shift, pages):
 
 
 @njit(nogil=True, cache=True)
+def _look_for(slots, index, line_shift, pages, found):
+    for position in range(len(pages)):
+        line = pages[position] >> line_shift
+        slot = index[line] - 1
+        found[position] = slot >= 0 and slots[slot, _VALID] >> (pages[position] - (line << line_shift)) & 1
+
+
+@njit(nogil=True, cache=True)
 def _mark_valid(slots, index, line_shift, pages):
     for page in pages:
         line = page >> line_shift
@@ -386,30 +394,38 @@ class PageCache:
         has_priority: of lines that are not here yet. Raises MemoryError, with nothing pinned, if the pages lie
         in more than max_lines (None: the cache's) lines.
         """
+        with self._changed:
+            while True:
+                found = self.acquire_now(pages, max_lines, has_priority)
+                if found is not None:
+                    return found
+                self._changed.wait()
+
+    def acquire_now(
+        self, pages: np.ndarray, max_lines: int | None = None, has_priority: bool = False
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `acquire`; None, with nothing pinned, where that would block."""
         max_lines = self.num_lines if max_lines is None else max_lines
         addresses = np.empty(len(pages), np.uint64)
         missing = np.empty(len(pages), np.int64)
         with self._changed:
-            while True:
-                count = _acquire(
-                    self._slots,
-                    self._probation,
-                    self._state,
-                    self._index,
-                    self._line_shift,
-                    self.page_size,
-                    self._arena_address,
-                    pages,
-                    max_lines,
-                    int(has_priority),
-                    addresses,
-                    missing,
-                )
-                if count >= 0:
-                    return addresses, missing[:count]
-                if count == TOO_MANY_LINES:
-                    raise MemoryError(f"{len(pages)} pages are scattered over more than {max_lines} lines")
-                self._changed.wait()
+            count = _acquire(
+                self._slots,
+                self._probation,
+                self._state,
+                self._index,
+                self._line_shift,
+                self.page_size,
+                self._arena_address,
+                pages,
+                max_lines,
+                int(has_priority),
+                addresses,
+                missing,
+            )
+        if count == TOO_MANY_LINES:
+            raise MemoryError(f"{len(pages)} pages are scattered over more than {max_lines} lines")
+        return None if count < 0 else (addresses, missing[:count])
 
     def acquire_resident(
         self,
@@ -453,6 +469,13 @@ class PageCache:
                 return self.acquire(pages, max_lines)[0]
             except MemoryError:
                 return None
+
+    def has(self, pages: np.ndarray) -> np.ndarray:
+        """bool [n]: which of them are valid; none counts as used."""
+        found = np.empty(len(pages), bool)
+        with self._changed:
+            _look_for(self._slots, self._index, self._line_shift, pages, found)
+        return found
 
     def mark_valid(self, pages: np.ndarray) -> None:
         """These pinned pages have been read and their checksums hold."""

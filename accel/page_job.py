@@ -21,6 +21,7 @@ import numpy as np
 from accel.damage_notes import DamageNotes
 from accel.drive_probes import DriveProbes
 from accel.page_cache import PageCache
+from accel.read_ahead import ReadAhead
 from accel.worker_pool import WorkerPool
 from accel.workers import CannotCompute, UnitRange, WorkerCounts, WorkerFailed
 from ftl.errors import CorruptPage, FlashError
@@ -41,7 +42,7 @@ class Engine:
     """What all jobs share.
 
     commands: threads that plan what is not in the cache; readers: that read it; damage: what the log was told;
-    counts: what the worker tells
+    read_ahead: None for a drive in which nothing happens but what is asked; counts: what the worker tells
     """
 
     ftl: object
@@ -52,6 +53,7 @@ class Engine:
     workers: WorkerPool
     damage: DamageNotes
     probes: DriveProbes
+    read_ahead: ReadAhead | None = None
     counts: WorkerCounts = field(default_factory=WorkerCounts)
 
     def span_pages(self, spans_pinned: int = SPANS_PINNED) -> int:
@@ -71,6 +73,14 @@ class Engine:
     def scattered_span_pages(self, spans_pinned: int = SPANS_PINNED) -> int:
         """As span_pages, where every page may lie in a line of its own. It also bounds units."""
         return max(1, self.cache.num_lines // (spans_pinned + 1))
+
+
+def cut(first_pages: np.ndarray, first_unit: int, last_unit: int, max_columns: int) -> int:
+    """Where a run of units from first_unit on ends that has at most max_columns, or one unit."""
+    if first_pages[last_unit] - first_pages[first_unit] <= max_columns:
+        return last_unit
+    stop = int(np.searchsorted(first_pages, first_pages[first_unit] + max_columns, side="right")) - 1
+    return min(max(stop, first_unit + 1), last_unit)
 
 
 class Stage:
@@ -209,7 +219,7 @@ class PageJob:
         scattered_pages = engine.scattered_span_pages(self.spans_pinned)
         first = 0
         while first < stage.num_units:
-            stop = self._cut(stage, first, stage.num_units, max_pages)
+            stop = cut(stage.unit_first_page, first, stage.num_units, max_pages // stage.num_rows)
             columns = int(stage.unit_first_page[first]), int(stage.unit_first_page[stop])
             lbas = (stage.lbas[:, slice(*columns)] + stage.lba_offset).reshape(-1)
             started = perf_counter_ns()
@@ -261,24 +271,15 @@ class PageJob:
         buffer = dma.allocate(len(places) * page_size)
         return buffer, dma.page_addresses(buffer, page_size)[place]
 
-    @staticmethod
-    def _cut(stage: Stage, first_unit: int, last_unit: int, max_pages: int) -> int:
-        """Where a run of units from first_unit on ends that has at most max_pages, or one unit."""
-        first_pages = stage.unit_first_page
-        if stage.num_rows * (first_pages[last_unit] - first_pages[first_unit]) <= max_pages:
-            return last_unit
-        limit = first_pages[first_unit] + max_pages // stage.num_rows
-        stop = int(np.searchsorted(first_pages, limit, side="right")) - 1
-        return min(max(stop, first_unit + 1), last_unit)
-
     def _windows(self, span: Span) -> Iterator[tuple[int, int, np.ndarray]]:
         """(first unit, stop unit, positions of missing pages) of each part of a span to be read at once."""
         stage = span.stage
         base = stage.unit_first_page[span.first_unit]
+        columns_at_once = stage.window_bytes // self._engine.ftl.page_size // stage.num_rows
         position = span.missing % (len(span.pages) // stage.num_rows)
         first = span.first_unit
         while first < span.stop_unit:
-            stop = self._cut(stage, first, span.stop_unit, stage.window_bytes // self._engine.ftl.page_size)
+            stop = cut(stage.unit_first_page, first, span.stop_unit, columns_at_once)
             low, high = stage.unit_first_page[first] - base, stage.unit_first_page[stop] - base
             yield first, stop, span.missing[(low <= position) & (position < high)]
             first = stop
@@ -298,11 +299,21 @@ class PageJob:
         if not len(span.missing):
             self._submit_units(span, span.first_unit, span.stop_unit)
             return
+        here: list[list[int]] = []  # runs of units
         for first_unit, stop_unit, missing in self._windows(span):
             if len(missing):
-                self._engine.readers.submit(carried(self._load_window), span, first_unit, stop_unit, missing)
+                self._have_read(span, first_unit, stop_unit, missing)
+            elif here and here[-1][1] == first_unit:
+                here[-1][1] = stop_unit
             else:
-                self._submit_units(span, first_unit, stop_unit)
+                here.append([first_unit, stop_unit])
+        # once flash is at work: workers that compute leave this thread little
+        for first_unit, stop_unit in here:
+            self._submit_units(span, first_unit, stop_unit)
+
+    def _have_read(self, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
+        """A window, and then computed."""
+        self._engine.readers.submit(carried(self._load_window), span, first_unit, stop_unit, missing)
 
     def _load_window(self, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
         with self._stop_on_error("reading"):

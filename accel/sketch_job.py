@@ -7,19 +7,32 @@ error that each is expected to have; units are chosen, with stages of their own,
 expected by what refining has changed so far is small enough.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
 
+from accel.page_job import Span, cut
+from accel.read_ahead import Window
 from accel.sketch import kernels
 from accel.sketch.expected_error import ErrorTarget
 from accel.sketch.selection import choose_units, run_of, units_within
-from accel.sketch_stages import IndexStage, RefinedStage, ScanStage, SketchStage, SumStage
-from accel.sparse_job import SparseJob
+from accel.sketch_stages import IndexStage, RefinedStage, ScanStage, SketchStage, SumStage, index_units
+from accel.sparse_job import SPARSE_WINDOW_BYTES, SparseJob
 from accel.sparse_plan import SparsePlan
 from spdk_glue.derived_layout import DerivedLayout
+from spdk_glue.request_id import carried
+
+
+def _windows(lbas: np.ndarray, first_page: np.ndarray, max_pages: int) -> Iterator[np.ndarray]:
+    """Runs of whole units, as PageJob reads them."""
+    first, num_units = 0, len(first_page) - 1
+    while first < num_units:
+        stop = cut(first_page, first, num_units, max_pages)
+        yield lbas[first_page[first] : first_page[stop]]
+        first = stop
 
 
 class SketchJob(SparseJob):
@@ -32,6 +45,46 @@ class SketchJob(SparseJob):
     def _begin(self, plan: SparsePlan, heads: range) -> IndexStage | None:
         plan = self._mapped(plan, heads)
         return self._start(self._stage(plan, heads)) if len(plan) else None
+
+    _next_layer: int | None = None  # that is likely to be asked for
+    _being_read: Sequence[Window] = ()  # ahead, when this one began
+
+    def _before_rounds(self) -> None:
+        ahead = self._engine.read_ahead
+        if ahead is not None and not self._is_small:
+            self._next_layer, self._being_read = ahead.begin_command(self.work.sparse, self.work.layer)
+
+    def _have_read(self, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
+        """What is being read ahead is waited for, not read twice."""
+        if span.buffer is None and isinstance(span.stage, IndexStage):
+            lbas = span.lbas[missing]
+            for window in self._being_read:
+                num_pages = int(np.isin(lbas, window.lbas).sum())
+                if num_pages:
+                    load = partial(self._load_rest, span, first_unit, stop_unit, missing)
+                    self._engine.read_ahead.when_done(window, num_pages, carried(load))
+                    return
+        super()._have_read(span, first_unit, stop_unit, missing)
+
+    def _load_rest(self, span: Span, first_unit: int, stop_unit: int, missing: np.ndarray) -> None:
+        rest = missing[~self._engine.cache.has(span.pages[missing])]
+        self._load_window(span, first_unit, stop_unit, rest)
+
+    def _behind_rounds(self) -> None:
+        layer = self._next_layer
+        if layer is None or layer >= self.work.tables.num_layers:
+            return
+        page_size = self._engine.ftl.page_size
+        pages_left = self._engine.read_ahead.max_pages
+        windows: list[np.ndarray] = []
+        for plan, heads in self._rounds():
+            lbas, first_page = index_units(plan, heads, layer)
+            pages_left -= len(lbas)
+            if pages_left < 0:
+                break
+            windows += _windows(lbas, first_page, SPARSE_WINDOW_BYTES // page_size)
+        if windows:
+            self._engine.read_ahead.read(self.work.sparse, layer, windows)
 
     @cached_property
     def _queries(self) -> np.ndarray:
@@ -109,9 +162,9 @@ class BudgetJob(SketchJob):
         self._take_index(stage)
         parts = [self._choose_within(stage, positions, item) for item, positions in self._items(stage)]
         chosen = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-        # first what has its pages, before they make room for others
-        summed = self._start(SumStage(stage, chosen))
-        return stage, summed, self._refine(stage, chosen) if len(chosen) else None
+        # flash first: it would wait for a thread that workers leave little
+        refined = self._refine(stage, chosen) if len(chosen) else None
+        return stage, self._start(SumStage(stage, chosen)), refined
 
     def _choose_within(self, stage: ScanStage, positions: np.ndarray, item: int) -> np.ndarray:
         """int64: of one item's segments, the units of the largest shares, so many for each head."""

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from accel.attention_work import AttentionWork
-from accel.page_job import Stage
+from accel.page_job import WINDOW_BYTES, Stage
 from accel.page_plan import runs
 from accel.sketch import DamagedSketch, SketchBatch, kernels, scan
 from accel.sparse_job import SPARSE_WINDOW_BYTES
@@ -19,6 +19,13 @@ from accel.workers import UnitRange
 from spdk_glue.derived_layout import DerivedLayout
 
 UNITS_AT_ONCE = 8  # of a refined stage: a call costs as much as some of them
+
+
+def index_units(plan: SparsePlan, heads: range, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """(LBAs of the index pages of all [segment][head]; where each of these begins, and the end): int64."""
+    count = np.repeat(plan.index_pages, len(heads))
+    lbas = runs(plan.lbas(layer, heads, DerivedLayout.index_lba).reshape(-1), count)
+    return lbas, np.concatenate([[0], np.cumsum(count)])
 
 
 class IndexStage(Stage):
@@ -30,10 +37,8 @@ class IndexStage(Stage):
         tables = work.tables
         num_heads = len(heads)
         self.plan, self.heads = plan, heads
-        count = np.repeat(plan.index_pages, num_heads)
-        lbas = runs(plan.lbas(work.layer, heads, DerivedLayout.index_lba).reshape(-1), count)
-        first_page = np.concatenate([[0], np.cumsum(count)])
-        damaged = np.zeros(len(count), bool)
+        lbas, first_page = index_units(plan, heads, work.layer)
+        damaged = np.zeros(len(first_page) - 1, bool)
         super().__init__(lbas[None], first_page, damaged=damaged, window_bytes=SPARSE_WINDOW_BYTES)
         self.reasons: dict[int, str] = {}
         self.discarded = np.zeros(len(plan), bool)  # segments of the round that are read densely instead
@@ -165,7 +170,7 @@ class RefinedStage(Stage):
             np.append(first_column, len(owner)),
             damaged=np.zeros(len(self.owners), bool),
             counted=is_index,
-            window_bytes=SPARSE_WINDOW_BYTES,
+            window_bytes=WINDOW_BYTES,
         )
         self.sketched = sketched
         self.reasons: dict[int, str] = {}

@@ -57,6 +57,12 @@ class SparseJob(PageJob):
         """Wait for that, and add the round's result to `out` and `lse`."""
         raise NotImplementedError
 
+    def _before_rounds(self) -> None:
+        """Called once it is clear that there are rounds to be worked through."""
+
+    def _behind_rounds(self) -> None:
+        """Called once the last one has begun: nothing is left to be asked for before something is chosen."""
+
     def _segment_bytes(self) -> np.ndarray:
         """int64, of each segment: what a round keeps in memory for one of its heads."""
         raise NotImplementedError
@@ -84,9 +90,13 @@ class SparseJob(PageJob):
         if self.work.whole is not None and self._answer_from_cache(self.work.whole):
             return
         dense: DenseStage | None = self._start(DenseStage(self._engine, self.work, self.work.plan))
+        self._before_rounds()
         begun = chosen = None
-        for part in [*self._rounds(), None, None]:
+        parts = list(self._rounds())
+        for number, part in enumerate([*parts, None, None]):
             ahead = None if part is None else self._begin(*part)
+            if number + 1 == len(parts):
+                self._behind_rounds()
             if dense is not None:
                 self._take_dense(dense)
                 dense = None

@@ -351,5 +351,7 @@ ATTENTION_COUNTERS_LOG = np.dtype(
         ("core_cycles", "<u8"),
         ("core_bytes", "<u8"),  # of K and V streamed to them
         ("fallback_units", "<u8"),  # that the worker left to another
+        # version 4
+        ("pages_read_ahead", "<u8"),  # from flash for commands to come: none of the numbers above has them
     ]
 )

@@ -48,6 +48,7 @@ COUNTERS = (
     ),
     Number("kvfs_sparse_commands", "Sparse attention commands.", ("attention", "sparse_commands")),
     Number("kvfs_damaged_segments", "Times damaged derived data was met.", ("attention", "damaged_segments")),
+    Number("kvfs_read_ahead_pages", "Read for commands to come.", ("attention", "pages_read_ahead")),
     Number("kvfs_core_cycles", "Cycles of FPGA cores with a unit under way.", ("attention", "core_cycles")),
     Number("kvfs_core_streamed_bytes", "K and V streamed to FPGA cores.", ("attention", "core_bytes")),
     Number("kvfs_fallback_units", "Units that a worker left to another.", ("attention", "fallback_units")),

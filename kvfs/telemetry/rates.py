@@ -33,6 +33,7 @@ def rates(before: dict, now: dict) -> dict[str, float | None]:
 
     attends = [b - a for a, b in zip(_counts(before, "attend"), _counts(now, "attend"), strict=True)]
     cache, flash = per_second("attention", "pages_from_cache"), per_second("attention", "pages_from_flash")
+    ahead = per_second("attention", "pages_read_ahead")  # found in the cache, but flash has read them for it
     workers = total_of(now, "attention", "num_workers")
     return {
         "attends_per_second": sum(attends) / seconds,
@@ -41,7 +42,7 @@ def rates(before: dict, now: dict) -> dict[str, float | None]:
         "flash_read_bytes_per_second": per_second("flash", "bytes_read"),
         "flash_written_bytes_per_second": per_second("flash", "bytes_written"),
         "host_written_bytes_per_second": per_second("flash", "host_bytes_written"),
-        "cache_hit_ratio": cache / (cache + flash) if cache + flash else None,
+        "cache_hit_ratio": max(cache - ahead, 0.0) / (cache + flash) if cache + flash else None,
         "worker_use_ratio": per_second("attention", "kernel_ns") / 1e9 / workers if workers else None,
         "commands_outstanding": sum(drive.get("commands_outstanding", 0) for drive in now["drives"]),
     }
