@@ -6,7 +6,7 @@ from accel.fpga import coverage
 
 pytest.importorskip("amaranth", reason="needs Amaranth: pip install kvfs[fpga]")
 
-from accel.fpga import synthesis, throughput
+from accel.fpga import simulation, synthesis, throughput
 from accel.fpga.arithmetic import Shape
 from accel.fpga.synthesis import DELAYS, WIRE
 
@@ -67,6 +67,16 @@ def test_coverage_is_merged(tmp_path, capsys, monkeypatch):
     assert "| all | 0 of 1, 0.0% | 2 of 3, 66.7% |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["coverage", str(tmp_path / "none")])
     assert coverage.main() == 1
+
+
+def test_the_folder_for_coverage_is_made(core, monkeypatch, tmp_path):
+    """Else a whole run of tests ends in an abort of Verilator's, and nothing is kept of it."""
+    built = simulation.library(core.shape)
+    monkeypatch.setattr(simulation, "library", lambda shape, coverage: built)
+    monkeypatch.setattr(simulation.atexit, "register", lambda *_: None)
+    monkeypatch.setenv(simulation.COVERAGE, str(tmp_path / "not" / "there"))
+    simulation.SimulatedCore(core.shape)
+    assert (tmp_path / "not" / "there").is_dir()
 
 
 def test_cycles(core):
