@@ -232,6 +232,65 @@ def test_one_stream_that_ends_elsewhere(core, name, place):
     assert_same(bench.run([attention(command, blocks, SMALL)])[0], attend(command, blocks, SMALL))
 
 
+@pytest.mark.parametrize(
+    ("name", "place"), [("command", 0), ("command", 1), ("command", 2), ("keys", 3), ("values", 3)]
+)
+def test_nothing_is_taken_behind_an_error(core, name, place):
+    """Until the reset: not the rest of the unit, nor the next one."""
+    command, keys, values, _ = unit(SMALL, 20, 16)
+    blocks = blocks_of(keys, values, 5)
+    bench, streams = Bench(core, 1, {}), attention(command, blocks, SMALL)
+    beat, is_last = streams.beats[name][place]
+    streams.beats[name][place] = beat, not is_last
+    bench.run([streams, streams], stop_after=200)
+    assert bench.taken[name] == place + 1
+    assert core.read(kernel.register_address("state")) & BAD_LENGTH
+    bench.reset()
+    assert_same(bench.run([attention(command, blocks, SMALL)])[0], attend(command, blocks, SMALL))
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, 0), (1, SATURATED)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_last_scores_that_have_a_place(core, sign, more, status):
+    """32767 in log2 has one, on either side; the next score does not."""
+    command, keys, values, _ = unit(SMALL, 10, 16)
+    command.queries[:], command.exponents[:] = 0, -8
+    command.queries[:, 0], keys[:] = (32767 << 8) + more, sign
+    blocks = blocks_of(keys, values, 4)
+    assert attend(command, blocks, SMALL).status == status
+    check(core, command, blocks)
+
+
+def test_what_resets(core):
+    """A one in the control register's lowest byte and nothing else; a write waits for the response before."""
+    command, keys, values, _ = unit(SMALL, 4, 16)
+    Bench(core, 1, {}).run([attention(command, blocks_of(keys, values, 4), SMALL)])
+    pins, units_done = core.pins(), kernel.register_address("units")
+    inputs, outputs = pins.inputs, pins.outputs
+    other = kernel.CONTROL + 4
+    for address, value, strobes in (
+        (kernel.CONTROL, 0, 15),
+        (kernel.CONTROL, 2, 15),
+        (kernel.CONTROL, 1, 14),
+        (other, 1, 15),
+        (kernel.CONTROL, 1, 1),
+    ):
+        assert core.read(units_done) > 0
+        inputs.write_address, inputs.write_data, inputs.strobes = address, value, strobes
+        inputs.write_address_valid = inputs.write_valid = 1
+        pins.cycle()
+        assert outputs.write_address_ready and outputs.write_ready
+        pins.cycle()
+        assert outputs.response_valid and not outputs.write_address_ready and not outputs.write_ready
+        inputs.write_address_valid, inputs.write_valid, inputs.response_ready = 0, 0, 1
+        pins.cycle()
+        assert outputs.response == (kernel.SLAVE_ERROR if address == other else kernel.OKAY)
+        inputs.response_ready = 0
+        pins.cycle()
+        assert not outputs.response_valid
+    assert core.read(units_done) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [Shape(), Shape(lanes=16, rows=8)], ids=["default", "rows of several beats"])
 def test_larger_cores(shape):
