@@ -248,7 +248,9 @@ def attempt(mutation: Mutation) -> str | None:
         of_card = Path(mutation.file).stem in ("card", "data_mover")
         tests = CARD_TESTS if of_card else TESTS
         environment = {"XDG_CACHE_HOME": str(tree / "cache")}
-        return run_module(tree, ["pytest", "-qx", "-p", "no:cacheprovider", *tests], environment)
+        return run_module(
+            tree, ["pytest", "-qx", "-p", "no:cacheprovider", "-m", "not slow", *tests], environment
+        )
 
 
 def main() -> int:
