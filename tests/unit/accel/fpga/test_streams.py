@@ -261,6 +261,31 @@ def test_the_last_scores_that_have_a_place(core, sign, more, status):
     check(core, command, blocks)
 
 
+@pytest.mark.parametrize("hidden_by", ["token filter", "window"])
+def test_scores_without_a_place_that_nobody_sees(core, hidden_by):
+    command, keys, values, _ = unit(SMALL, 20, 16)
+    keys[3] = 60000
+    command.queries[:], command.exponents[:] = (1 << 23) - 1, 0
+    keys[4:] = keys[:3] = 2**-14
+    blocks = blocks_of(
+        keys, values, 10, masks=[2**64 - 1 - 8 if hidden_by == "token filter" else 2**64 - 1] * 2
+    )
+    if hidden_by == "window":
+        command.visible_start[:] = 4
+    assert attend(command, blocks, SMALL).status == 0
+    check(core, command, blocks)
+
+
+def test_a_sum_without_a_place_on_the_way_to_one_that_has(core):
+    """Of a token's two beats the first is beyond the limit, both together are not."""
+    command, keys, values, _ = unit(SMALL, 10, 32)
+    command.queries[:], command.exponents[:] = 0, -8
+    command.queries[:, 0], command.queries[:, 16], keys[:] = 32767 << 8, -(32767 << 8), 1.5
+    blocks = blocks_of(keys, values, 4)
+    assert attend(command, blocks, SMALL).status == 0
+    check(core, command, blocks)
+
+
 def test_what_resets(core):
     """A one in the control register's lowest byte and nothing else; a write waits for the response before."""
     command, keys, values, _ = unit(SMALL, 4, 16)
