@@ -233,7 +233,8 @@ def test_one_stream_that_ends_elsewhere(core, name, place):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("command", 0), ("command", 1), ("command", 2), ("keys", 3), ("values", 3)]
+    ("name", "place"),
+    [("command", 0), ("command", 1), ("command", 2), ("command", 3), ("keys", 3), ("values", 3)],
 )
 def test_nothing_is_taken_behind_an_error(core, name, place):
     """Until the reset: not the rest of the unit, nor the next one."""
