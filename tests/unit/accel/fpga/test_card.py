@@ -100,6 +100,13 @@ def test_both_streams_a_beat_a_cycle(core, simulated):
     assert core.beats / core.cycles >= 1.8
 
 
+def test_values_wait_for_room(core):
+    """A block of 512 beats, as many as a reader's buffer has: its values are there long before its scores."""
+    command, keys, values, _ = unit(SMALL, 4 * SMALL.block_tokens, SMALL.lanes * SMALL.max_beats)
+    blocks = blocks_of(keys, values, SMALL.block_tokens)
+    assert_same(run(core, command, blocks), attend(command, blocks, SMALL))
+
+
 def test_buffers_grow(core, simulated):
     """A unit larger than all before: new buffers, and the run is told of them."""
     for num_tokens in (10, 12_000):
