@@ -219,7 +219,6 @@ MUTATIONS = [
         ("read error", "comes & (response.status != OKAY)", "0"),
         ("write error", "self.response.valid & (self.response.payload != OKAY)", "0"),
         ("answers under way forgotten", "~has_beat & (under_way == 0)", "~has_beat"),
-        ("flush while asking", "with m.If(self.flush | (left == 0)):", "with m.If(left == 0):"),
     ),
     *_of(
         "card",
