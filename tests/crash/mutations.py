@@ -147,7 +147,7 @@ def try_mutation(mutation: Mutation) -> Outcome:
         short, *long = [_simulation(*run) for run in runs]
         found = ["pytest", "-qx", "-p", "no:cacheprovider", *tests]
         for arguments in (short, found, *long):
-            by = _run(tree, arguments)
+            by = run_module(tree, arguments)
             if by is not None:
                 return Outcome(mutation, "killed", by, time.monotonic() - started, arguments is found)
     return Outcome(mutation, "survived", "", time.monotonic() - started)
@@ -159,12 +159,12 @@ def _simulation(mode: str, first: int, count: int, crash_points: int, faults) ->
     return [*arguments, "--crash-points", str(crash_points), "--stop-at", "1"]
 
 
-def _run(tree: Path, arguments: list[str]) -> str | None:
-    """How a module's run in a tree ended, or None if all was well."""
+def run_module(tree: Path, arguments: list[str], environment: dict[str, str] | None = None) -> str | None:
+    """How a module's run in a tree ended, or None if all was well. environment: more than this process's."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "200", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -34,16 +35,29 @@ class Task:
 
 @contextmanager
 def phase_runner():
-    """Yields run(title, task) -> result of the phase; progress bars on stderr, on a terminal only."""
+    """Yields run(title, task) -> result of the phase. On stderr: progress bars on a terminal, else a line where
+    a phase begins and one where it ends."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _run_in_lines
+        return
     columns = TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
 
         def run(title, task):
             bar = progress.add_task(title, total=task.new_tokens)
             return run_phase(task, lambda tokens: progress.update(bar, completed=tokens))
 
         yield run
+
+
+def _run_in_lines(title, task):
+    began = time.monotonic()
+    print(f"{title} ...", file=sys.stderr, flush=True)
+    result = run_phase(task)
+    seconds = time.monotonic() - began
+    print(f"{title}: {task.new_tokens} tokens, {seconds:.0f} s in all", file=sys.stderr, flush=True)
+    return result
 
 
 def run_phase(task, on_progress=lambda tokens: None):

